@@ -1,0 +1,49 @@
+.PHONY: install up test check format proto proto-release lock clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.tokenloom-installed
+export VENV
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml locks/cpu.lock locks/gpu.lock scripts/install
+	scripts/install $(PYTHON) $(VENV)
+	@touch $@
+
+up: install
+	@exec $(BIN)/tokenloom up $(ARGS)
+
+test: install
+	@scripts/system-packages
+	$(BIN)/pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && scripts/protos "$$scratch" && \
+		diff -r -x __pycache__ "$$scratch/tokenloom" protos/gen/tokenloom || \
+		{ echo "protos/gen is not current: run make proto" >&2; exit 1; }
+	scripts/protos --lint
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: install
+	rm -rf protos/gen && mkdir -p protos/gen
+	scripts/protos protos/gen
+
+# What `make check` compares with for breaking changes: the protos of the last release.
+proto-release: install
+	scripts/protos --image protos/released.binpb
+
+lock: install
+	PATH="$(PWD)/$(BIN):$$PATH" scripts/lock $(ARGS)
+
+clean:
+	rm -rf $(VENV) .tokenloom build dist

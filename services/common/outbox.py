@@ -1,0 +1,67 @@
+"""One writer for a stream: what comes while it is busy goes out together."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["Outbox", "OutboxFullError"]
+
+
+class _Message(Protocol):
+    def ByteSize(self) -> int: ...
+
+
+M = TypeVar("M", bound=_Message)
+
+
+class OutboxFullError(Exception):
+    """The peer reads too slowly: more waits for it than the outbox holds."""
+
+
+class Outbox(Generic[M]):
+    """Merges what is put into one message until the stream is free to take it.
+
+    grpc.aio allows one outstanding write a stream. Writers call `edit()` for the message that goes out next, add to
+    it, and are done; whoever owns the stream iterates over `messages()`. All that is added within one turn of the
+    event loop goes out together, so one engine step is one message.
+
+    Not for use from several threads.
+    """
+
+    def __init__(self, new: Callable[[], M], *, max_edits: int) -> None:
+        """`new` makes an empty message; more than `max_edits` edits waiting raise OutboxFullError."""
+        self._new = new
+        self._max_edits = max_edits
+        self._message = new()
+        self._edits = 0
+        self._wanted = asyncio.Event()
+        self._closed = False
+
+    def edit(self) -> M:
+        """The message that goes out next, to be added to before the next await.
+
+        Raises:
+            OutboxFullError: the peer doesn't read.
+        """
+        self._edits += 1
+        if self._edits == 1:
+            self._wanted.set()
+        elif self._edits > self._max_edits:
+            raise OutboxFullError
+        return self._message
+
+    def close(self) -> None:
+        """Ends `messages()` once everything is out."""
+        self._closed = True
+        self._wanted.set()
+
+    async def messages(self) -> AsyncIterator[M]:
+        """The messages to write, each as soon as the one before it is taken."""
+        while True:
+            await self._wanted.wait()
+            if self._edits == 0:
+                return
+            message, self._message, self._edits = self._message, self._new(), 0
+            if not self._closed:
+                self._wanted.clear()
+            yield message

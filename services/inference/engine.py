@@ -1,0 +1,201 @@
+"""What a worker asks of an engine, in plain values: neither gRPC nor vLLM is known here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, Protocol
+
+from services.common.errors import MeshError
+
+__all__ = [
+    "Capability",
+    "ChatMessage",
+    "Engine",
+    "EngineCard",
+    "FinishReason",
+    "Generation",
+    "Load",
+    "Sampling",
+    "Sink",
+    "Timings",
+    "TokenLogprob",
+    "TokenLogprobs",
+    "Usage",
+]
+
+
+class FinishReason(Enum):
+    """Why an output ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Capability(Enum):
+    """Something that a model can do."""
+
+    GENERATE = "generate"
+    CHAT = "chat"
+    EMBED = "embed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens and when to stop; the fields of the proto's SamplingParameters with their defaults."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    """None: what the model's context leaves."""
+    min_tokens: int = 0
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprob_count: int | None = None
+    """Alternatives to report for each output token; None reports no log-probabilities at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A request to generate, checked against every bound that needs no tokenizer."""
+
+    id: str
+    """The worker's own name for it, unique while it runs."""
+    model: str
+    prompt: str | Sequence[int] | Sequence[ChatMessage]
+    """Text, token ids, or a conversation to render with the model's chat template."""
+    kind: Literal["text", "tokens", "chat"]
+    sampling: Sampling
+    emitted_token_ids: Sequence[int] = ()
+    """Output tokens that the client has already."""
+    priority: int = 0
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of a generation; `output` counts the emitted tokens of a continuation, `prompt` doesn't."""
+
+    prompt: int
+    cached: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds that a generation spent waiting, on its prompt, and on its output."""
+
+    queue: float
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """The log-probability of one token."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """The log-probability of one output token and of its likeliest alternatives, most likely first."""
+
+    chosen: TokenLogprob
+    alternatives: Sequence[TokenLogprob]
+
+
+class Sink(Protocol):
+    """Where an engine puts what a generation produces: started once, deltas, then one of completed and failed.
+
+    Called on the event loop that submitted, and never after abort() has returned. The methods don't block and don't
+    raise.
+    """
+
+    def started(self, prompt_tokens: int, cached_tokens: int) -> None: ...
+
+    def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None: ...
+
+    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None: ...
+
+    def failed(self, error: MeshError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCard:
+    """What an engine is; known once it has started."""
+
+    kind: Literal["vllm", "sim"]
+    model: str
+    """The name that requests use."""
+    max_context_tokens: int
+    vocabulary_size: int
+    capabilities: frozenset[Capability]
+    max_running: int
+    """Sequences that it runs at the same time."""
+    kv_cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How an engine is, this moment. Rates are measured, and None while nothing was measured."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    """0 to 1."""
+    pending_prefill_tokens: int = 0
+    prefill_tokens_per_second: float | None = None
+    decode_step_seconds: float | None = None
+    """A step with one sequence."""
+    decode_step_seconds_per_sequence: float | None = None
+    """What each further sequence adds."""
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    alive: bool = True
+    """False: the engine is dead or starts again, and submit() fails."""
+
+
+class Engine(Protocol):
+    """One engine on one GPU (or group of them). An async context manager that starts and stops it."""
+
+    @property
+    def card(self) -> EngineCard: ...
+
+    @property
+    def load(self) -> Load: ...
+
+    async def submit(self, generation: Generation, sink: Sink) -> None:
+        """Starts a generation; returns when it is accepted, and everything else comes through the sink.
+
+        Raises:
+            MeshError: it can't be accepted: the prompt is too long (CONTEXT_LENGTH_EXCEEDED), a value doesn't fit this
+                model (INVALID_REQUEST), too many wait (NO_CAPACITY), the engine is dead (ENGINE_FAILED).
+        """
+        ...
+
+    def abort(self, generation_id: str) -> None:
+        """Stops a generation; its sink hears nothing more. Unknown ids are ignored."""
+        ...
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+        """The tokens of a text, or of a conversation rendered with the model's chat template."""
+        ...
