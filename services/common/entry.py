@@ -1,0 +1,35 @@
+"""The first lines of every service's `python -m services.NAME --config FILE`."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from services.common import logs, tracing
+from services.common.config import ConfigError, load
+from services.common.process import run
+from services.common.settings import ProcessSettings
+
+__all__ = ["start"]
+
+S = TypeVar("S", bound=ProcessSettings)
+
+
+def start(service: str, shape: type[S], main: Callable[[S, asyncio.Event], Awaitable[int]]) -> int:
+    """Reads the settings, sets logs and tracing up, and runs `main(settings, stop)` on uvloop; returns the exit code.
+
+    Bad settings end the process with code 2 and one line on standard error that names the key.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
+    parser.add_argument("--config", type=Path, required=True, help="a YAML or JSON file")
+    arguments = parser.parse_args()
+    try:
+        settings = load(arguments.config, shape)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    logs.setup(service, level=settings.log_level)
+    with tracing.provider(service, endpoint=settings.otlp_endpoint, instance=settings.name):
+        return run(lambda stop: main(settings, stop))

@@ -1,0 +1,121 @@
+"""The configuration of each process, as `python -m services.NAME --config FILE` reads it and the launcher writes it."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+__all__ = [
+    "Address",
+    "GatewaySettings",
+    "ModelSettings",
+    "ProcessSettings",
+    "RouterSettings",
+    "SimSettings",
+    "TelemetrySettings",
+    "WorkerSettings",
+]
+
+Address = Annotated[str, Meta(pattern=r"^.+:\d{1,5}$", description="host:port; port 0 takes any free one")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class ProcessSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What every process has."""
+
+    name: Name
+    """The process's name, for example "worker-0"; a worker is known to the router by it."""
+    listen: Address
+    """Where it serves gRPC."""
+    metrics: Address
+    """Where it serves Prometheus metrics over HTTP."""
+    otlp_endpoint: Address | None = None
+    """Where spans go, over OTLP gRPC; null exports none."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class TelemetrySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """services.telemetry"""
+
+    node: str = ""
+    """The name of this machine in readings; empty: its host name."""
+    sample_seconds: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    redis_url: str | None = None
+    """Where readings are published besides gRPC and Prometheus, for example redis://127.0.0.1:6379/0."""
+
+
+class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """services.router"""
+
+    telemetry: list[Address] = []
+    """Telemetry agents whose GPU readings are joined to the workers."""
+    max_waiting: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024
+    """Requests that may wait for a worker; the next one is refused with NO_CAPACITY."""
+    max_wait_seconds: Positive = 60.0
+    """Longest that a request waits before it is refused."""
+    ready_grace_seconds: Annotated[float, Meta(ge=0)] = 5.0
+    """How long a request waits for a worker to register when there is none at all."""
+
+
+class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One model, as mesh.yaml lists it."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    path: str | None = None
+    """A folder or a Hugging Face id; null only for the simulated engine."""
+
+
+class SimSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How fast and how large a simulated engine is."""
+
+    prefill_tokens_per_second: Positive = 20_000.0
+    decode_step_ms: Positive = 10.0
+    """A decode step with one sequence."""
+    decode_step_ms_per_sequence: Annotated[float, Meta(ge=0)] = 0.05
+    """What each further sequence adds."""
+    max_num_seqs: Count = 64
+    kv_blocks: Count = 4096
+    block_size: Count = 16
+    max_model_len: Count = 8192
+
+
+class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """services.inference"""
+
+    advertise: Address
+    """Where gateways and the edge reach it: `ip:port`, never a name, since the edge takes it as it is."""
+    routers: list[Address]
+    """Every router replica; the worker registers with all of them."""
+    pool: Name = "default"
+    model: ModelSettings
+    engine: Literal["vllm", "sim"]
+    gpu: int | str | None = None
+    """CUDA device by index, or by UUID; null on a CPU, or where CUDA_VISIBLE_DEVICES is set already."""
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=0.98)] = 0.8
+    """Share of the card's memory that vLLM may take."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
+    sim: SimSettings = SimSettings()
+    max_queued: Annotated[int, Meta(ge=0)] = 64
+    """Requests that may wait inside the engine beyond those that run; the next one is refused with NO_CAPACITY."""
+    drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
+    """How long running generations may go on after SIGTERM."""
+    report_seconds: Annotated[float, Meta(gt=0, le=0.25)] = 0.1
+    """Longest between two load reports."""
+
+
+class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """services.gateway. `listen` serves Envoy's ext_authz; `http` serves the OpenAI API."""
+
+    http: Address
+    routers: list[Address]
+    """Every router replica; the first one that answers is used."""
+    keys_path: str
+    """The SQLite file of API keys, made when it is not there."""
+    max_body_bytes: Count = 4 << 20
+    request_timeout_seconds: Positive = 600.0
+    """Longest that one request may take, queueing included."""
+    drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
+    """How long running streams may go on after SIGTERM."""
