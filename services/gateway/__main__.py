@@ -1,0 +1,76 @@
+"""The gateway process: python -m services.gateway --config FILE"""
+
+import asyncio
+import sys
+from contextlib import AsyncExitStack
+
+import grpc.aio
+from envoy.service.auth.v3 import external_auth_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from services.common.entry import start
+from services.common.keystore import KeyStore
+from services.common.metrics import serve_metrics
+from services.common.rpc import serve
+from services.common.settings import GatewaySettings
+from services.gateway.app import App, Handler
+from services.gateway.authz import AuthorizationServicer
+from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
+from services.gateway.fleet import FleetWatch
+from services.gateway.generation import Generator
+from services.gateway.identity import Authenticator
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.router_client import RouterClient
+from services.gateway.server import serve_http
+from services.gateway.worker_sessions import WorkerSessions
+
+_AUTHORIZATION = "envoy.service.auth.v3.Authorization"
+
+
+async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
+    """Serves until `stop` is set, then drains."""
+    registry = CollectorRegistry()
+    metrics = GatewayMetrics(registry)
+    async with AsyncExitStack() as resources:
+        resources.enter_context(serve_metrics(settings.metrics, registry))
+        authenticator = Authenticator(resources.enter_context(KeyStore(settings.keys_path)))
+        async with asyncio.TaskGroup() as tasks:
+            routers = RouterClient(settings.routers)
+            workers = WorkerSessions(tasks)
+            fleet = FleetWatch(settings.routers, on_endpoints=workers.keep)
+            running = [tasks.create_task(routers.run()), tasks.create_task(fleet.run())]
+            generator = Generator(routers, workers)
+            app = App(
+                handlers=_handlers(settings, generator, metrics),
+                authenticator=authenticator,
+                fleet=fleet,
+                metrics=metrics,
+                is_ready=lambda: routers.connected and not stop.is_set(),
+            )
+
+            def register(server: grpc.aio.Server) -> list[str]:
+                external_auth_pb2_grpc.add_AuthorizationServicer_to_server(AuthorizationServicer(authenticator), server)
+                return [_AUTHORIZATION]
+
+            async with (
+                serve(settings.listen, register) as authorization,
+                serve_http(app, settings.http, drain_seconds=settings.drain_seconds),
+            ):
+                await authorization.set_serving(True)
+                await stop.wait()
+            workers.close()
+            for task in running:
+                task.cancel()
+    return 0
+
+
+def _handlers(settings: GatewaySettings, generator: Generator, metrics: GatewayMetrics) -> dict[str, Handler]:
+    limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
+    return {
+        "/v1/chat/completions": Endpoint(CHAT, generator, metrics, limits),
+        "/v1/completions": Endpoint(COMPLETIONS, generator, metrics, limits),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(start("gateway", GatewaySettings, main))

@@ -1,0 +1,198 @@
+"""One generation from acquire to release, also across the loss of its worker."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
+from tokenloom.inference.v1 import generation_pb2 as pb
+from tokenloom.inference.v1 import worker_pb2
+from tokenloom.router.v1 import router_pb2
+
+from services.common.errors import MeshError, Reason
+from services.common.tracing import traceparent_of, tracer
+from services.gateway.router_client import Lease, RouterClient
+from services.gateway.stream import Ending, Stream, TokenScore, WorkerLostError
+from services.gateway.worker_sessions import WorkerSessions
+
+__all__ = ["Caller", "Generation", "Generator"]
+
+_log = logging.getLogger(__name__)
+# A request that has taken two workers down with it may well be the reason: it doesn't get a third.
+_MAX_LOST_WORKERS: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """On whose behalf a generation runs."""
+
+    request_id: str
+    tenant: str
+    priority: int = 0
+    session_id: str = ""
+    traceparent: str = ""
+
+
+class Generation:
+    """A running generation. Read it with `take()` until it returns nothing; then `ending` tells how it ended."""
+
+    def __init__(self, generator: "Generator", request: pb.GenerateRequest, caller: Caller) -> None:
+        self._routers = generator.routers
+        self._workers = generator.workers
+        self._request = request
+        self._caller = caller
+        self._stream = Stream()
+        self._run = AsyncExitStack()
+        self._lease: Lease | None = None
+        self._lost_workers: list[str] = []
+        self.started_at = monotonic()
+        self.first_token_at: float | None = None
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended; None while it runs."""
+        return self._stream.ending
+
+    @property
+    def worker_id(self) -> str:
+        """The worker that runs it; empty before the first grant."""
+        return self._lease.worker_id if self._lease else ""
+
+    @property
+    def route(self) -> str:
+        """Why the router chose that worker."""
+        return self._lease.reason if self._lease else ""
+
+    def take_scores(self) -> list[TokenScore]:
+        """The log-probabilities of the tokens behind the deltas taken."""
+        return self._stream.take_scores()
+
+    async def take(self) -> list[str]:
+        """Waits for text deltas and takes them; an empty list once the output is complete.
+
+        A delta may be empty: a token that adds no text yet. A worker that is lost is replaced by another one, which
+        continues from the tokens emitted so far.
+
+        Raises:
+            MeshError: the generation failed.
+        """
+        while True:
+            try:
+                taken = await self._stream.take()
+            except WorkerLostError as lost:
+                await self._move(lost)
+                continue
+            if self.first_token_at is None and taken:
+                self.first_token_at = monotonic()
+            return taken
+
+    async def start(self) -> None:
+        """Acquires a worker and submits the prompt and the tokens emitted so far to it."""
+        lease = await self._acquire()
+        submission = worker_pb2.Submission(
+            request_id=self._caller.request_id, request=self._request, priority=self._caller.priority
+        )
+        # A prompt plus the tokens emitted so far is all that a generation is.
+        submission.request.emitted_token_ids.extend(self._stream.token_ids)
+        span = tracer().start_span(
+            "worker.generate", kind=SpanKind.CLIENT, attributes={"tokenloom.worker": lease.worker_id}
+        )
+        self._run.callback(span.end)
+        submission.traceparent = traceparent_of(span)
+        try:
+            await self._run.enter_async_context(self._workers.generation(lease.endpoint, submission, self._stream))
+        except WorkerLostError as lost:
+            self._stream.fail(lost)
+
+    async def _acquire(self) -> Lease:
+        with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT) as span:
+            acquire = router_pb2.Acquire(
+                request_id=self._caller.request_id,
+                model=self._request.model,
+                prompt_token_count=_estimate_prompt_tokens(self._request) + len(self._stream.token_ids),
+                max_output_token_count=self._request.sampling.max_tokens,
+                tenant_id=self._caller.tenant,
+                priority=self._caller.priority,
+                session_id=self._caller.session_id,
+                excluded_worker_ids=self._lost_workers,
+                traceparent=traceparent_of(span),
+            )
+            lease = self._lease = await self._run.enter_async_context(self._routers.lease(acquire))
+            span.set_attribute("tokenloom.worker", lease.worker_id)
+            return lease
+
+    async def _move(self, lost: WorkerLostError) -> None:
+        lease = self._lease
+        assert lease is not None
+        lease.outcome = router_pb2.OUTCOME_FAILED
+        emitted = len(self._stream.token_ids)
+        _log.warning(
+            "worker lost", extra={"worker": lease.worker_id, "request": self._caller.request_id, "emitted": emitted}
+        )
+        trace.get_current_span().add_event(
+            "failover", {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted}
+        )
+        await self._run.aclose()
+        self._lost_workers.append(lease.worker_id)
+        if len(self._lost_workers) >= _MAX_LOST_WORKERS or (emitted and not self._resumes_exactly):
+            raise MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost") from lost
+        self._stream.recover()
+        await self.start()
+
+    @property
+    def _resumes_exactly(self) -> bool:
+        sampling = self._request.sampling
+        greedy = sampling.HasField("temperature") and sampling.temperature == 0
+        return greedy and not sampling.HasField("logprob_count")
+
+    async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
+        """Stops what still runs and gives the worker back."""
+        if self._lease is not None:
+            self._lease.outcome = outcome
+            self._lease.output_tokens = self.ending.output_tokens if self.ending else len(self._stream.token_ids)
+        await self._run.aclose()
+
+
+class Generator:
+    """Starts generations."""
+
+    def __init__(self, routers: RouterClient, workers: WorkerSessions) -> None:
+        self.routers = routers
+        self.workers = workers
+
+    @asynccontextmanager
+    async def run(self, request: pb.GenerateRequest, caller: Caller) -> AsyncIterator[Generation]:
+        """Runs a generation for as long as the block; leaving the block early stops it in the engine.
+
+        Raises:
+            MeshError: no worker, or the worker refuses.
+        """
+        generation = Generation(self, request, caller)
+        outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
+        try:
+            await generation.start()
+            yield generation
+            outcome = router_pb2.OUTCOME_COMPLETED if generation.ending else router_pb2.OUTCOME_CANCELLED
+        except MeshError as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            await generation.finish(outcome)
+
+
+def _outcome(error: MeshError) -> router_pb2.Outcome.ValueType:
+    if error.row.http < 500:
+        return router_pb2.OUTCOME_REFUSED
+    return router_pb2.OUTCOME_FAILED
+
+
+def _estimate_prompt_tokens(request: pb.GenerateRequest) -> int:
+    if request.HasField("token_ids"):
+        return len(request.token_ids.ids)
+    if request.HasField("chat"):
+        return sum(len(message.content) // 4 + 4 for message in request.chat.messages)
+    return len(request.text) // 4 + 1

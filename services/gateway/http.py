@@ -1,0 +1,164 @@
+"""The little of HTTP that the gateway needs on top of ASGI."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from services.common.errors import MeshError, Reason
+
+__all__ = ["ClientLeftError", "Request", "Response", "error_response", "while_connected"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+_JSON = (b"content-type", b"application/json")
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection before the answer was complete."""
+
+
+class Request:
+    """A request on its way in."""
+
+    def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self._receive = receive
+
+    def header(self, name: bytes) -> str | None:
+        """The value of a header, by its lower-case name; None when it is absent or there are several."""
+        values = [value for key, value in self._headers if key == name]
+        return values[0].decode("latin-1") if len(values) == 1 else None
+
+    async def json_body(self, limit: int) -> bytes:
+        """The body, which must say that it is JSON.
+
+        Raises:
+            MeshError: another content type (415), or more than `limit` bytes (413); reading stops there.
+            ClientLeftError: the client left before the end.
+        """
+        media_type = (self.header(b"content-type") or "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise MeshError(Reason.UNSUPPORTED_MEDIA_TYPE, "send the body as content-type: application/json")
+        if self.header(b"content-encoding") not in (None, "identity"):
+            raise MeshError(Reason.UNSUPPORTED_MEDIA_TYPE, "send the body without a content-encoding")
+        declared = self.header(b"content-length") or "0"
+        if declared.isdecimal() and int(declared) > limit:
+            raise _too_large(limit)
+        return await self._read(limit)
+
+    async def _read(self, limit: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeftError
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def disconnected(self) -> None:
+        """Returns when the client has left. Only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+class Response:
+    """An answer on its way out. `started` tells whether its status is gone already."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._headers: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
+        self.started = False
+        self.ended = False
+        self.status = 0
+
+    def add_header(self, name: str, value: str) -> None:
+        """Adds a header; before anything is sent."""
+        self._headers.append((name.encode(), value.encode("latin-1", "replace")))
+
+    async def send_json(self, status: int, body: object, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Sends a whole JSON answer."""
+        encoded = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        length = (b"content-length", str(len(encoded)).encode())
+        await self._start(status, [_JSON, length, *headers])
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": encoded})
+
+    async def start_events(self) -> None:
+        """Begins a stream of server-sent events."""
+        # Proxies on the way must not collect the events.
+        no_buffering = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+        await self._start(200, [(b"content-type", b"text/event-stream; charset=utf-8"), *no_buffering])
+
+    async def send_events(self, events: bytes) -> None:
+        """Sends events; waits while the client's buffers are full."""
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def end(self) -> None:
+        """Ends a stream of events."""
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.started, self.status = True, status
+        await self._send({"type": "http.response.start", "status": status, "headers": [*self._headers, *headers]})
+
+
+async def error_response(response: Response, error: MeshError) -> None:
+    """Answers with an error, or, when the answer has begun, ends it with one error event and no [DONE]."""
+    if response.started:
+        await response.send_events(b"data: " + msgspec.json.encode(error.http_body()) + b"\n\n")
+        await response.end()
+        return
+    headers = []
+    if error.retry_after_seconds is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_seconds))).encode()))
+    await response.send_json(error.row.http, error.http_body(), headers)
+
+
+def _too_large(limit: int) -> MeshError:
+    return MeshError(Reason.REQUEST_TOO_LARGE, f"the body is larger than {limit} bytes")
+
+
+@asynccontextmanager
+async def while_connected(request: Request, response: Response, seconds: float) -> AsyncIterator[None]:
+    """Runs the block for as long as the client is there, and `seconds` at most.
+
+    Raises:
+        ClientLeftError: the client left before the answer was complete.
+        MeshError: DEADLINE_EXCEEDED.
+    """
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        await request.disconnected()
+        # Servers tell of a "disconnect" when the answer is complete, too.
+        if not response.ended:
+            left = True
+            scope.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(seconds) as scope:
+            watcher = asyncio.create_task(watch())
+            try:
+                yield
+            finally:
+                watcher.cancel()
+    except TimeoutError:
+        if left:
+            raise ClientLeftError from None
+        message = f"the request took longer than {seconds:g} s"
+        raise MeshError(Reason.DEADLINE_EXCEEDED, message) from None

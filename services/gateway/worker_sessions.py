@@ -1,0 +1,174 @@
+"""The gateway's sessions with workers: one bidirectional stream a worker, shared by all its generations."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import grpc.aio
+from tokenloom.inference.v1 import generation_pb2 as pb
+from tokenloom.inference.v1 import worker_pb2, worker_pb2_grpc
+
+from services.common.outbox import Outbox, OutboxFullError
+from services.common.rpc import channel
+from services.common.status import error_from_status
+from services.gateway.stream import Ending, Stream, TokenScore, WorkerLostError
+
+__all__ = ["WorkerSessions"]
+
+_log = logging.getLogger(__name__)
+_MAX_WAITING_EDITS: Final = 10_000
+_CONNECT_SECONDS: Final = 2.0
+_FINISH_REASONS: Final = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+
+
+class _Session:
+    """One session with one worker."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._outbox = Outbox(worker_pb2.SessionRequest, max_edits=_MAX_WAITING_EDITS)
+        self._streams: dict[int, Stream] = {}
+        self._next_handle = 1
+        self.lost = False
+
+    async def run(self) -> None:
+        """Talks to the worker until either side ends it; then every stream on it has lost its worker."""
+        try:
+            async with channel(self._endpoint) as connection:
+                await asyncio.wait_for(connection.channel_ready(), _CONNECT_SECONDS)
+                call = worker_pb2_grpc.WorkerServiceStub(connection).Session(self._outbox.messages())
+                async for message in call:
+                    self._apply(message)
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            _log.warning("worker session lost", extra={"worker": self._endpoint, "cause": _cause(error)})
+        finally:
+            self._lose()
+
+    def submit(self, submission: worker_pb2.Submission, stream: Stream) -> int:
+        """Starts a generation whose output goes to `stream`; returns its handle in this session."""
+        handle = self._next_handle
+        submission.handle = handle
+        try:
+            self._outbox.edit().submissions.append(submission)
+        except OutboxFullError as error:
+            raise WorkerLostError(f"{self._endpoint} does not read") from error
+        self._next_handle += 1
+        self._streams[handle] = stream
+        return handle
+
+    def abort(self, handle: int) -> None:
+        """Stops a generation, unless it is over."""
+        if self._streams.pop(handle, None) is not None and not self.lost:
+            self._outbox.edit().aborted_handles.append(handle)
+
+    def close(self) -> None:
+        """Ends the session once what is in the outbox is out."""
+        self._outbox.close()
+
+    def _lose(self) -> None:
+        self.lost = True
+        self._outbox.close()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(WorkerLostError(self._endpoint))
+
+    def _apply(self, message: worker_pb2.SessionResponse) -> None:
+        streams = self._streams
+        handles = message.handles
+        if handles:
+            token_ids = list(message.token_ids)
+            position = 0
+            for handle, text, count in zip(handles, message.texts, message.token_counts, strict=True):
+                stream = streams.get(handle)
+                if stream is not None:
+                    stream.push(text, token_ids[position : position + count])
+                position += count
+        for rich in message.deltas:
+            self._push_rich(rich)
+        for end in message.ends:
+            self._end(end)
+
+    def _push_rich(self, rich: worker_pb2.GenerationDelta) -> None:
+        stream = self._streams.get(rich.handle)
+        if stream is not None:
+            stream.scores += [_score(entry) for entry in rich.delta.logprobs]
+            stream.push(rich.delta.text, rich.delta.token_ids)
+
+    def _end(self, end: worker_pb2.EndedGeneration) -> None:
+        stream = self._streams.pop(end.handle, None)
+        if stream is None:
+            return
+        if end.HasField("failed"):
+            stream.fail(error_from_status(end.failed))
+        else:
+            stream.end(_ending(end.completed))
+
+
+class WorkerSessions:
+    """Sessions by worker address, opened when first needed and opened anew when lost."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+        self._sessions: dict[str, _Session] = {}
+
+    @asynccontextmanager
+    async def generation(self, endpoint: str, submission: worker_pb2.Submission, stream: Stream) -> AsyncIterator[None]:
+        """Runs a generation on a worker for as long as the block; one that isn't over by then is aborted.
+
+        Raises:
+            WorkerLostError: the worker doesn't read what it is sent.
+        """
+        session = self.open(endpoint)
+        handle = session.submit(submission, stream)
+        try:
+            yield
+        finally:
+            session.abort(handle)
+
+    def open(self, endpoint: str) -> _Session:
+        """The session with a worker, opened if it is not."""
+        session = self._sessions.get(endpoint)
+        if session is None or session.lost:
+            session = self._sessions[endpoint] = _Session(endpoint)
+            self._tasks.create_task(session.run(), name=f"worker session {endpoint}")
+        return session
+
+    def keep(self, endpoints: set[str]) -> None:
+        """Opens sessions with these workers ahead of need, and closes those with others once they are idle."""
+        for endpoint in endpoints - self._sessions.keys():
+            self.open(endpoint)
+        for endpoint in self._sessions.keys() - endpoints:
+            session = self._sessions[endpoint]
+            if not session._streams:  # the two classes are one unit
+                session.close()
+                del self._sessions[endpoint]
+
+    def close(self) -> None:
+        """Ends every session."""
+        for session in self._sessions.values():
+            session.close()
+
+
+def _cause(error: Exception) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "no connection"
+
+
+def _ending(completed: pb.Completed) -> Ending:
+    usage = completed.usage
+    return Ending(
+        # An unknown reason would have to be invented; the text was cut by something, so "length" is the honest one.
+        finish_reason="stop" if _FINISH_REASONS.get(completed.finish_reason) == "stop" else "length",
+        prompt_tokens=usage.prompt_token_count,
+        cached_tokens=usage.cached_token_count,
+        output_tokens=usage.output_token_count,
+    )
+
+
+def _score(entry: pb.TokenLogprobs) -> TokenScore:
+    return TokenScore(
+        token=entry.chosen.token,
+        logprob=entry.chosen.logprob,
+        alternatives=[TokenScore(token=other.token, logprob=other.logprob) for other in entry.alternatives],
+    )
