@@ -1,9 +1,10 @@
 """gRPC plumbing: servers and channels with the mesh's options, and errors that every servicer may just raise."""
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 import grpc
@@ -142,10 +143,15 @@ def _guard_unary(behaviour: Any) -> Any:
 
 
 def _guard_stream(behaviour: Any) -> Any:
+    if inspect.iscoroutinefunction(behaviour):
+        # It writes to the context itself, and a call that is cancelled reaches it at once, also within a write.
+        return _guard_unary(behaviour)
+
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
-                yield response
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:  # noqa: BLE001  # the last line of defence: whatever it is becomes a status
             await _fail(context, error)
 
