@@ -1,0 +1,34 @@
+"""Meshes that several tests share. Tests that kill things start their own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.mesh import Mesh, running_mesh
+from tests.support.otlp import Receiver, otlp_receiver
+
+
+@pytest.fixture(scope="session")
+def spans() -> Iterator[Receiver]:
+    """Where the shared meshes send their spans."""
+    with otlp_receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def sim_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Mesh]:
+    """Two simulated workers of two slots each, a token every 10 ms."""
+    with running_mesh(
+        tmp_path_factory.mktemp("sim") / "state",
+        *("--engine", "sim", "--workers", "2", "--sim", "decode_step_ms=10,max_num_seqs=8,max_model_len=2048"),
+        *("--otlp-endpoint", spans.endpoint),
+    ) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def vllm_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Mesh]:
+    """What `make up` starts: one worker with real vLLM on the demo model."""
+    state_dir = tmp_path_factory.mktemp("vllm") / "state"
+    with running_mesh(state_dir, "--otlp-endpoint", spans.endpoint, within=180) as mesh:
+        yield mesh

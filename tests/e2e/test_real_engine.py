@@ -1,0 +1,87 @@
+"""What `make up` starts: real vLLM behind real Envoy."""
+
+import json
+import subprocess
+
+import grpc
+import httpx
+import pytest
+from tokenloom.inference.v1 import generation_pb2 as pb
+from tokenloom.inference.v1 import inference_pb2_grpc
+
+from tests.support.mesh import Mesh
+
+MODEL = "demo"
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+MESSAGES = [{"role": "user", "content": "Tell me a story."}]
+
+
+def chat(mesh: Mesh, **fields: object) -> dict[str, object]:
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 24, "temperature": 0, **fields}
+    answer = httpx.post(f"{mesh.edge}/v1/chat/completions", json=body, headers=mesh.headers, timeout=30)
+    assert answer.status_code == 200, answer.text
+    parsed: dict[str, object] = answer.json()
+    return parsed
+
+
+def test_the_openai_sdk_streams_a_chat_from_vllm(vllm_mesh: Mesh) -> None:
+    stream = vllm_mesh.sdk().chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Tell me a story."}],
+        max_tokens=24,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 24
+    whole = chat(vllm_mesh, ignore_eos=True)
+    assert whole["choices"][0]["message"]["content"] == text  # type: ignore[index]
+
+
+def test_a_grpc_stub_and_the_rest_bridge_say_what_the_sdk_says(vllm_mesh: Mesh) -> None:
+    expected = chat(vllm_mesh, ignore_eos=True)["choices"][0]["message"]["content"]  # type: ignore[index]
+    sampling = pb.SamplingParameters(max_tokens=24, temperature=0, ignore_eos=True)
+    prompt = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="Tell me a story.")])
+    with grpc.insecure_channel(vllm_mesh.edge_target) as channel:
+        events = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            pb.GenerateRequest(model=MODEL, chat=prompt, sampling=sampling), metadata=vllm_mesh.metadata, timeout=30
+        )
+        assert "".join(event.delta.text for event in events) == expected
+    body = {"model": MODEL, "chat": {"messages": MESSAGES}, "sampling": {"max_tokens": 24, "temperature": 0}}
+    body["sampling"]["ignore_eos"] = True  # type: ignore[index]
+    url = f"{vllm_mesh.edge}/api/v1/generate"
+    with httpx.stream("POST", url, json=body, headers=vllm_mesh.headers, timeout=30) as response:
+        streamed = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
+    assert "".join(event.get("delta", {}).get("text", "") for event in streamed) == expected
+
+
+def test_stop_strings_log_probabilities_and_usage_are_vllms(vllm_mesh: Mesh) -> None:
+    whole = chat(vllm_mesh, logprobs=True, top_logprobs=2, ignore_eos=True)
+    content = whole["choices"][0]["logprobs"]["content"]  # type: ignore[index]
+    assert len(content) == 24
+    assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in content)
+    text = whole["choices"][0]["message"]["content"]  # type: ignore[index]
+    middle = text[len(text) // 2 : len(text) // 2 + 3]
+    stopped = chat(vllm_mesh, stop=middle, ignore_eos=True)["choices"][0]  # type: ignore[index]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["message"]["content"] == text[: text.index(middle)]
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_engine(vllm_mesh: Mesh) -> None:
+    body = {"model": MODEL, "prompt": "word " * 20_000, "max_tokens": 4}
+    answer = httpx.post(f"{vllm_mesh.edge}/v1/completions", json=body, headers=vllm_mesh.headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_launcher_prints_a_curl_that_works(vllm_mesh: Mesh) -> None:
+    said = (vllm_mesh.state_dir.parent / f"{vllm_mesh.state_dir.name}.log").read_text()
+    command = said[said.index("curl ") :].partition("\n\n")[0]
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=True)
+    assert ran.stdout.startswith("data: ")
+    assert ran.stdout.endswith("data: [DONE]\n\n")

@@ -1,0 +1,103 @@
+"""Whatever is killed comes back, streams go on elsewhere, and nothing is left behind."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.mesh import Mesh, running_mesh
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(120)
+MODEL = "sim"
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    state_dir = tmp_path_factory.mktemp("recovery") / "state"
+    simulated = ("--engine", "sim", "--workers", "4", "--sim", "decode_step_ms=10,max_num_seqs=64,max_model_len=4096")
+    with running_mesh(state_dir, *simulated) as running:
+        yield running
+
+
+def kill(mesh: Mesh, name: str) -> int:
+    pid = int(mesh.process(name)["pid"])
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def answers(mesh: Mesh) -> bool:
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
+    try:
+        answer = httpx.post(f"{mesh.edge}/v1/completions", json=body, headers=mesh.headers, timeout=10)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == 200
+
+
+@pytest.mark.parametrize("name", ["worker-0", "router", "gateway", "telemetry", "envoy"])
+def test_a_killed_process_comes_back_and_the_next_request_works(mesh: Mesh, name: str) -> None:
+    assert answers(mesh)
+    children = psutil.Process(mesh.process(name)["pid"]).children(recursive=True)
+    pid = kill(mesh, name)
+    wait_until(lambda: mesh.process(name)["pid"] != pid, within=20)
+    wait_until(lambda: answers(mesh), within=10)
+    assert answers(mesh)
+    assert not [child for child in children if child.is_running()]
+
+
+async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_twice(mesh: Mesh) -> None:
+    client = mesh.async_sdk()
+
+    async def text(prompt: str) -> tuple[str, int]:
+        stream = await client.completions.create(
+            model=MODEL,
+            prompt=prompt,
+            max_tokens=150,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        parts, tokens = [], 0
+        async for chunk in stream:
+            parts += [choice.text for choice in chunk.choices]
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        return "".join(parts), tokens
+
+    async def all_texts(*, then_kill: str | None) -> dict[str, tuple[str, int]]:
+        texts: dict[str, tuple[str, int]] = {}
+
+        async def run(prompt: str) -> None:
+            texts[prompt] = await text(prompt)
+
+        async with asyncio.TaskGroup() as tasks:
+            for index in range(64):
+                tasks.create_task(run(f"prompt {index}"))
+            if then_kill is not None:
+                await asyncio.sleep(0.7)  # the streams are in full flow
+                kill(mesh, then_kill)
+        return texts
+
+    undisturbed = await all_texts(then_kill=None)
+    assert {tokens for _, tokens in undisturbed.values()} == {150}
+    pid = mesh.process("worker-1")["pid"]
+    assert await all_texts(then_kill="worker-1") == undisturbed
+    wait_until(lambda: mesh.process("worker-1")["pid"] != pid, within=20)
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_and_without_done(mesh: Mesh) -> None:
+    wait_until(lambda: answers(mesh), within=10)
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2000, "stream": True, "temperature": 1, "ignore_eos": True}
+    with httpx.stream("POST", f"{mesh.edge}/v1/completions", json=body, headers=mesh.headers, timeout=20) as response:
+        worker = response.headers["x-tokenloom-worker"]
+        lines = response.iter_lines()
+        next(lines)
+        kill(mesh, worker)
+        rest = [line for line in lines if line]
+    assert '"error"' in rest[-1]
+    assert "[DONE]" not in "".join(rest)

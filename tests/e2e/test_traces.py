@@ -1,0 +1,88 @@
+"""One trace tells a request's whole way: every edge of both lanes, by name."""
+
+import secrets
+
+import grpc
+import httpx
+import pytest
+from tokenloom.inference.v1 import generation_pb2 as pb
+from tokenloom.inference.v1 import inference_pb2_grpc
+
+from tests.support.mesh import Mesh
+from tests.support.otlp import Receiver
+from tests.support.waiting import wait_until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+
+
+def new_trace() -> tuple[str, str]:
+    """A trace id and the `traceparent` of a client that began it."""
+    trace_id = secrets.token_hex(16)
+    return trace_id, f"00-{trace_id}-{secrets.token_hex(8)}-01"
+
+
+def assert_edges(spans: Receiver, trace_id: str, expected: set[tuple[str, str]]) -> None:
+    try:
+        wait_until(lambda: expected <= spans.edges(trace_id), within=10)
+    except TimeoutError:
+        missing = expected - spans.edges(trace_id)
+        found = "\n".join(f"{span.service}: {span.name}" for span in spans.trace(trace_id))
+        pytest.fail(f"missing edges: {missing}\nspans:\n{found}\nedges: {spans.edges(trace_id)}")
+
+
+def test_the_openai_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans: Receiver) -> None:
+    trace_id, traceparent = new_trace()
+    body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "stream": True}
+    answer = httpx.post(
+        f"{vllm_mesh.edge}/v1/chat/completions", json=body, headers={**vllm_mesh.headers, "traceparent": traceparent}
+    )
+    assert answer.status_code == 200
+    assert_edges(
+        spans,
+        trace_id,
+        {
+            ("tokenloom-edge: ingress", "tokenloom-gateway: chat demo"),
+            ("tokenloom-gateway: chat demo", "tokenloom-gateway: router.acquire"),
+            ("tokenloom-gateway: router.acquire", "tokenloom-router: schedule"),
+            ("tokenloom-gateway: chat demo", "tokenloom-gateway: worker.generate"),
+            ("tokenloom-gateway: worker.generate", "tokenloom-inference: generate"),
+            ("tokenloom-inference: generate", "tokenloom-inference: llm_request"),
+        },
+    )
+
+
+@pytest.mark.parametrize("lane", ["grpc", "rest"])
+def test_the_typed_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans: Receiver, lane: str) -> None:
+    trace_id, traceparent = new_trace()
+    if lane == "grpc":
+        request = pb.GenerateRequest(model="demo", text="hi", sampling=pb.SamplingParameters(max_tokens=4))
+        with grpc.insecure_channel(vllm_mesh.edge_target) as channel:
+            metadata = (*vllm_mesh.metadata, ("traceparent", traceparent))
+            list(inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, metadata=metadata, timeout=30))
+    else:
+        body = {"model": "demo", "text": "hi", "sampling": {"max_tokens": 4}}
+        headers = {**vllm_mesh.headers, "traceparent": traceparent}
+        assert httpx.post(f"{vllm_mesh.edge}/api/v1/generate", json=body, headers=headers).status_code == 200
+    assert_edges(
+        spans,
+        trace_id,
+        {
+            ("tokenloom-edge: ingress", "tokenloom-inference: generate"),
+            ("tokenloom-inference: generate", "tokenloom-inference: llm_request"),
+        },
+    )
+    # Envoy's own span of the call to the picker stands between; the trace is one all the same.
+    services = {span.service for span in spans.trace(trace_id)}
+    assert services >= {"tokenloom-edge", "tokenloom-router", "tokenloom-inference"}
+    assert any(child == "tokenloom-router: pick" for _, child in spans.edges(trace_id))
+
+
+def test_the_engines_span_tells_where_the_time_went(vllm_mesh: Mesh, spans: Receiver) -> None:
+    trace_id, traceparent = new_trace()
+    body = {"model": "demo", "prompt": "hi", "max_tokens": 3, "ignore_eos": True}
+    headers = {**vllm_mesh.headers, "traceparent": traceparent}
+    assert httpx.post(f"{vllm_mesh.edge}/v1/completions", json=body, headers=headers).status_code == 200
+    wait_until(lambda: any(span.name == "llm_request" for span in spans.trace(trace_id)), within=10)
+    engine = next(span for span in spans.trace(trace_id) if span.name == "llm_request")
+    assert engine.attributes["gen_ai.usage.completion_tokens"] == 3
+    assert engine.attributes["gen_ai.latency.time_to_first_token"] > 0

@@ -1,0 +1,95 @@
+"""A real OTLP gRPC receiver that keeps the spans it gets."""
+
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+__all__ = ["ReceivedSpan", "Receiver", "otlp_receiver"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivedSpan:
+    """One span as it arrived."""
+
+    service: str
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    attributes: dict[str, Any]
+    events: tuple[str, ...]
+
+
+class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
+    """Collects spans."""
+
+    def __init__(self) -> None:
+        self.endpoint = ""
+        self._lock = Lock()
+        self._spans: list[ReceivedSpan] = []
+
+    def Export(
+        self,
+        request: trace_service_pb2.ExportTraceServiceRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> trace_service_pb2.ExportTraceServiceResponse:
+        """Takes a batch."""
+        received = [
+            _received(span, _attributes(group.resource.attributes))
+            for group in request.resource_spans
+            for scope in group.scope_spans
+            for span in scope.spans
+        ]
+        with self._lock:
+            self._spans += received
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def trace(self, trace_id: str) -> list[ReceivedSpan]:
+        """The spans of one trace so far."""
+        with self._lock:
+            return [span for span in self._spans if span.trace_id == trace_id]
+
+    def edges(self, trace_id: str) -> set[tuple[str, str]]:
+        """Parent and child of every edge of one trace, each as `service: name`."""
+        spans = {span.span_id: span for span in self.trace(trace_id)}
+        return {(_label(spans[span.parent_id]), _label(span)) for span in spans.values() if span.parent_id in spans}
+
+
+@contextmanager
+def otlp_receiver() -> Iterator[Receiver]:
+    """Receives spans at `receiver.endpoint` until the block is left."""
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
+    receiver = Receiver()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]  # untyped upstream
+    receiver.endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        yield receiver
+    finally:
+        server.stop(grace=0.5).wait(2)
+
+
+def _label(span: ReceivedSpan) -> str:
+    return f"{span.service}: {span.name}"
+
+
+def _received(span: Any, resource: dict[str, Any]) -> ReceivedSpan:
+    return ReceivedSpan(
+        service=str(resource.get("service.name", "")),
+        name=span.name,
+        trace_id=span.trace_id.hex(),
+        span_id=span.span_id.hex(),
+        parent_id=span.parent_span_id.hex(),
+        attributes=_attributes(span.attributes),
+        events=tuple(event.name for event in span.events),
+    )
+
+
+def _attributes(pairs: Any) -> dict[str, Any]:
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "string_value") for pair in pairs}
