@@ -1,0 +1,128 @@
+"""CPU of the gateway for each streamed token, beside smg's in the same run.
+
+    python -m bench.gateway_cpu [--smg PATH] [--streams 64] [--tokens-per-second 100] [--seconds 20]
+
+`--smg` is the program of `pip install smg==1.13.0` in an environment of its own. Both proxies get the same schedule of
+tokens from an engine that does nothing else, and the same client; the CPU is user + system of the proxy alone.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.processes import cpu_seconds, program, service, wait_for_http
+from services.common.keystore import KeyStore
+from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
+from tests.support.ports import free_port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proxy:
+    """What is measured."""
+
+    name: str
+    pid: int
+    target: str
+    key: str
+
+
+@contextmanager
+def tokenloom(folder: Path, streams: int, tokens_per_second: float) -> Iterator[Proxy]:
+    """A gateway with a router and one simulated worker."""
+    ports = [f"127.0.0.1:{free_port()}" for _ in range(7)]
+    model = ModelSettings(name="sim")
+    sim = SimSettings(
+        decode_step_ms=1000 / tokens_per_second,
+        decode_step_ms_per_sequence=0,
+        max_num_seqs=max(streams, 1),
+        prefill_tokens_per_second=1e9,
+        kv_blocks=1 << 20,
+        max_model_len=1 << 20,
+    )
+    router = RouterSettings(name="router", listen=ports[0], metrics=ports[1])
+    worker = WorkerSettings(
+        name="worker-0",
+        listen=ports[2],
+        advertise=ports[2],
+        metrics=ports[3],
+        routers=[ports[0]],
+        model=model,
+        engine="sim",
+        sim=sim,
+    )
+    keys = folder / "keys.db"
+    gateway = GatewaySettings(
+        name="gateway", listen=ports[4], metrics=ports[5], http=ports[6], routers=[ports[0]], keys_path=str(keys)
+    )
+    with KeyStore(str(keys)) as store:
+        _, key = store.create("bench")
+    with (
+        service("router", router, folder),
+        service("inference", worker, folder),
+        service("gateway", gateway, folder) as pid,
+    ):
+        wait_for_http(f"http://{ports[6]}/readyz")
+        yield Proxy(name="tokenloom gateway", pid=pid, target=ports[6], key=key)
+
+
+@contextmanager
+def smg(folder: Path, path: str, tokens_per_second: float) -> Iterator[Proxy]:
+    """smg in front of a server that streams on the same schedule."""
+    backend, port = free_port(), free_port()
+    server = [sys.executable, "-m", "bench.sse_backend", str(backend), str(tokens_per_second)]
+    launch = [path, "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls"]
+    launch += [f"http://127.0.0.1:{backend}", "--policy", "round_robin", "--log-level", "error"]
+    launch += ["--prometheus-port", str(free_port())]
+    with program(server, folder / "backend.log"), program(launch, folder / "smg.log") as pid:
+        wait_for_http(f"http://127.0.0.1:{port}/readiness")
+        yield Proxy(name="smg", pid=pid, target=f"127.0.0.1:{port}", key="none")
+
+
+def measure(proxy: Proxy, streams: int, max_tokens: int) -> dict[str, float]:
+    """One run of the client against a proxy."""
+    client = [sys.executable, "-m", "bench.sse_client", proxy.target, proxy.key, str(streams)]
+    subprocess.run([*client, "20"], check=True, capture_output=True)  # warms connections and code
+    before = cpu_seconds(proxy.pid)
+    run = subprocess.run([*client, str(max_tokens)], check=True, capture_output=True, text=True)
+    cpu = cpu_seconds(proxy.pid) - before
+    result = json.loads(run.stdout)
+    firsts = result["first_event_seconds"]
+    return {
+        "us_cpu_per_token": 1e6 * cpu / (streams * max_tokens),
+        "tokens_per_second": streams * max_tokens / result["seconds"],
+        "events_per_token": result["events"] / (streams * max_tokens),
+        "first_event_ms_p50": 1000 * firsts[len(firsts) // 2],
+    }
+
+
+def main() -> None:
+    """Measures each proxy in turn and prints one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smg", help="path of the smg program")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument(
+        "--tokens-per-second", type=float, default=100.0, help="of each stream; large: as fast as it goes"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--repeat", type=int, default=1)
+    options = parser.parse_args()
+    max_tokens = int(options.seconds * min(options.tokens_per_second, 10_000))
+    for _ in range(options.repeat):
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            runs = [tokenloom(folder, options.streams, options.tokens_per_second)]
+            if options.smg:
+                runs.append(smg(folder, options.smg, options.tokens_per_second))
+            for run in runs:
+                with run as proxy:
+                    print(proxy.name, json.dumps(measure(proxy, options.streams, max_tokens)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Processes under measurement: started from a settings struct, their CPU read from the operating system."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+
+from services.common.settings import ProcessSettings
+
+__all__ = ["cpu_seconds", "program", "service", "wait_for_http"]
+
+
+@contextmanager
+def program(arguments: list[str], log: Path) -> Iterator[int]:
+    """Runs a program until the block is left; yields its pid."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextmanager
+def service(name: str, settings: ProcessSettings, folder: Path) -> Iterator[int]:
+    """Runs `services.NAME` with these settings until the block is left; yields its pid."""
+    config = folder / f"{settings.name}.json"
+    config.write_bytes(msgspec.json.encode(settings))
+    arguments = [sys.executable, "-m", f"services.{name}", "--config", str(config)]
+    with program(arguments, folder / f"{settings.name}.log") as pid:
+        yield pid
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of a process and its children so far."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
+def wait_for_http(url: str, *, within: float = 20.0) -> None:
+    """Waits until a URL answers 200."""
+    deadline = time.monotonic() + within
+    while True:
+        try:
+            if httpx.get(url, timeout=1).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise TimeoutError(url)
+        time.sleep(0.05)
