@@ -49,7 +49,7 @@ def _allowed(identity: Identity) -> external_auth_pb2.CheckResponse:
         "x-tokenloom-priority": str(identity.priority),
     }
     if identity.models is not None:
-        headers["x-tokenloom-models"] = ",".join(sorted(identity.models))
+        headers["x-tokenloom-models"] = json.dumps(sorted(identity.models))
     if identity.debug:
         headers["x-tokenloom-debug"] = "1"
     return external_auth_pb2.CheckResponse(

@@ -1,0 +1,80 @@
+"""Envoy's external authorization, over real gRPC."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
+
+from services.common.keystore import KeyStore
+from services.common.rpc import channel, serve
+from services.common.status import DETAILS_KEY
+from services.gateway.authz import AuthorizationServicer
+from services.gateway.identity import Authenticator
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> KeyStore:
+    return KeyStore(tmp_path / "keys.db")
+
+
+@asynccontextmanager
+async def authorization(store: KeyStore) -> AsyncIterator[external_auth_pb2_grpc.AuthorizationStub]:
+    def register(server: grpc.aio.Server) -> list[str]:
+        servicer = AuthorizationServicer(Authenticator(store))
+        external_auth_pb2_grpc.add_AuthorizationServicer_to_server(servicer, server)
+        return ["envoy.service.auth.v3.Authorization"]
+
+    async with serve("127.0.0.1:0", register) as server, channel(f"127.0.0.1:{server.port}") as connection:
+        yield external_auth_pb2_grpc.AuthorizationStub(connection)
+    store.close()
+
+
+def check(key: str | None, *, right: str = "inference", content_type: str = "") -> external_auth_pb2.CheckRequest:
+    request = external_auth_pb2.CheckRequest()
+    if key is not None:
+        request.attributes.request.http.headers["authorization"] = f"Bearer {key}"
+    request.attributes.request.http.headers["content-type"] = content_type
+    request.attributes.context_extensions["right"] = right
+    return request
+
+
+async def test_a_valid_key_passes_and_its_owner_is_handed_on(store: KeyStore) -> None:
+    _, key = store.create("team", priority=2, models=["b", "a"])
+    async with authorization(store) as stub:
+        answer = await stub.Check(check(key))
+    headers = {option.header.key: option.header.value for option in answer.ok_response.headers}
+    assert answer.status.code == 0
+    assert headers["x-tokenloom-tenant"] == "team"
+    assert headers["x-tokenloom-priority"] == "2"
+    assert json.loads(headers["x-tokenloom-models"]) == ["a", "b"]
+    assert list(answer.ok_response.headers_to_remove) == ["authorization"]
+
+
+async def test_no_key_is_unauthenticated(store: KeyStore) -> None:
+    async with authorization(store) as stub:
+        answer = await stub.Check(check(None))
+    assert answer.status.code == grpc.StatusCode.UNAUTHENTICATED.value[0]
+    assert answer.denied_response.status.code == 401
+    assert json.loads(answer.denied_response.body)["error"]["code"] == "invalid_api_key"
+
+
+async def test_the_admin_right_is_asked_for_where_the_route_says_so(store: KeyStore) -> None:
+    _, plain = store.create("plain")
+    _, admin = store.create("root", admin=True)
+    async with authorization(store) as stub:
+        refused = await stub.Check(check(plain, right="admin"))
+        passed = await stub.Check(check(admin, right="admin"))
+    assert refused.denied_response.status.code == 403
+    assert passed.status.code == 0
+
+
+async def test_a_grpc_client_gets_the_details_beside_the_message(store: KeyStore) -> None:
+    async with authorization(store) as stub:
+        answer = await stub.Check(check("nope", content_type="application/grpc"))
+    headers = {option.header.key: option.header.value for option in answer.denied_response.headers}
+    assert DETAILS_KEY in headers
+    assert answer.denied_response.body == "this API key is not valid"
