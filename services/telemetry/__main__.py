@@ -1,0 +1,84 @@
+"""python -m services.telemetry --config FILE: the agent of one node."""
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
+
+from services.common.entry import start
+from services.common.metrics import serve_metrics
+from services.common.rpc import Server, serve
+from services.common.settings import TelemetrySettings
+from services.telemetry.metrics import TelemetryCollector
+from services.telemetry.nvml import Nvml
+from services.telemetry.publish import Publisher, connect
+from services.telemetry.roster import Roster
+from services.telemetry.sampler import Sampler, deadline_for
+from services.telemetry.servicer import TelemetryServicer
+
+_SERVICE = telemetry_pb2.DESCRIPTOR.services_by_name["TelemetryService"].full_name
+_log = logging.getLogger(__name__)
+
+
+async def run(settings: TelemetrySettings, stop: asyncio.Event) -> int:
+    """Samples, serves and publishes until `stop` is set; returns the exit code."""
+    try:
+        redis = connect(settings.redis_url) if settings.redis_url is not None else None
+    except ValueError as error:
+        # Not the value: it may hold a password.
+        sys.stderr.write(f"redis_url: {error}\n")
+        return 2
+    sampler = Sampler(
+        Nvml().read,
+        Roster(settings.node or socket.gethostname()),
+        period_seconds=settings.sample_seconds,
+        deadline_seconds=deadline_for(settings.sample_seconds),
+    )
+    async with AsyncExitStack() as resources:
+        publisher = None if redis is None else await _publisher(resources, redis, settings)
+        registry = CollectorRegistry()
+        registry.register(
+            TelemetryCollector(sampler, publish_failures=lambda: 0 if publisher is None else publisher.failures)
+        )
+        metrics_port = resources.enter_context(serve_metrics(settings.metrics, registry))
+        server = await resources.enter_async_context(serve(settings.listen, lambda it: _register(it, sampler)))
+        _log.info("listening", extra={"grpc_port": server.port, "metrics_port": metrics_port})
+        await _work(sampler, publisher, server, stop)
+    return 0
+
+
+async def _publisher(resources: AsyncExitStack, redis: Redis, settings: TelemetrySettings) -> Publisher:
+    await resources.enter_async_context(redis)
+    return Publisher(redis, period_seconds=settings.sample_seconds)
+
+
+def _register(server: grpc.aio.Server, sampler: Sampler) -> Sequence[str]:
+    telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(TelemetryServicer(sampler), server)
+    return [_SERVICE]
+
+
+async def _work(sampler: Sampler, publisher: Publisher | None, server: Server, stop: asyncio.Event) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        owned = [tasks.create_task(sampler.run()), tasks.create_task(_announce(sampler, server))]
+        if publisher is not None:
+            owned.append(tasks.create_task(publisher.run(sampler)))
+        await stop.wait()
+        # Watches end with the sampler, so that the server need not wait for them.
+        for task in owned:
+            task.cancel()
+
+
+async def _announce(sampler: Sampler, server: Server) -> None:
+    await sampler.first()
+    await server.set_serving(True)
+
+
+if __name__ == "__main__":
+    sys.exit(start("telemetry", TelemetrySettings, run))

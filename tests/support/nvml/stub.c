@@ -1,0 +1,305 @@
+/* A stand-in for libnvidia-ml.so.1: it answers from the text file that TOKENLOOM_NVML_STUB_STATE names, read again
+ * whenever it has been replaced. stub.py writes that file and documents it.
+ *
+ * Compile with -DSTUB_BUILD="\"…\"" for the version that it has to share with the "kernel module", and with
+ * -DSTUB_OLD for a driver from before nvmlDeviceGetTemperatureV, …ClocksEventReasons and …RunningProcesses_v3. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#ifndef STUB_BUILD
+#define STUB_BUILD "1"
+#endif
+
+enum {
+  SUCCESS = 0,
+  UNINITIALIZED = 1,
+  INVALID_ARGUMENT = 2,
+  NOT_SUPPORTED = 3,
+  INSUFFICIENT_SIZE = 7,
+  LIB_RM_VERSION_MISMATCH = 18,
+  UNKNOWN = 999,
+  MAX_CARDS = 16,
+  MAX_FIELDS = 32,
+  MAX_PROCESSES = 64,
+};
+
+typedef int ret_t;
+
+struct field {
+  char key[32];
+  char value[1024];
+};
+
+struct section {
+  struct field fields[MAX_FIELDS];
+  int count;
+};
+
+static struct {
+  struct section driver;
+  struct section cards[MAX_CARDS];
+  int card_count;
+} state;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct stat seen;
+static int sessions;
+static int lost_in_session[MAX_CARDS];
+
+static void parse(FILE *file) {
+  char line[1200];
+  struct section *section = &state.driver;
+  memset(&state, 0, sizeof state);
+  while (fgets(line, sizeof line, file)) {
+    line[strcspn(line, "\n")] = 0;
+    if (strcmp(line, "card") == 0 && state.card_count < MAX_CARDS) {
+      section = &state.cards[state.card_count++];
+      continue;
+    }
+    char *value = strchr(line, ' ');
+    if (!value || section->count == MAX_FIELDS) continue;
+    *value++ = 0;
+    struct field *field = &section->fields[section->count++];
+    snprintf(field->key, sizeof field->key, "%.31s", line);
+    snprintf(field->value, sizeof field->value, "%.1023s", value);
+  }
+}
+
+static void refresh(void) {
+  const char *path = getenv("TOKENLOOM_NVML_STUB_STATE");
+  struct stat now;
+  if (!path || stat(path, &now) != 0) return;
+  if (now.st_ino == seen.st_ino && now.st_mtim.tv_sec == seen.st_mtim.tv_sec &&
+      now.st_mtim.tv_nsec == seen.st_mtim.tv_nsec)
+    return;
+  FILE *file = fopen(path, "r");
+  if (!file) return;
+  parse(file);
+  fclose(file);
+  seen = now;
+}
+
+static const char *find(const struct section *section, const char *key) {
+  for (int i = 0; i < section->count; i++)
+    if (strcmp(section->fields[i].key, key) == 0) return section->fields[i].value;
+  return NULL;
+}
+
+/* "!3" is the error 3; nothing at all is "not supported". */
+static ret_t look(const struct section *section, const char *key, const char **value) {
+  *value = find(section, key);
+  if (!*value) return NOT_SUPPORTED;
+  return (*value)[0] == '!' ? atoi(*value + 1) : SUCCESS;
+}
+
+static ret_t driver_error(void) {
+  pthread_mutex_lock(&lock);
+  refresh();
+  while (find(&state.driver, "hang")) {
+    pthread_mutex_unlock(&lock);
+    usleep(5000);
+    pthread_mutex_lock(&lock);
+    refresh();
+  }
+  const char *kernel = find(&state.driver, "kernel");
+  const char *error = find(&state.driver, "error");
+  pthread_mutex_unlock(&lock);
+  if (kernel && strcmp(kernel, STUB_BUILD) != 0) return LIB_RM_VERSION_MISMATCH;
+  return error ? atoi(error) : SUCCESS;
+}
+
+static ret_t enter(void) {
+  ret_t error = driver_error();
+  if (error) return error;
+  return sessions ? SUCCESS : UNINITIALIZED;
+}
+
+/* A card that was lost stays so for the whole session, as real ones do. */
+static ret_t card_error(int index) {
+  ret_t error = enter();
+  if (error) return error;
+  if (index < 0 || index >= state.card_count) return INVALID_ARGUMENT;
+  const char *problem = find(&state.cards[index], "error");
+  if (problem) lost_in_session[index] = atoi(problem);
+  return lost_in_session[index];
+}
+
+static ret_t card_value(void *device, const char *key, const char **value) {
+  int index = (int)(long)device - 1;
+  ret_t error = card_error(index);
+  return error ? error : look(&state.cards[index], key, value);
+}
+
+static ret_t card_text(void *device, const char *key, char *text, unsigned length) {
+  const char *value;
+  ret_t error = card_value(device, key, &value);
+  if (!error) snprintf(text, length, "%s", value);
+  return error;
+}
+
+static ret_t card_number(void *device, const char *key, unsigned long long *number) {
+  const char *value;
+  ret_t error = card_value(device, key, &value);
+  if (!error) *number = strtoull(value, NULL, 0);
+  return error;
+}
+
+static ret_t card_unsigned(void *device, const char *key, unsigned *number) {
+  unsigned long long wide = 0;
+  ret_t error = card_number(device, key, &wide);
+  if (!error) *number = (unsigned)wide;
+  return error;
+}
+
+ret_t nvmlInitWithFlags(unsigned flags) {
+  (void)flags;
+  ret_t error = driver_error();
+  if (error) return error;
+  if (sessions++ == 0) memset(lost_in_session, 0, sizeof lost_in_session);
+  return SUCCESS;
+}
+
+ret_t nvmlShutdown(void) {
+  if (!sessions) return UNINITIALIZED;
+  sessions--;
+  return SUCCESS;
+}
+
+const char *nvmlErrorString(ret_t error) {
+  (void)error;
+  return "an error of the stub";
+}
+
+ret_t nvmlSystemGetDriverVersion(char *version, unsigned length) {
+  ret_t error = enter();
+  if (error) return error;
+  const char *value;
+  error = look(&state.driver, "version", &value);
+  if (!error) snprintf(version, length, "%s", value);
+  return error;
+}
+
+ret_t nvmlDeviceGetCount_v2(unsigned *count) {
+  ret_t error = enter();
+  if (!error) *count = (unsigned)state.card_count;
+  return error;
+}
+
+ret_t nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
+  ret_t error = card_error((int)index);
+  if (!error) *device = (void *)(long)(index + 1);
+  return error;
+}
+
+ret_t nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) { return card_text(device, "uuid", uuid, length); }
+
+ret_t nvmlDeviceGetName(void *device, char *name, unsigned length) { return card_text(device, "name", name, length); }
+
+struct memory {
+  unsigned long long total, free, used;
+};
+
+ret_t nvmlDeviceGetMemoryInfo(void *device, struct memory *memory) {
+  ret_t error = card_number(device, "memory_total", &memory->total);
+  if (!error) error = card_number(device, "memory_used", &memory->used);
+  if (!error) memory->free = memory->total - memory->used;
+  return error;
+}
+
+struct utilization {
+  unsigned gpu, memory;
+};
+
+ret_t nvmlDeviceGetUtilizationRates(void *device, struct utilization *utilization) {
+  ret_t error = card_unsigned(device, "utilization", &utilization->gpu);
+  return error ? error : card_unsigned(device, "memory_utilization", &utilization->memory);
+}
+
+ret_t nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) {
+  return sensor ? INVALID_ARGUMENT : card_unsigned(device, "temperature", celsius);
+}
+
+ret_t nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) {
+  return card_unsigned(device, "power_mw", milliwatts);
+}
+
+ret_t nvmlDeviceGetEnforcedPowerLimit(void *device, unsigned *milliwatts) {
+  return card_unsigned(device, "power_limit_mw", milliwatts);
+}
+
+ret_t nvmlDeviceGetClockInfo(void *device, int type, unsigned *mhz) {
+  if (type != 1 && type != 2) return INVALID_ARGUMENT;
+  return card_unsigned(device, type == 1 ? "sm_clock" : "memory_clock", mhz);
+}
+
+ret_t nvmlDeviceGetCurrentClocksThrottleReasons(void *device, unsigned long long *reasons) {
+  return card_number(device, "clock_reasons", reasons);
+}
+
+ret_t nvmlDeviceGetTotalEccErrors(void *device, int type, int counter, unsigned long long *count) {
+  if (type != 1 || counter != 0) return INVALID_ARGUMENT;
+  return card_number(device, "ecc_uncorrected", count);
+}
+
+struct process {
+  unsigned pid;
+  unsigned long long memory;
+  unsigned gpu_instance, compute_instance;
+};
+
+/* "123:4096 124:-": a "-" where the driver doesn't tell. */
+static ret_t processes(void *device, unsigned *count, struct process *found) {
+  const char *value;
+  ret_t error = card_value(device, "processes", &value);
+  if (error) return error;
+  char text[1024];
+  snprintf(text, sizeof text, "%s", value);
+  struct process all[MAX_PROCESSES];
+  unsigned n = 0;
+  char *rest = NULL;
+  for (char *item = strtok_r(text, " ", &rest); item && n < MAX_PROCESSES; item = strtok_r(NULL, " ", &rest)) {
+    char *memory = strchr(item, ':');
+    all[n].pid = (unsigned)atoi(item);
+    all[n].memory = memory && memory[1] != '-' ? strtoull(memory + 1, NULL, 0) : ~0ULL;
+    all[n].gpu_instance = all[n].compute_instance = ~0U;
+    n++;
+  }
+  unsigned room = *count;
+  *count = n;
+  if (n > room) return INSUFFICIENT_SIZE;
+  if (found) memcpy(found, all, n * sizeof *all);
+  return SUCCESS;
+}
+
+#ifdef STUB_OLD
+
+ret_t nvmlDeviceGetComputeRunningProcesses_v2(void *device, unsigned *count, struct process *found) {
+  return processes(device, count, found);
+}
+
+#else
+
+struct temperature {
+  unsigned version, sensor;
+  int celsius;
+};
+
+ret_t nvmlDeviceGetTemperatureV(void *device, struct temperature *temperature) {
+  if (temperature->version != 0x100000C || temperature->sensor) return INVALID_ARGUMENT;
+  return card_unsigned(device, "temperature", (unsigned *)&temperature->celsius);
+}
+
+ret_t nvmlDeviceGetCurrentClocksEventReasons(void *device, unsigned long long *reasons) {
+  return card_number(device, "clock_reasons", reasons);
+}
+
+ret_t nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, struct process *found) {
+  return processes(device, count, found);
+}
+
+#endif

@@ -1,0 +1,109 @@
+"""A machine with NVIDIA GPUs that isn't one: builds stub.c as libnvidia-ml.so.1 and says what it answers."""
+
+import os
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["L40", "NOT_LOADED", "RTX_4090", "Card", "NvmlStub"]
+
+NOT_LOADED = 9
+"""NVML_ERROR_DRIVER_NOT_LOADED. Of the others: 3 is not supported, 15 GPU is lost, 16 reset required, 999 unknown."""
+_SOURCE = Path(__file__).with_name("stub.c")
+_GB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What a card answers. None: not supported. A string "!N": NVML's error N.
+
+    Attributes:
+        processes: "PID:BYTES" or "PID:-" (memory not told), with blanks between them.
+        clock_reasons: NVML's mask; 0x40 is hw_thermal_slowdown.
+        error: answers everything with this NVML error, until the session that has seen it ends.
+    """
+
+    uuid: str
+    name: str
+    memory_total: int | str | None = 48 * _GB
+    memory_used: int | str | None = 1 * _GB
+    utilization: int | str | None = 10
+    memory_utilization: int | str | None = 5
+    temperature: int | str | None = 40
+    power_mw: int | str | None = 60_500
+    power_limit_mw: int | str | None = 300_000
+    sm_clock: int | str | None = 1_500
+    memory_clock: int | str | None = 9_001
+    clock_reasons: int | str | None = 0
+    ecc_uncorrected: int | str | None = 0
+    processes: str | None = None
+    error: int | None = None
+
+    def lines(self) -> list[str]:
+        """Its part of the state file."""
+        values = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        return ["card", *(f"{name} {value}" for name, value in values if value is not None)]
+
+
+L40 = Card(uuid="GPU-l40", name="NVIDIA L40", memory_total=45 * _GB)
+RTX_4090 = Card(uuid="GPU-4090", name="NVIDIA GeForce RTX 4090", memory_total=24 * _GB, ecc_uncorrected=None)
+
+
+class NvmlStub:
+    """A built library in a folder of its own, and the file that it answers from.
+
+    Start processes with `environment` to give them this NVML.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._state = folder / "nvml-state"
+        self.build()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment, with the stub in it."""
+        paths = [str(self.folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        return {
+            **os.environ,
+            "LD_LIBRARY_PATH": ":".join(paths),
+            "TOKENLOOM_NVML_STUB_STATE": str(self._state),
+        }
+
+    def build(self, *, build: str = "1", old: bool = False) -> None:
+        """Puts the library there, in place of the one that was.
+
+        `build` is compared with the `kernel` of show(); an `old` library lacks the functions of newer drivers.
+        """
+        fresh = self.folder / "libnvidia-ml.so.fresh"
+        options = [f'-DSTUB_BUILD="{build}"', *(["-DSTUB_OLD"] if old else [])]
+        command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", *options, "-o", str(fresh)]
+        subprocess.run([*command, str(_SOURCE), "-lpthread"], check=True, timeout=30)
+        fresh.replace(self.folder / "libnvidia-ml.so.1")
+
+    def remove(self) -> None:
+        """Takes the library away."""
+        (self.folder / "libnvidia-ml.so.1").unlink()
+
+    def show(
+        self,
+        cards: Iterable[Card] = (),
+        *,
+        version: str = "570.86.10",
+        error: int | None = None,
+        hang: bool = False,
+        kernel: str | None = None,
+    ) -> None:
+        """What it answers from now on.
+
+        `error` is NVML's answer to every call; with `hang` calls don't return until the next show(); with a `kernel`
+        other than the library's build, versions don't match.
+        """
+        driver = {"version": version, "error": error, "hang": 1 if hang else None, "kernel": kernel}
+        lines = [f"{name} {value}" for name, value in driver.items() if value is not None]
+        for card in cards:
+            lines += card.lines()
+        fresh = self._state.with_suffix(".fresh")
+        fresh.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        fresh.replace(self._state)
