@@ -136,10 +136,10 @@ async def _stream(texts: list[str], generation: Generation, renderer: Renderer, 
     while texts:
         scores = generation.take_scores()
         events = renderer.scored("".join(texts), scores) if scores else renderer.deltas(texts)
-        if head:
-            events, head = head + events, b""
-        if events:
-            await response.send_events(events)
+        await response.send_events(head + events)
+        head = b""
+        if not scores:
+            generation.write_to(lambda text: not text or response.write_events(renderer.deltas((text,))))
         texts = await generation.take()
     assert generation.ending is not None
     await response.send_events(head + renderer.last(generation.ending) + DONE)

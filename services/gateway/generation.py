@@ -1,7 +1,7 @@
 """One generation from acquire to release, also across the loss of its worker."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -70,6 +70,10 @@ class Generation:
     def take_scores(self) -> list[TokenScore]:
         """The log-probabilities of the tokens behind the deltas taken."""
         return self._stream.take_scores()
+
+    def write_to(self, writer: Callable[[str], bool]) -> None:
+        """Has text deltas written at once where `writer` can; those that it returns False for wait for `take()`."""
+        self._stream.writer = writer
 
     async def take(self) -> list[str]:
         """Waits for text deltas and takes them; an empty list once the output is complete.

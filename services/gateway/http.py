@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -83,6 +83,8 @@ class Response:
         self.started = False
         self.ended = False
         self.status = 0
+        self._busy = False
+        self._unfinished: _Unfinished | None = None
 
     def add_header(self, name: str, value: str) -> None:
         """Adds a header; before anything is sent."""
@@ -104,7 +106,28 @@ class Response:
 
     async def send_events(self, events: bytes) -> None:
         """Sends events; waits while the client's buffers are full."""
+        self._busy = True
+        if self._unfinished is not None:
+            unfinished, self._unfinished = self._unfinished, None
+            await unfinished
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        self._busy = False
+
+    def write_events(self, events: bytes) -> bool:
+        """Sends events without giving way to other tasks, which saves a wake-up a token.
+
+        False, and nothing is sent, while the client's buffers are full.
+        """
+        if self._busy:
+            return False
+        sending = self._send({"type": "http.response.body", "body": events, "more_body": True})
+        try:
+            blocker = sending.send(None)  # type: ignore[attr-defined]  # servers' send() is a coroutine function
+        except StopIteration:
+            return True
+        # The buffers are full, and the server waits until they are not: the next send_events() waits with it.
+        self._busy, self._unfinished = True, _Unfinished(sending, blocker)
+        return True
 
     async def end(self) -> None:
         """Ends a stream of events."""
@@ -114,6 +137,23 @@ class Response:
     async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
         await self._send({"type": "http.response.start", "status": status, "headers": [*self._headers, *headers]})
+
+
+class _Unfinished:
+    """A coroutine that was begun outside of a task and is finished in one."""
+
+    def __init__(self, coroutine: Any, blocker: Any) -> None:
+        self._coroutine = coroutine
+        self._blocker = blocker
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        blocker = self._blocker
+        while True:
+            try:
+                result = yield blocker
+                blocker = self._coroutine.send(result)
+            except StopIteration:
+                return
 
 
 async def error_response(response: Response, error: MeshError) -> None:

@@ -43,6 +43,7 @@ async def serve_http(app: App, address: str, *, drain_seconds: float) -> AsyncIt
         access_log=False,
         server_header=False,
         date_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, int(drain_seconds)),
     )

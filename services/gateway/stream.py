@@ -1,7 +1,7 @@
 """One generation's output on its way from a worker to a client: what has come, and who waits for it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,10 +37,11 @@ class Stream:
     """Collects what a generation produces until its reader takes it.
 
     A reader that is slow takes several deltas at once, so what waits here is bounded by the output's own length, which
-    max_tokens and the model's context bound.
+    max_tokens and the model's context bound. A reader that is fast enough doesn't have to be woken for each delta: it
+    leaves a `writer` here, which gets the text at once.
     """
 
-    __slots__ = ("_error", "_waiter", "ending", "scores", "texts", "token_ids")
+    __slots__ = ("_error", "_waiter", "ending", "scores", "texts", "token_ids", "writer")
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -49,6 +50,8 @@ class Stream:
         """Scores that were not taken yet."""
         self.token_ids: list[int] = []
         """Every token so far, taken or not: what a resume needs."""
+        self.writer: Callable[[str], bool] | None = None
+        """Takes a delta out of turn; False when it can't, and the delta waits for the reader."""
         self.ending: Ending | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -56,6 +59,8 @@ class Stream:
     def push(self, text: str, token_ids: Sequence[int]) -> None:
         """Adds a delta."""
         self.token_ids += token_ids
+        if self.writer is not None and not self.texts and self.writer(text):
+            return
         self.texts.append(text)
         self.wake()
 
