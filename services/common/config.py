@@ -27,7 +27,7 @@ def load(path: Path, shape: type[T]) -> T:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     return convert(raw if raw is not None else {}, shape, where=str(path))
 

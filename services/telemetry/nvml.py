@@ -4,7 +4,6 @@ import ctypes
 from _ctypes import dlclose  # ctypes opens libraries and has no public way to close them
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import pynvml
@@ -55,13 +54,6 @@ def throttle_reasons(mask: int) -> tuple[str, ...]:
     return tuple(name for bit, name in _REASONS.items() if mask & bit)
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    handle: Any
-    uuid: str
-    name: str
-
-
 class Nvml:
     """One NVML session at a time, opened when it is needed and again after it broke.
 
@@ -70,7 +62,6 @@ class Nvml:
 
     def __init__(self) -> None:
         self._version: str | None = None
-        self._known: dict[int, _Known] = {}
         self._losses = 0
 
     def read(self) -> Scan:
@@ -79,7 +70,7 @@ class Nvml:
             if self._version is None:
                 self._version = _open()
             driver = Driver(state=DriverState.READY, version=self._version)
-            cards = tuple(self._card(index) for index in range(pynvml.nvmlDeviceGetCount()))
+            cards = tuple(_card(index) for index in range(pynvml.nvmlDeviceGetCount()))
         except pynvml.NVMLError as error:
             failure = _failure(error)
             self.close()
@@ -90,7 +81,6 @@ class Nvml:
     def close(self) -> None:
         """Ends the session and lets go of the library: a driver that was replaced comes with another one."""
         self._version = None
-        self._known.clear()
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
         _unload()
@@ -101,19 +91,6 @@ class Nvml:
         if self._losses >= _RENEW_AFTER_LOSSES:
             self._losses = 0
             self.close()
-
-    def _card(self, index: int) -> Card:
-        known = self._known.get(index)
-        try:
-            if known is None:
-                known = self._known[index] = _identify(index)
-            reading = _read(known.handle)
-        except _SESSION_ERRORS:
-            raise
-        except (pynvml.NVMLError, UnicodeError) as error:
-            uuid, name = (known.uuid, known.name) if known else ("", "")
-            return Card(index=index, uuid=uuid, name=name, problem=f"it does not answer: {error}")
-        return Card(index=index, uuid=known.uuid, name=known.name, reading=reading)
 
 
 def _open() -> str:
@@ -150,9 +127,17 @@ def _load_problem() -> str | None:
     return None
 
 
-def _identify(index: int) -> _Known:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    return _Known(handle, str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle)))
+def _card(index: int) -> Card:
+    uuid = name = ""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        uuid, name = str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle))
+        reading = _read(handle)
+    except _SESSION_ERRORS:
+        raise
+    except (pynvml.NVMLError, UnicodeError) as error:
+        return Card(index=index, uuid=uuid, name=name, problem=f"it does not answer: {error}")
+    return Card(index=index, uuid=uuid, name=name, reading=reading)
 
 
 class _Questions:

@@ -1,0 +1,103 @@
+"""Configuration files, and what is said of bad ones."""
+
+from pathlib import Path
+
+import pytest
+
+from services.common.config import ConfigError, convert, load
+from services.common.settings import GatewaySettings, TelemetrySettings, WorkerSettings
+
+PROCESS = {"name": "it", "listen": "127.0.0.1:0", "metrics": "127.0.0.1:0"}
+WORKER = {
+    **PROCESS,
+    "advertise": "127.0.0.1:50061",
+    "routers": ["127.0.0.1:50051"],
+    "model": {"name": "sim"},
+    "engine": "sim",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sample_seconds": 0.01}, ["sample_seconds", ">= 0.1", "0.01"]),
+        ({"sample_seconds": "often"}, ["sample_seconds", "float", "'often'"]),
+        ({"listen": "localhost"}, ["listen", "'localhost'"]),
+        ({"listen": 50051}, ["listen", "str", "50051"]),
+        ({"log_level": "loud"}, ["log_level", "'loud'"]),
+        ({"name": "a name"}, ["name", "'a name'"]),
+        ({"samples_second": 1}, ["samples_second"]),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key_and_what_was_expected(change: dict[str, object], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        convert({**PROCESS, **change}, TelemetrySettings, where="telemetry.yaml")
+
+    assert str(refused.value).startswith("telemetry.yaml: ")
+    assert [words for words in said if words not in str(refused.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"routers": ["127.0.0.1:1", "nowhere"]}, ["routers[1]", "'nowhere'"]),
+        ({"model": {"name": ""}}, ["model.name", "''"]),
+        ({"sim": {"block_size": 0}}, ["sim.block_size", ">= 1", "0"]),
+        ({"sim": []}, ["sim", "array"]),
+    ],
+)
+def test_a_bad_value_deep_inside_is_named_by_its_path(change: dict[str, object], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        convert({**WORKER, **change}, WorkerSettings, where="worker.yaml")
+
+    assert [words for words in said if words not in str(refused.value)] == []
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="listen"):
+        convert({"name": "it", "metrics": "127.0.0.1:0"}, TelemetrySettings, where="x")
+
+
+def test_yaml_and_json_are_read_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: it\nlisten: 127.0.0.1:0\nmetrics: 127.0.0.1:0\nsample_seconds: 2\n")
+    (tmp_path / "a.json").write_text(
+        '{"name": "it", "listen": "127.0.0.1:0", "metrics": "127.0.0.1:0", "sample_seconds": 2}'
+    )
+
+    settings = load(tmp_path / "a.yaml", TelemetrySettings)
+
+    assert settings == load(tmp_path / "a.json", TelemetrySettings)
+    assert (settings.sample_seconds, settings.redis_url) == (2.0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [", "not YAML"),
+        ("", "missing required field"),
+        ("just words", "Expected `object`"),
+        ("- a\n- list", "Expected `object`"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError) as refused:
+        load(path, GatewaySettings)
+
+    assert str(refused.value).startswith(f"{path}: ")
+    assert said in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: No such file"):
+        load(tmp_path / "nothing.yaml", GatewaySettings)
+
+
+def test_a_file_of_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+
+    with pytest.raises(ConfigError):
+        load(path, GatewaySettings)
