@@ -1,7 +1,8 @@
 """OpenTelemetry tracing: the provider of a process, and W3C trace context where there are no headers to carry it."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -9,8 +10,8 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import Span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -33,7 +34,7 @@ def provider(service: str, *, endpoint: str | None, instance: str = "") -> Itera
         return
     resource = Resource.create({"service.name": f"tokenloom-{service}", "service.instance.id": instance or service})
     tracing = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=_EXPORT_TIMEOUT_SECONDS)
+    exporter = _Exporter(endpoint=endpoint, insecure=True, timeout=_EXPORT_TIMEOUT_SECONDS)
     tracing.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=_QUEUE_SPANS, schedule_delay_millis=500))
     # A backend that is away is said once by the exporter itself, at a level that people see; not for every batch.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
@@ -43,6 +44,18 @@ def provider(service: str, *, endpoint: str | None, instance: str = "") -> Itera
     finally:
         tracing.force_flush(timeout_millis=int(_EXPORT_TIMEOUT_SECONDS * 1000))
         tracing.shutdown()
+
+
+class _Exporter(OTLPSpanExporter):
+    """Exports from the process that made it; a forked copy of gRPC hangs instead of sending."""
+
+    def __init__(self, *, endpoint: str, insecure: bool, timeout: float) -> None:
+        super().__init__(endpoint=endpoint, insecure=insecure, timeout=timeout)
+        self._home = os.getpid()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Sends a batch, or forgets it in a copy."""
+        return super().export(spans) if os.getpid() == self._home else SpanExportResult.SUCCESS
 
 
 def tracer() -> trace.Tracer:
