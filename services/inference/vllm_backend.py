@@ -1,0 +1,208 @@
+"""vLLM itself: starting it, asking it, stopping it. To be imported once the environment is prepared."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from services.common.config import ConfigError
+from services.common.errors import MeshError, Reason
+from services.common.settings import WorkerSettings
+from services.inference.engine import Capability, EngineCard, Generation
+from services.inference.vllm_environment import has_cuda, vllm_version
+from services.inference.vllm_params import Limits, Plan
+from services.inference.vllm_prompts import Prompts
+from services.inference.vllm_replay import Replay
+
+__all__ = ["Backend", "start_backend"]
+
+_CPU_KV_CACHE_BYTES: Final = 64 << 20
+_CPU_BLOCK_SIZE: Final = 32
+_MAX_RUNNING: Final = 64
+# They are said elsewhere in the settings, or are ours to decide.
+_OURS: Final = {"model": "model.path", "otlp_traces_endpoint": "otlp_endpoint", "disable_log_stats": None}
+_SHUTDOWN_SECONDS: Final = 2.0
+# The names that vLLM has for our fields, where they differ.
+_FIELDS: Final = {"logprobs": "logprob_count", "input_ids": "prompt", "input_text": "prompt"}
+
+_log = logging.getLogger(__name__)
+
+
+class Backend:
+    """A running AsyncLLM, and what of vLLM's is needed to use it."""
+
+    def __init__(self, llm: Any, *, card: EngineCard, prompts: Prompts) -> None:
+        self.llm = llm
+        self.card = card
+        self.prompts = prompts
+        self.limits = _limits(llm)
+        self.dead: type[Exception] = EngineDeadError
+        """What vLLM raises when its engine process is gone."""
+        self._texts: dict[int, str] = {}
+
+    def watch(self) -> None:
+        """Begins to listen to the engine, which otherwise only happens with the first request. On the event loop."""
+        self.llm._run_output_handler()
+
+    async def died(self) -> None:
+        """Returns when the engine process is gone."""
+        await asyncio.wait([self.llm.output_handler])
+
+    async def add(self, generation: Generation, plan: Plan, *, detokenize: bool) -> Any:
+        """Hands a request to the engine; returns the collector that its outputs come through.
+
+        Raises:
+            MeshError: vLLM refuses it (INVALID_REQUEST).
+        """
+        arguments = plan.arguments()
+        if not detokenize:
+            arguments |= {"stop": None, "detokenize": False}
+        traceparent = generation.traceparent
+        with self.refusals("messages" if generation.kind == "chat" else "prompt"):
+            return await self.llm.add_request(
+                generation.id,
+                tokens_input(plan.tokens),
+                SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
+                trace_headers={"traceparent": traceparent} if traceparent and self._traces else None,
+                priority=generation.priority,
+            )
+
+    def replay(self, plan: Plan) -> Replay | None:
+        """What turns a continuation's tokens into text; None for a new generation, whose text vLLM makes."""
+        return Replay(self.llm.get_tokenizer(), plan) if plan.emitted_token_ids else None
+
+    @property
+    def _traces(self) -> bool:
+        return self.llm.observability_config.otlp_traces_endpoint is not None
+
+    async def release(self, request_id: str) -> None:
+        """Frees what the engine holds for a request, if it holds anything."""
+        try:
+            await self.llm.abort(request_id)
+        except self.dead:
+            _log.debug("nothing to free in a dead engine")
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token on its own."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.llm.get_tokenizer().decode([token_id])
+        return text
+
+    @contextmanager
+    def refusals(self, field: str) -> Iterator[None]:
+        """Turns what vLLM raises for a bad request into INVALID_REQUEST, on `field` unless vLLM names one."""
+        try:
+            yield
+        except (VLLMClientError, ValueError) as error:
+            parameter = getattr(error, "parameter", None)
+            named = _FIELDS.get(parameter, parameter) if parameter else field
+            raise MeshError(Reason.INVALID_REQUEST, str(error), field=named) from error
+
+    def stop(self) -> None:
+        """Ends the engine process and frees what it held. Blocks for two seconds at most."""
+        self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+
+    def forget(self) -> None:
+        """Lets go of what was stopped; left to the end of the process, its finalizer would miss half of Python."""
+        self.llm = None
+
+
+def start_backend(settings: WorkerSettings, stats: Any) -> Backend:
+    """Starts vLLM; blocks until it can serve. `stats` is told of every step, through vLLM's stat logger interface.
+
+    Call it from a thread that lives as long as the engine is to: the engine dies with the thread that started it.
+
+    Raises:
+        ConfigError: the settings name an argument that vLLM hasn't, or a value that it refuses.
+    """
+    path = settings.model.path
+    if path is None:
+        raise ConfigError('model.path: needed for engine "vllm"')
+    cuda = has_cuda()
+    config = _vllm_config(settings, path, cuda=cuda)
+    if not cuda and config.parallel_config.world_size == 1 and sys.platform == "linux":
+        # Forked, the engine is ready in two seconds instead of fifteen: it has imported everything already. vLLM asks
+        # for spawn whenever it makes a configuration for a CPU, hence only now.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda _config, _index=0: stats])
+    return _backend(settings, llm)
+
+
+def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for key in settings.engine_args:
+        if key not in known:
+            raise ConfigError(f"engine_args.{key}: vLLM {vllm_version()} has no such argument")
+        if key in _OURS:
+            raise ConfigError(f"engine_args.{key}: can't be set here, {_OURS[key] or 'load reports need it'}")
+    arguments = _defaults(settings, cuda=cuda) | settings.engine_args
+    try:
+        return AsyncEngineArgs(model=path, **arguments).create_engine_config()
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(
+            f"vLLM refuses model.path {path!r} with engine_args {settings.engine_args}: {error}"
+        ) from error
+
+
+def _defaults(settings: WorkerSettings, *, cuda: bool) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "max_num_seqs": _MAX_RUNNING,
+        "scheduling_policy": "priority",
+        "use_tqdm_on_load": False,
+    }
+    if cuda:
+        return defaults | {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    return defaults | {
+        "enforce_eager": True,
+        "block_size": _CPU_BLOCK_SIZE,
+        "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
+        "dtype": "bfloat16",
+    }
+
+
+def _backend(settings: WorkerSettings, llm: Any) -> Backend:
+    if settings.otlp_endpoint is not None:
+        # Given an endpoint beforehand, vLLM would make a provider and an exporter of its own. Told only now, its spans
+        # go to the provider that this process has.
+        llm.observability_config.otlp_traces_endpoint = settings.otlp_endpoint
+        llm.output_processor.tracing_enabled = True
+    prompts = Prompts(llm.renderer, context_tokens=llm.model_config.max_model_len)
+    return Backend(llm, card=_card(settings, llm, prompts), prompts=prompts)
+
+
+def _card(settings: WorkerSettings, llm: Any, prompts: Prompts) -> EngineCard:
+    cache = llm.vllm_config.cache_config
+    can = {Capability.GENERATE} | ({Capability.CHAT} if prompts.has_chat_template else set())
+    return EngineCard(
+        kind="vllm",
+        model=settings.model.name,
+        max_context_tokens=llm.model_config.max_model_len,
+        vocabulary_size=llm.model_config.get_vocab_size(),
+        capabilities=frozenset(can),
+        max_running=llm.vllm_config.scheduler_config.max_num_seqs,
+        kv_cache_tokens=cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size,
+    )
+
+
+def _limits(llm: Any) -> Limits:
+    configured = llm.model_config.try_get_generation_config().get("eos_token_id")
+    ends = {configured} if isinstance(configured, int) else set(configured or ())
+    return Limits(
+        context_tokens=llm.model_config.max_model_len,
+        vocabulary=llm.model_config.get_vocab_size(),
+        logprobs=llm.model_config.max_logprobs,
+        end_ids=frozenset(ends | {llm.renderer.get_eos_token_id()} - {None}),
+    )

@@ -1,0 +1,52 @@
+"""What vLLM tells of each of its steps, kept as the numbers that a load report needs."""
+
+from typing import Any
+
+from services.inference.calibration import DecodeModel
+
+__all__ = ["EngineStats"]
+
+
+class EngineStats:
+    """vLLM's stat logger interface (which upstream calls unstable), called after each step and never while idle."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.waiting = 0
+        self.kv_usage = 0.0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.decode = DecodeModel()
+
+    def reset(self) -> None:
+        """The engine starts again, empty; what was learnt and counted stays."""
+        self.running = self.waiting = 0
+        self.kv_usage = 0.0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """One engine step."""
+        del mm_cache_stats, engine_idx
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self.kv_usage = scheduler_stats.kv_cache_usage
+            self.prefix_queries += scheduler_stats.prefix_cache_stats.queries
+            self.prefix_hits += scheduler_stats.prefix_cache_stats.hits
+        if iteration_stats is not None and not iteration_stats.time_to_first_tokens_iter:
+            self._observe_decode(iteration_stats.inter_token_latencies_iter)
+
+    def _observe_decode(self, gaps: list[float]) -> None:
+        # Every sequence of a pure decode step waited equally long for its token, but for those that were preempted.
+        if gaps:
+            self.decode.observe(len(gaps), sorted(gaps)[len(gaps) // 2])
+
+    def log_engine_initialized(self) -> None:
+        """Part of vLLM's interface; there is nothing to say."""
+
+    def log(self) -> None:
+        """Part of vLLM's interface; there is nothing to say."""
+
+    def record_sleep_state(self, is_awake: int, level: int) -> None:
+        """Part of vLLM's interface; these engines don't sleep."""
