@@ -139,7 +139,7 @@ async def _stream(texts: list[str], generation: Generation, renderer: Renderer, 
         await response.send_events(head + events)
         head = b""
         if not scores:
-            generation.write_to(lambda text: not text or response.write_events(renderer.deltas((text,))))
+            generation.write_to(renderer.writer(response.write_events))
         texts = await generation.take()
     assert generation.ending is not None
     await response.send_events(head + renderer.last(generation.ending) + DONE)

@@ -1,6 +1,6 @@
 """What answers look like: OpenAI's chat and legacy completion objects, whole and as server-sent events."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -24,6 +24,10 @@ class Renderer(Protocol):
 
     def deltas(self, texts: Sequence[str]) -> bytes:
         """The events of text deltas."""
+        ...
+
+    def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
+        """Makes one function of rendering a delta and writing it: it is called for every token."""
         ...
 
     def scored(self, text: str, scores: Sequence[TokenScore]) -> bytes:
@@ -62,6 +66,15 @@ class _Chunks:
         encoded = [_encode(text) for text in texts if text]
         return self._before + self._between.join(encoded) + self._after if encoded else b""
 
+    def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
+        """Renders and writes in one call."""
+        before, after, encode = self._before, self._after, _encode
+
+        def write_text(text: str) -> bool:
+            return not text or write(before + encode(text) + after)
+
+        return write_text
+
     def usage(self, ending: Ending) -> bytes:
         """The event with the usage, if it was asked for."""
         if not self._include_usage:
@@ -84,6 +97,10 @@ class ChatRenderer:
     def deltas(self, texts: Sequence[str]) -> bytes:
         """Text."""
         return self._chunks.texts(texts)
+
+    def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
+        """Text, written as it comes."""
+        return self._chunks.writer(write)
 
     def scored(self, text: str, scores: Sequence[TokenScore]) -> bytes:
         """Text with log-probabilities."""
@@ -120,6 +137,10 @@ class CompletionRenderer:
     def deltas(self, texts: Sequence[str]) -> bytes:
         """Text."""
         return self._chunks.texts(texts)
+
+    def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
+        """Text, written as it comes."""
+        return self._chunks.writer(write)
 
     def scored(self, text: str, scores: Sequence[TokenScore]) -> bytes:
         """Text with log-probabilities."""

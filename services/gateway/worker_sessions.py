@@ -75,20 +75,29 @@ class _Session:
             stream.fail(WorkerLostError(self._endpoint))
 
     def _apply(self, message: worker_pb2.SessionResponse) -> None:
-        streams = self._streams
-        handles = message.handles
-        if handles:
-            token_ids = list(message.token_ids)
-            position = 0
-            for handle, text, count in zip(handles, message.texts, message.token_counts, strict=True):
-                stream = streams.get(handle)
-                if stream is not None:
-                    stream.push(text, token_ids[position : position + count])
-                position += count
+        if message.handles:
+            self._push_rows(message)
         for rich in message.deltas:
             self._push_rich(rich)
         for end in message.ends:
             self._end(end)
+
+    def _push_rows(self, message: worker_pb2.SessionResponse) -> None:
+        find = self._streams.get
+        counts, token_ids = list(message.token_counts), list(message.token_ids)
+        if counts.count(1) == len(counts):
+            # One token a row is what nearly every step is.
+            for handle, text, token_id in zip(message.handles, message.texts, token_ids, strict=True):
+                stream = find(handle)
+                if stream is not None:
+                    stream.push(text, (token_id,))
+            return
+        position = 0
+        for handle, text, count in zip(message.handles, message.texts, counts, strict=True):
+            stream = find(handle)
+            if stream is not None:
+                stream.push(text, token_ids[position : position + count])
+            position += count
 
     def _push_rich(self, rich: worker_pb2.GenerationDelta) -> None:
         stream = self._streams.get(rich.handle)
