@@ -1,6 +1,6 @@
 """MeshError as google.rpc.Status and back, with ErrorInfo, BadRequest and RetryInfo."""
 
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -10,11 +10,19 @@ from google.rpc import error_details_pb2, status_pb2
 
 from services.common.errors import DOMAIN, TABLE, MeshError, Reason
 
-__all__ = ["DETAILS_KEY", "abort", "error_from_call", "error_from_status", "grpc_code", "status_from_error"]
+__all__ = [
+    "DETAILS_KEY",
+    "REASON_OF_CODE",
+    "abort",
+    "error_from_call",
+    "error_from_status",
+    "grpc_code",
+    "status_from_error",
+]
 
 DETAILS_KEY = "grpc-status-details-bin"
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
-_REASON_OF_CODE: dict[str, Reason] = {
+REASON_OF_CODE: Final[dict[str, Reason]] = {
     "INVALID_ARGUMENT": Reason.INVALID_REQUEST,
     "UNAUTHENTICATED": Reason.INVALID_API_KEY,
     "PERMISSION_DENIED": Reason.PERMISSION_DENIED,
@@ -54,9 +62,7 @@ def status_from_error(error: MeshError) -> status_pb2.Status:
 
 def error_from_status(status: status_pb2.Status) -> MeshError:
     """The error that a rich status tells of."""
-    reason = (
-        _REASON_OF_CODE.get(_CODES[status.code].name, Reason.INTERNAL) if status.code in _CODES else Reason.INTERNAL
-    )
+    reason = REASON_OF_CODE.get(_CODES[status.code].name, Reason.INTERNAL) if status.code in _CODES else Reason.INTERNAL
     field = code = retry_after = None
     for packed in status.details:
         info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
@@ -74,7 +80,7 @@ def error_from_call(error: grpc.aio.AioRpcError) -> MeshError:
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             return error_from_status(status_pb2.Status.FromString(value))
-    reason = _REASON_OF_CODE.get(error.code().name, Reason.INTERNAL)
+    reason = REASON_OF_CODE.get(error.code().name, Reason.INTERNAL)
     return MeshError(reason, error.details() or error.code().name)
 
 
