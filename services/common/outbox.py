@@ -2,16 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 __all__ = ["Outbox", "OutboxFullError"]
 
 
-class _Message(Protocol):
-    def ByteSize(self) -> int: ...
-
-
-M = TypeVar("M", bound=_Message)
+M = TypeVar("M")
 
 
 class OutboxFullError(Exception):
@@ -37,16 +33,20 @@ class Outbox(Generic[M]):
         self._wanted = asyncio.Event()
         self._closed = False
 
-    def edit(self) -> M:
+    def edit(self, cost: int = 1) -> M:
         """The message that goes out next, to be added to before the next await.
+
+        A large addition may count for more than one edit by its `cost`.
 
         Raises:
             OutboxFullError: the peer doesn't read.
         """
-        self._edits += 1
-        if self._edits == 1:
+        if not self._edits:
+            self._edits = cost
             self._wanted.set()
-        elif self._edits > self._max_edits:
+            return self._message
+        self._edits += cost
+        if self._edits > self._max_edits:
             raise OutboxFullError
         return self._message
 

@@ -1,0 +1,171 @@
+"""Every generation of a worker from its submission to its end: watched, counted, traced, and stopped in time."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Final, Protocol
+
+from services.common.errors import MeshError, Reason
+from services.inference.engine import Engine, FinishReason, Generation, Sink, Timings, TokenLogprobs, Usage
+from services.inference.metrics import WorkerMetrics
+from services.inference.spans import GenerationSpan, Spans
+
+__all__ = ["Generations", "Run"]
+
+_log = logging.getLogger(__name__)
+_MAX_REQUEST_ID_CHARACTERS: Final = 128
+
+
+class _Delta(Protocol):
+    def __call__(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None: ...
+
+
+class Run:
+    """One generation between its engine and the sink of whoever asked for it.
+
+    It ends exactly once: the sink hears of that as completed() or failed(), or, after cancel(), not at all.
+    """
+
+    __slots__ = ("_begun", "_engine", "_generation", "_owner", "_sink", "_span", "_task", "_timer", "delta", "over")
+
+    def __init__(
+        self, owner: "Generations", engine: Engine, generation: Generation, sink: Sink, span: GenerationSpan | None
+    ) -> None:
+        self._owner = owner
+        self._engine = engine
+        self._generation = generation
+        self._sink = sink
+        self._span = span
+        self._begun = owner.clock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.over = False
+        # The engine calls this for each token, so nothing stands between it and the sink.
+        self.delta: _Delta = sink.delta
+
+    @property
+    def id(self) -> str:
+        """The generation's id."""
+        return self._generation.id
+
+    async def submit(self) -> None:
+        """Hands the generation to the engine; what goes wrong is told to the sink."""
+        try:
+            await self._engine.submit(self._generation, self)
+        except MeshError as error:
+            self._refuse(error)
+        except Exception:  # noqa: BLE001  # whatever an engine does to one generation, the others go on
+            _log.exception("the engine failed to take a generation")
+            self._refuse(MeshError(Reason.INTERNAL, "internal error"))
+
+    def submit_soon(self, tasks: asyncio.TaskGroup) -> None:
+        """Does submit() in a task of its own, so that a prompt that takes long to render holds nobody else up."""
+        self._task = tasks.create_task(self.submit())
+
+    def expire_after(self, seconds: float) -> None:
+        """Fails with DEADLINE_EXCEEDED unless it is over by then."""
+        error = MeshError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the output was complete")
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+
+    def cancel(self) -> None:
+        """Stops it at once and silently; nothing happens when it is over."""
+        if self.over:
+            return
+        self._stop_engine()
+        self._end("cancelled")
+        if self._span is not None:
+            self._span.cancelled()
+
+    def fail(self, error: MeshError) -> None:
+        """Stops it at once and tells the sink why; nothing happens when it is over."""
+        if self.over:
+            return
+        self._stop_engine()
+        self.failed(error)
+
+    def started(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """From the engine."""
+        self._owner.metrics.first_token(self._owner.clock() - self._begun, prompt_tokens, cached_tokens)
+        if self._span is not None:
+            self._span.first_token()
+        self._sink.started(prompt_tokens, cached_tokens)
+
+    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
+        """From the engine."""
+        self._end(reason.value)
+        if self._span is not None:
+            self._span.completed(reason, usage)
+        self._sink.completed(reason, usage, timings)
+
+    def failed(self, error: MeshError) -> None:
+        """From the engine."""
+        self._end(error.reason.value.lower())
+        if self._span is not None:
+            self._span.failed(error)
+        self._sink.failed(error)
+
+    def _refuse(self, error: MeshError) -> None:
+        if not self.over:
+            self.failed(error)
+
+    def _stop_engine(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._engine.abort(self._generation.id)
+
+    def _end(self, outcome: str) -> None:
+        self.over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._owner.forget(self, outcome)
+
+
+class Generations:
+    """The generations that run."""
+
+    def __init__(self, spans: Spans, metrics: WorkerMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds."""
+        self.metrics = metrics
+        self.clock = clock
+        self._spans = spans
+        self._running: dict[str, Run] = {}
+        self._numbers = count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def new_id(self, request_id: str) -> str:
+        """An id for a generation that tells which request it serves."""
+        return f"{request_id[:_MAX_REQUEST_ID_CHARACTERS] or 'request'}-{next(self._numbers)}"
+
+    def start(self, engine: Engine, generation: Generation, sink: Sink, request_id: str) -> Run:
+        """A run that is to be submitted next."""
+        span = self._spans.start(generation, request_id)
+        if span is not None:
+            generation = replace(generation, traceparent=span.traceparent)
+        run = Run(self, engine, generation, sink, span)
+        self._running[run.id] = run
+        self._idle.clear()
+        return run
+
+    def refused(self, error: MeshError) -> None:
+        """Counts a request that never became a generation."""
+        self.metrics.ended(error.reason.value.lower())
+
+    def forget(self, run: Run, outcome: str) -> None:
+        """A run is over."""
+        self.metrics.ended(outcome)
+        del self._running[run.id]
+        if not self._running:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Returns once nothing runs."""
+        await self._idle.wait()
+
+    def fail_all(self, error: MeshError) -> None:
+        """Stops whatever runs and tells why."""
+        for run in tuple(self._running.values()):
+            run.fail(error)

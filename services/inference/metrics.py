@@ -1,0 +1,78 @@
+"""What a worker tells Prometheus."""
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.inference.engine import Load
+
+__all__ = ["LoadCollector", "WorkerMetrics"]
+
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class WorkerMetrics:
+    """Counters of a worker's generations."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "tokenloom_inference_requests",
+            "Generations that are over, by how they ended.",
+            ["outcome"],
+            registry=registry,
+        )
+        tokens = Counter(
+            "tokenloom_inference_tokens",
+            "Tokens of prompts, prompts found cached, and output.",
+            ["kind"],
+            registry=registry,
+        )
+        self._prompt, self._cached, self._output = (tokens.labels(kind) for kind in ("prompt", "cached", "output"))
+        self._first_token = Histogram(
+            "tokenloom_inference_time_to_first_token_seconds",
+            "From the submission to the first token.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def first_token(self, seconds: float, prompt_tokens: int, cached_tokens: int) -> None:
+        """A generation has produced its first token, `seconds` after it came."""
+        self._first_token.observe(seconds)
+        self._prompt.inc(prompt_tokens)
+        self._cached.inc(cached_tokens)
+
+    def output(self, tokens: int) -> None:
+        """Output was handed to the network."""
+        self._output.inc(tokens)
+
+    def ended(self, outcome: str) -> None:
+        """A generation is over: "stop", "length", "cancelled", or a Reason in lower case."""
+        self._requests.labels(outcome).inc()
+
+
+class LoadCollector(Collector):
+    """Reads the engine's load when Prometheus asks."""
+
+    def __init__(self, load: Callable[[], Load | None]) -> None:
+        self._load = load
+
+    def collect(self) -> Iterable[Metric]:
+        """The gauges; none while there is no engine."""
+        load = self._load()
+        if load is None:
+            return
+        values = {
+            "tokenloom_inference_requests_running": ("Sequences that run.", load.running),
+            "tokenloom_inference_requests_waiting": ("Sequences that wait inside the engine.", load.waiting),
+            "tokenloom_inference_kv_usage_ratio": ("Used share of the KV cache.", load.kv_usage),
+            "tokenloom_inference_pending_prefill_tokens": (
+                "Prompt tokens accepted and not prefilled yet.",
+                load.pending_prefill_tokens,
+            ),
+            "tokenloom_inference_engine_up": ("1 while the engine is alive.", float(load.alive)),
+        }
+        for name, (documentation, value) in values.items():
+            yield GaugeMetricFamily(name, documentation, value=value)

@@ -1,0 +1,129 @@
+"""Tells every router who this worker is and how it is, for as long as the worker lives."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+import grpc.aio
+from tokenloom.router.v1 import router_pb2, router_pb2_grpc
+
+from services.common.rpc import channel
+from services.inference import convert
+from services.inference.engine import EngineCard, Load
+from services.inference.gate import Gate, State
+
+__all__ = ["Registration", "registration_to_proto"]
+
+_log = logging.getLogger(__name__)
+_FIRST_BACKOFF_SECONDS: Final = 0.05
+_LAST_BACKOFF_SECONDS: Final = 0.5
+_ANSWER_SECONDS: Final = 5.0
+# A change is told this many times sooner than the next report is due: soon, and yet not with each request.
+_CHECKS_A_REPORT: Final = 4
+_STATES: Final = {
+    State.STARTING: router_pb2.WORKER_STATE_UNAVAILABLE,
+    State.READY: router_pb2.WORKER_STATE_READY,
+    State.DRAINING: router_pb2.WORKER_STATE_DRAINING,
+    State.UNAVAILABLE: router_pb2.WORKER_STATE_UNAVAILABLE,
+}
+
+
+class Registration:
+    """A worker's streams to its routers, each of which is opened again whenever it ends."""
+
+    def __init__(self, registration: router_pb2.Registration, gate: Gate, *, report_seconds: float) -> None:
+        """`report_seconds` is the longest between two reports."""
+        self._registration = registration
+        self._gate = gate
+        self._report_seconds = report_seconds
+
+    async def keep(self, routers: Sequence[str]) -> None:
+        """Keeps the worker registered with every router; runs until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for router in routers:
+                tasks.create_task(self._keep(router), name=f"registration with {router}")
+
+    async def _keep(self, router: str) -> None:
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            connection = _Connection(router, self._gate)
+            try:
+                await connection.run(self._messages())
+                cause = "the router ended the stream"
+            except TimeoutError:
+                cause = "the router does not answer"
+            except grpc.aio.AioRpcError as error:
+                cause = f"{error.code().name}: {error.details()}"
+            if connection.registered:
+                backoff = _FIRST_BACKOFF_SECONDS
+                _log.warning("registration lost", extra={"router": router, "cause": cause})
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+
+    async def _messages(self) -> AsyncIterator[router_pb2.RegisterRequest]:
+        yield router_pb2.RegisterRequest(registration=self._registration)
+        while True:
+            state, load = self._now()
+            yield router_pb2.RegisterRequest(load=convert.load_to_proto(load, _STATES[state]))
+            await self._wait(_gist(state, load))
+
+    async def _wait(self, told: tuple[State, int, int]) -> None:
+        # Load has no event to wait for: it is read, not pushed.
+        for _ in range(_CHECKS_A_REPORT):
+            await asyncio.sleep(self._report_seconds / _CHECKS_A_REPORT)
+            if _gist(*self._now()) != told:
+                return
+
+    def _now(self) -> tuple[State, Load]:
+        state = self._gate.state
+        return state, Load(alive=False) if state is State.STARTING else self._gate.engine.load
+
+
+class _Connection:
+    """One stream to one router, from its beginning to its end."""
+
+    def __init__(self, router: str, gate: Gate) -> None:
+        self._router = router
+        self._gate = gate
+        self.registered = False
+
+    async def run(self, messages: AsyncIterator[router_pb2.RegisterRequest]) -> None:
+        """Registers, reports and obeys until the stream ends."""
+        async with channel(self._router) as connection:
+            call = router_pb2_grpc.RouterServiceStub(connection).Register(messages)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                response = await call.read()
+            while isinstance(response, router_pb2.RegisterResponse):
+                self._obey(response)
+                response = await call.read()
+
+    def _obey(self, response: router_pb2.RegisterResponse) -> None:
+        match response.WhichOneof("message"):
+            case "registered":
+                self.registered = True
+                _log.info("registered", extra={"router": self._router})
+            case "drain":
+                self._gate.drain()
+            case "undrain":
+                self._gate.undrain()
+
+
+def registration_to_proto(
+    card: EngineCard, *, worker_id: str, endpoint: str, pool: str, gpus: Sequence[str]
+) -> router_pb2.Registration:
+    """Who a worker is."""
+    return router_pb2.Registration(
+        worker_id=worker_id,
+        endpoint=endpoint,
+        models=[convert.model_card_to_proto(card)],
+        engine=card.kind,
+        pool=pool,
+        gpu_uuids=gpus,
+        max_running_count=card.max_running,
+        kv_cache_token_count=card.kv_cache_tokens,
+    )
+
+
+def _gist(state: State, load: Load) -> tuple[State, int, int]:
+    return state, load.running, load.waiting

@@ -1,0 +1,155 @@
+"""The worker's gRPC services over its engine."""
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+from services.common.errors import MeshError, Reason
+from services.common.rpc import metadata_of
+from services.inference import convert
+from services.inference.call import Call
+from services.inference.gate import Gate
+from services.inference.generations import Generations, Run
+from services.inference.session import Session
+
+__all__ = ["InferenceServicer", "WorkerServicer", "register"]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """The public, typed way in."""
+
+    def __init__(self, gate: Gate, generations: Generations) -> None:
+        self._gate = gate
+        self._generations = generations
+
+    async def Generate(  # type: ignore[override]  # grpc.aio takes a coroutine that writes, the stub knows only generators
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        """Streams one generation."""
+        left = context.time_remaining()
+        if left is not None and left <= 0:
+            raise MeshError(Reason.DEADLINE_EXCEEDED, "the deadline has passed already")
+        loop = asyncio.get_running_loop()
+
+        def overflowed() -> None:
+            # Soon, since this is called from within the engine.
+            loop.call_soon(run.fail, MeshError(Reason.NO_CAPACITY, "the output is not read in time"))
+
+        call = Call(request.model, overflowed=overflowed)
+        run = self._start(request, call, context)
+        try:
+            await run.submit()
+            await self._stream(call, context)
+        finally:
+            run.cancel()
+            self._generations.metrics.output(call.token_count)
+
+    async def Embed(
+        self,
+        request: inference_pb2.EmbedRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> inference_pb2.EmbedResponse:
+        """Refuses: neither engine embeds."""
+        card = self._gate.engine.card
+        convert.check_model(request.model, card)
+        abilities = " and ".join(sorted(capability.value for capability in card.capabilities))
+        raise MeshError(Reason.UNIMPLEMENTED, f"the model {card.model!r} can {abilities}, not embed", field="model")
+
+    async def Tokenize(
+        self,
+        request: inference_pb2.TokenizeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> inference_pb2.TokenizeResponse:
+        """Tokenizes as Generate would."""
+        engine = self._gate.engine
+        token_ids = await engine.tokenize(convert.tokenize_prompt_from_proto(request, engine.card))
+        return inference_pb2.TokenizeResponse(
+            token_ids=token_ids, max_context_token_count=engine.card.max_context_tokens
+        )
+
+    async def ListModels(
+        self,
+        request: inference_pb2.ListModelsRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> inference_pb2.ListModelsResponse:
+        """The one model of this worker."""
+        return inference_pb2.ListModelsResponse(models=[convert.model_card_to_proto(self._gate.engine.card)])
+
+    def _start(
+        self, request: generation_pb2.GenerateRequest, call: Call, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Run:
+        metadata = metadata_of(context)
+        request_id = str(metadata.get("x-request-id", ""))
+        try:
+            engine = self._gate.admit()
+            generation = convert.generation_from_proto(
+                request,
+                engine.card,
+                generation_id=self._generations.new_id(request_id),
+                traceparent=str(metadata.get("traceparent", "")),
+            )
+        except MeshError as error:
+            self._generations.refused(error)
+            raise
+        return self._generations.start(engine, generation, call, request_id)
+
+    async def _stream(self, call: Call, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with aclosing(call.events()) as events:
+            async for event in events:
+                if event.HasField("completed"):
+                    context.set_trailing_metadata(_usage_metadata(event.completed.usage))
+                await context.write(event)
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """The inside door: sessions with gateways."""
+
+    def __init__(self, gate: Gate, generations: Generations) -> None:
+        self._gate = gate
+        self._generations = generations
+        self._sessions: set[Session] = set()
+        self._closed = False
+
+    async def Session(  # type: ignore[override]  # grpc.aio takes a coroutine that writes, the stub knows only generators
+        self,
+        request_iterator: Any,
+        context: grpc.aio.ServicerContext[worker_pb2.SessionRequest, worker_pb2.SessionResponse],
+    ) -> None:
+        """Serves one gateway for as long as it is there."""
+        if self._closed:
+            raise MeshError(Reason.NO_READY_WORKER, "this worker is stopping", retry_after_seconds=1.0)
+        session = Session(self._gate, self._generations)
+        self._sessions.add(session)
+        try:
+            await session.run(request_iterator, context.write)
+        finally:
+            self._sessions.discard(session)
+
+    def close(self) -> None:
+        """Ends every session once what is waiting is written, and takes no new one."""
+        self._closed = True
+        for session in self._sessions:
+            session.close()
+
+
+def register(server: grpc.aio.Server, inference: InferenceServicer, worker: WorkerServicer) -> list[str]:
+    """Adds the services to a server; returns their names."""
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
+    return [
+        inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+        worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+    ]
+
+
+def _usage_metadata(usage: generation_pb2.Usage) -> tuple[tuple[str, str], ...]:
+    return (
+        ("x-tokenloom-usage-prompt-tokens", str(usage.prompt_token_count)),
+        ("x-tokenloom-usage-cached-tokens", str(usage.cached_token_count)),
+        ("x-tokenloom-usage-output-tokens", str(usage.output_token_count)),
+    )

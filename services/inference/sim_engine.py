@@ -1,0 +1,509 @@
+"""A simulated engine: continuous batching, chunked prefill, KV and prefix cache, in real time and without a GPU.
+
+What it says depends on the prompt and the position alone (services.inference.sim_text); when it says it depends on the
+load, as with a real engine. Temperature, seed and penalties are taken and change nothing: every output is greedy.
+"""
+
+import asyncio
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from types import TracebackType
+from typing import Final, Self
+
+from services.common.errors import MeshError, Reason
+from services.common.settings import SimSettings
+from services.inference import sim_text
+from services.inference.calibration import DecodeModel, PrefillMeter
+from services.inference.engine import (
+    Capability,
+    ChatMessage,
+    EngineCard,
+    FinishReason,
+    Generation,
+    Load,
+    Sink,
+    Timings,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
+from services.inference.sim_cache import BlockPool, block_hashes
+from services.inference.sim_stop import StopMatcher
+
+__all__ = ["SimEngine"]
+
+# Prompt tokens that one step takes at most, so that a long prompt holds up those who decode for a while only.
+_CHUNK_TOKENS: Final = 512
+# Below this a timer of the event loop says nothing, so a step that is due so soon begins at once.
+_TIMER_SECONDS: Final = 0.001
+
+
+class SimEngine:
+    """An engine that computes nothing. Use it as an async context manager; one event loop owns it."""
+
+    def __init__(
+        self,
+        settings: SimSettings,
+        model_name: str,
+        max_queued: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_queued` requests may wait beyond the `max_num_seqs` that run; `clock` gives seconds."""
+        self._settings = settings
+        self._max_requests = settings.max_num_seqs + max_queued
+        self._clock = clock
+        self._card = EngineCard(
+            kind="sim",
+            model=model_name,
+            max_context_tokens=min(settings.max_model_len, settings.kv_blocks * settings.block_size),
+            vocabulary_size=sim_text.VOCABULARY_SIZE,
+            capabilities=frozenset({Capability.GENERATE, Capability.CHAT}),
+            max_running=settings.max_num_seqs,
+            kv_cache_tokens=settings.kv_blocks * settings.block_size,
+        )
+        self._tasks = asyncio.TaskGroup()
+        self._stepper: asyncio.Task[None] | None = None
+        self._alive = False
+        self._pool = BlockPool(settings.kv_blocks)
+        self._decode_model = DecodeModel()
+        self._prefill_meter = PrefillMeter()
+        self._sequences: dict[str, _Sequence] = {}
+        self._waiting: list[_Sequence] = []
+        self._prefilling: dict[str, _Sequence] = {}
+        self._decoding: dict[str, _Sequence] = {}
+        self._arrivals = 0
+        self._pending_prefill_tokens = 0
+        self._query_tokens = 0
+        self._hit_tokens = 0
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        self._alive = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._alive = False
+        if self._stepper is not None:
+            self._stepper.cancel()
+        for sequence in tuple(self._sequences.values()):
+            self.abort(sequence.id)
+            sequence.sink.failed(MeshError(Reason.ENGINE_FAILED, "the engine was stopped"))
+        # What ended the block goes on as it is; only the engine's own failure is added to it.
+        await self._tasks.__aexit__(None, None, None)
+
+    @property
+    def card(self) -> EngineCard:
+        """What it is."""
+        return self._card
+
+    @property
+    def load(self) -> Load:
+        """How it is, this moment."""
+        return Load(
+            running=len(self._prefilling) + len(self._decoding),
+            waiting=len(self._waiting),
+            kv_usage=self._pool.usage,
+            pending_prefill_tokens=self._pending_prefill_tokens,
+            prefill_tokens_per_second=self._prefill_meter.tokens_per_second,
+            decode_step_seconds=self._decode_model.base_seconds,
+            decode_step_seconds_per_sequence=self._decode_model.seconds_per_sequence,
+            prefix_query_tokens=self._query_tokens,
+            prefix_hit_tokens=self._hit_tokens,
+            alive=self._alive,
+        )
+
+    async def submit(self, generation: Generation, sink: Sink) -> None:
+        """Starts a generation; see Engine.submit."""
+        if not self._alive:
+            raise MeshError(Reason.ENGINE_FAILED, "the engine is not running")
+        if len(self._sequences) >= self._max_requests:
+            raise MeshError(Reason.NO_CAPACITY, "too many requests wait for this model", retry_after_seconds=1.0)
+        tokens = self._prompt_tokens(generation.prompt)
+        self._check_ids(generation, tokens)
+        end, reason = self._end_of(generation, tokens)
+        self._arrivals += 1
+        size = self._settings.block_size
+        sequence = _Sequence(generation, sink, tokens, end=end, reason=reason, block_size=size)
+        sequence.order = (generation.priority, self._arrivals)
+        sequence.arrival = self._clock()
+        self._sequences[sequence.id] = sequence
+        self._enqueue(sequence)
+        if self._stepper is None or self._stepper.done():
+            self._stepper = self._tasks.create_task(self._step_while_busy())
+
+    def abort(self, generation_id: str) -> None:
+        """Stops a generation; see Engine.abort."""
+        sequence = self._sequences.get(generation_id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+        """The tokens of a text or a conversation; see Engine.tokenize."""
+        return self._prompt_tokens(prompt)
+
+    def _prompt_tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
+        # Text that can't fit is refused before it is tokenized, which would hold everybody up.
+        if isinstance(prompt, str):
+            self._check_length(len(prompt) // sim_text.LONGEST_TOKEN)
+            return sim_text.tokenize(prompt)
+        messages = [part for part in prompt if isinstance(part, ChatMessage)]
+        if not messages:
+            return [part for part in prompt if isinstance(part, int)]
+        self._check_length(sum(len(message.content) for message in messages) // sim_text.LONGEST_TOKEN)
+        return sim_text.render_chat(messages)
+
+    def _check_length(self, least_tokens: int) -> None:
+        limit = self._card.max_context_tokens
+        if least_tokens >= limit:
+            raise MeshError(
+                Reason.CONTEXT_LENGTH_EXCEEDED,
+                f"the model's context is {limit} tokens, and the prompt has at least {least_tokens}",
+            )
+
+    def _check_ids(self, generation: Generation, tokens: Sequence[int]) -> None:
+        sampling = generation.sampling
+        by_field: dict[str, Iterable[int]] = {
+            "token_ids.ids": tokens,
+            "emitted_token_ids": generation.emitted_token_ids,
+            "sampling.stop_token_ids": sampling.stop_token_ids,
+            "sampling.logit_bias": sampling.logit_bias,
+        }
+        for field, ids in by_field.items():
+            highest = max(ids, default=0)
+            if highest >= self._card.vocabulary_size:
+                message = f"{field}: {highest} is not below the vocabulary's size, {self._card.vocabulary_size}"
+                raise MeshError(Reason.INVALID_REQUEST, message, field=field)
+
+    def _end_of(self, generation: Generation, tokens: Sequence[int]) -> tuple[int, FinishReason]:
+        limit, sampling = self._card.max_context_tokens, generation.sampling
+        room = limit - len(tokens)
+        least = max(sampling.max_tokens or 1, sampling.min_tokens, len(generation.emitted_token_ids))
+        if least > room:
+            raise MeshError(
+                Reason.CONTEXT_LENGTH_EXCEEDED,
+                f"the model's context is {limit} tokens; the prompt has {len(tokens)} and the output may have {least}",
+            )
+        if sampling.max_tokens is not None:
+            return sampling.max_tokens, FinishReason.LENGTH
+        natural = max(sim_text.natural_length(sim_text.output_seed(tokens)), sampling.min_tokens)
+        if sampling.ignore_eos or natural > room:
+            return room, FinishReason.LENGTH
+        return natural, FinishReason.STOP
+
+    def _enqueue(self, sequence: "_Sequence") -> None:
+        sequence.pending = sequence.length
+        self._pending_prefill_tokens += sequence.pending
+        insort(self._waiting, sequence, key=_order)
+
+    async def _step_while_busy(self) -> None:
+        begun = deadline = self._clock()
+        while self._sequences:
+            self._admit()
+            chunk = min(_CHUNK_TOKENS, sum(sequence.pending for sequence in self._prefilling.values()))
+            duration = self._step_seconds(len(self._decoding), chunk)
+            # A step that was late may be made up for by the next one, but not the whole time that was lost.
+            deadline = max(deadline, self._clock() - duration) + duration
+            batch = len(self._decoding)
+            await self._sleep_until(deadline)
+            now = self._clock()
+            if batch and not chunk:
+                self._decode_model.observe(batch, now - begun)
+            self._decode(now)
+            self._prefill(chunk, now)
+            begun = now
+
+    def _step_seconds(self, batch: int, chunk: int) -> float:
+        settings = self._settings
+        decode = settings.decode_step_ms + (batch - 1) * settings.decode_step_ms_per_sequence if batch else 0.0
+        return decode / 1000 + chunk / settings.prefill_tokens_per_second
+
+    async def _sleep_until(self, deadline: float) -> None:
+        left = deadline - self._clock()
+        await asyncio.sleep(left if left > _TIMER_SECONDS else 0)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._prefilling) + len(self._decoding) < self._settings.max_num_seqs:
+            sequence = self._waiting[0]
+            size = self._settings.block_size
+            # The last token is always computed: the first output comes from it.
+            found = min(self._pool.lookup(sequence.hashes), (sequence.length - 1) // size)
+            alone = min(sequence.length // size + 1, self._settings.kv_blocks) - found
+            if not self._pool.admit(sequence.hashes[:found], alone):
+                return
+            self._waiting.pop(0)
+            sequence.shared, sequence.alone = found, alone
+            self._begin(sequence, found * size)
+
+    def _begin(self, sequence: "_Sequence", cached: int) -> None:
+        self._pending_prefill_tokens -= cached
+        sequence.pending -= cached
+        sequence.prefill_begun = self._clock()
+        sequence.prefill_tokens = sequence.pending
+        if sequence.scheduled is None:
+            sequence.scheduled = sequence.prefill_begun
+            sequence.cached = min(cached, sequence.prompt_count)
+            self._query_tokens += sequence.prompt_count
+            self._hit_tokens += sequence.cached
+        self._prefilling[sequence.id] = sequence
+
+    def _prefill(self, chunk: int, now: float) -> None:
+        for sequence in tuple(self._prefilling.values()):
+            part = min(chunk, sequence.pending)
+            sequence.pending -= part
+            chunk -= part
+            self._pending_prefill_tokens -= part
+            if sequence.pending:
+                return
+            self._prefill_meter.observe(sequence.prefill_tokens, sequence.prefill_begun, now)
+            self._finish_prefill(sequence, now)
+
+    def _finish_prefill(self, sequence: "_Sequence", now: float) -> None:
+        del self._prefilling[sequence.id]
+        for block in sequence.hashes[sequence.shared :]:
+            self._share(sequence, block)
+        self._decoding[sequence.id] = sequence
+        sequence.decoding = True
+        if sequence.is_complete:
+            if self._first(sequence, now):
+                self._complete(sequence, now)
+        else:
+            sequence.plan_segment()
+
+    def _share(self, sequence: "_Sequence", block: int) -> None:
+        self._pool.share(block)
+        sequence.shared += 1
+        sequence.alone -= 1
+
+    def _decode(self, now: float) -> None:
+        # The hot path: once for each token. Whoever is called may abort any sequence.
+        for sequence in tuple(self._decoding.values()):
+            if not sequence.decoding:
+                continue
+            if sequence.first is None and not self._first(sequence, now):
+                continue
+            sequence.deliver(*next(sequence.steps))
+            sequence.left -= 1
+            if not sequence.left:
+                self._end_segment(sequence, now)
+
+    def _first(self, sequence: "_Sequence", now: float) -> bool:
+        sequence.first = now
+        sequence.sink.started(sequence.prompt_count, sequence.cached)
+        return sequence.decoding
+
+    def _end_segment(self, sequence: "_Sequence", now: float) -> None:
+        if not sequence.decoding:
+            return
+        if sequence.is_complete:
+            self._complete(sequence, now)
+            return
+        self._share(sequence, sequence.fill_block())
+        while not self._pool.grow():
+            victim = max((*self._prefilling.values(), *self._decoding.values()), key=_order)
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        sequence.alone += 1
+        sequence.plan_segment()
+
+    def _preempt(self, sequence: "_Sequence") -> None:
+        # As real engines do: its blocks go to others, and it computes them again when there is room.
+        self._stop_running(sequence)
+        self._enqueue(sequence)
+
+    def _complete(self, sequence: "_Sequence", now: float) -> None:
+        sequence.flush()
+        if not sequence.decoding:
+            return
+        self._remove(sequence)
+        sequence.sink.completed(sequence.reason, sequence.usage, sequence.timings(now))
+
+    def _remove(self, sequence: "_Sequence") -> None:
+        del self._sequences[sequence.id]
+        if sequence.id in self._prefilling or sequence.id in self._decoding:
+            self._stop_running(sequence)
+        else:
+            del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
+            self._pending_prefill_tokens -= sequence.pending
+
+    def _stop_running(self, sequence: "_Sequence") -> None:
+        self._prefilling.pop(sequence.id, None)
+        self._decoding.pop(sequence.id, None)
+        sequence.decoding = False
+        self._pending_prefill_tokens -= sequence.pending
+        sequence.pending = 0
+        self._pool.release(sequence.hashes[: sequence.shared], sequence.alone)
+        sequence.shared = sequence.alone = 0
+
+
+class _Sequence:
+    """One generation in the engine: where it is in its output, and what it holds."""
+
+    __slots__ = (
+        "_block_size", "_careful", "_seed", "_segment_end", "_tail", "alone", "arrival", "cached", "decoding",
+        "deliver", "end", "first", "hashes", "id", "left", "order", "pending", "prefill_begun", "prefill_tokens",
+        "prompt_count", "reason", "scheduled", "shared", "sink", "steps",
+    )  # fmt: skip  # one name a line would be longer than the class
+
+    def __init__(
+        self,
+        generation: Generation,
+        sink: Sink,
+        prompt: Sequence[int],
+        *,
+        end: int,
+        reason: FinishReason,
+        block_size: int,
+    ) -> None:
+        emitted = generation.emitted_token_ids
+        tokens = [*prompt, *emitted]
+        self.id = generation.id
+        self.sink = sink
+        self.prompt_count = len(prompt)
+        self.end = end
+        """The position at which the output ends, for `reason`."""
+        self.reason = reason
+        self.hashes = block_hashes(tokens, block_size)
+        """Of every full block of prompt and output; the pool shares the first `shared` of them with this sequence."""
+        self.shared = self.alone = 0
+        self.cached = 0
+        self.pending = 0
+        """Tokens to prefill."""
+        self.left = 0
+        """Tokens until something happens: the end, or a full block."""
+        self.decoding = False
+        self.order = (0, 0)
+        self.arrival = 0.0
+        self.prefill_begun = 0.0
+        self.prefill_tokens = 0
+        self.scheduled: float | None = None
+        self.first: float | None = None
+        self._block_size = block_size
+        self._seed = sim_text.output_seed(prompt)
+        self._segment_end = len(emitted)
+        self._tail = tokens[len(self.hashes) * block_size :]
+        self.steps = sim_text.output_steps(self._seed, len(emitted))
+        self._careful = _Careful(generation, self, self._seed) if _needs_care(generation) else None
+        self.deliver: Callable[[str, Sequence[int]], None] = self._careful.deliver if self._careful else sink.delta
+        if self._careful:
+            self._careful.replay(emitted)
+
+    @property
+    def position(self) -> int:
+        """Tokens of output so far."""
+        return self._segment_end - self.left
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output so far."""
+        return self.prompt_count + self.position
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole output is there."""
+        return self.position >= self.end
+
+    @property
+    def usage(self) -> Usage:
+        """What it cost so far."""
+        return Usage(prompt=self.prompt_count, cached=self.cached, output=self.position)
+
+    def timings(self, now: float) -> Timings:
+        """Where its time went, when it ended now."""
+        scheduled = now if self.scheduled is None else self.scheduled
+        first = now if self.first is None else self.first
+        return Timings(queue=scheduled - self.arrival, prefill=first - scheduled, decode=now - first)
+
+    def plan_segment(self) -> None:
+        """Says how many tokens may come until something happens."""
+        start = self.position
+        self.left = min(self.end - start, self._block_size - self.length % self._block_size)
+        self._segment_end = start + self.left
+
+    def stop_here(self) -> None:
+        """Ends the output with the token that is being delivered."""
+        self.end = self._segment_end = self.position + 1
+        self.left = 1
+        self.reason = FinishReason.STOP
+
+    def fill_block(self) -> int:
+        """The hash of the block that the last token has filled."""
+        since = self.position - (self._block_size - len(self._tail))
+        output = islice(sim_text.output_steps(self._seed, since), self.position - since)
+        block = self._tail + [token_ids[0] for _, token_ids in output]
+        self._tail = []
+        self.hashes += block_hashes(block, self._block_size, after=self.hashes[-1] if self.hashes else 0)
+        return self.hashes[-1]
+
+    def flush(self) -> None:
+        """Delivers what was held back for a stop string that didn't come."""
+        if self._careful:
+            self._careful.flush()
+
+
+def _order(sequence: _Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+def _needs_care(generation: Generation) -> bool:
+    sampling = generation.sampling
+    return bool(sampling.stop or sampling.stop_token_ids) or sampling.logprob_count is not None
+
+
+class _Careful:
+    """Delivers the tokens of a sequence that has stops or wants log-probabilities."""
+
+    def __init__(self, generation: Generation, sequence: _Sequence, seed: int) -> None:
+        sampling = generation.sampling
+        self._sequence = sequence
+        self._seed = seed
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._min_tokens = sampling.min_tokens
+        self._logprob_count = sampling.logprob_count
+        self._matcher = StopMatcher(sampling.stop)
+
+    def replay(self, emitted: Sequence[int]) -> None:
+        """Takes in what the client has already, without delivering it."""
+        detokenizer = sim_text.Detokenizer()
+        for position, token_id in enumerate(emitted):
+            _, stopped = self._match(position, detokenizer.push(token_id), token_id)
+            if stopped:
+                self._sequence.end = self._sequence.position
+                self._sequence.reason = FinishReason.STOP
+                return
+
+    def deliver(self, text: str, token_ids: Sequence[int]) -> None:
+        position = self._sequence.position
+        text, stopped = self._match(position, text, token_ids[0])
+        if stopped:
+            self._sequence.stop_here()
+        count = self._logprob_count
+        logprobs = () if count is None else (_logprobs(self._seed, position, token_ids[0], count),)
+        self._sequence.sink.delta(text, token_ids, logprobs)
+
+    def flush(self) -> None:
+        if held := self._matcher.flush():
+            self._sequence.sink.delta(held, ())
+
+    def _match(self, position: int, text: str, token_id: int) -> tuple[str, bool]:
+        if position < self._min_tokens:
+            return text, False
+        text, stopped = self._matcher.push(text)
+        if token_id in self._stop_ids and not stopped:
+            return text + self._matcher.flush(), True
+        return text, stopped
+
+
+def _logprobs(seed: int, position: int, token_id: int, count: int) -> TokenLogprobs:
+    chosen = _logprob(token_id, 0)
+    stride = 1 + (seed + position) % 997
+    others = (_logprob((token_id + rank * stride) % sim_text.VOCABULARY_SIZE, rank) for rank in range(1, count))
+    return TokenLogprobs(chosen=chosen, alternatives=(chosen, *others) if count else ())
+
+
+def _logprob(token_id: int, rank: int) -> TokenLogprob:
+    return TokenLogprob(token_id=token_id, token=sim_text.token_text(token_id), logprob=-(0.125 + rank))

@@ -1,0 +1,90 @@
+"""One span for each generation of a worker, after OpenTelemetry's GenAI conventions."""
+
+from collections.abc import Mapping
+
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.util.types import AttributeValue
+
+from services.common.errors import MeshError
+from services.common.tracing import context_from, traceparent_of
+from services.inference.engine import FinishReason, Generation, Usage
+
+__all__ = ["GenerationSpan", "Spans"]
+
+
+class GenerationSpan:
+    """The span of one generation, from its submission to its end."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    @property
+    def traceparent(self) -> str:
+        """The trace context for the engine's own span; empty when this one isn't sampled."""
+        return traceparent_of(self._span)
+
+    def first_token(self) -> None:
+        """The first token is there."""
+        self._span.add_event("first token")
+
+    def completed(self, reason: FinishReason, usage: Usage) -> None:
+        """The output is complete."""
+        self._span.set_attributes(
+            {
+                "gen_ai.response.finish_reasons": [reason.value],
+                "gen_ai.usage.input_tokens": usage.prompt,
+                "gen_ai.usage.cache_read.input_tokens": usage.cached,
+                "gen_ai.usage.output_tokens": usage.output,
+            }
+        )
+        self._span.end()
+
+    def failed(self, error: MeshError) -> None:
+        """It failed."""
+        self._span.set_attribute("error.type", error.reason.value)
+        self._span.set_status(Status(StatusCode.ERROR, error.message))
+        self._span.end()
+
+    def cancelled(self) -> None:
+        """Nobody wants it any more."""
+        self._span.set_attribute("tokenloom.cancelled", True)
+        self._span.end()
+
+
+class Spans:
+    """Starts the spans of a worker's generations."""
+
+    def __init__(self, tracer: Tracer | None, *, worker: str) -> None:
+        """Without a tracer there are no spans, and trace context is passed on as it came."""
+        self._tracer = tracer
+        self._worker = worker
+
+    def start(self, generation: Generation, request_id: str) -> GenerationSpan | None:
+        """The span of a generation, a child of what its `traceparent` names."""
+        if self._tracer is None:
+            return None
+        span = self._tracer.start_span(
+            "generate",
+            context=context_from(generation.traceparent),
+            kind=SpanKind.SERVER,
+            attributes=_attributes(generation, request_id, self._worker),
+        )
+        return GenerationSpan(span)
+
+
+def _attributes(generation: Generation, request_id: str, worker: str) -> Mapping[str, AttributeValue]:
+    sampling = generation.sampling
+    attributes: dict[str, AttributeValue] = {
+        "gen_ai.operation.name": "chat" if generation.kind == "chat" else "text_completion",
+        "gen_ai.provider.name": "tokenloom",
+        "gen_ai.request.model": generation.model,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "tokenloom.request_id": request_id,
+        "tokenloom.worker": worker,
+    }
+    if sampling.max_tokens is not None:
+        attributes["gen_ai.request.max_tokens"] = sampling.max_tokens
+    if generation.emitted_token_ids:
+        attributes["tokenloom.emitted_tokens"] = len(generation.emitted_token_ids)
+    return attributes

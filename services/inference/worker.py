@@ -1,0 +1,125 @@
+"""Puts a worker together: its engine, its services, its registration; starts them and stops them in order."""
+
+import asyncio
+import logging
+import os
+from contextlib import AbstractAsyncContextManager
+from typing import Final
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from services.common import rpc, tracing
+from services.common.errors import MeshError, Reason
+from services.common.metrics import serve_metrics
+from services.common.settings import WorkerSettings
+from services.inference.engine import Engine, Load
+from services.inference.gate import Gate, State
+from services.inference.generations import Generations
+from services.inference.gpus import gpu_uuids
+from services.inference.metrics import LoadCollector, WorkerMetrics
+from services.inference.registration import Registration, registration_to_proto
+from services.inference.servicer import InferenceServicer, WorkerServicer, register
+from services.inference.sim_engine import SimEngine
+from services.inference.spans import Spans
+
+__all__ = ["Worker"]
+
+_log = logging.getLogger(__name__)
+_HEALTH_SECONDS: Final = 0.05
+_GRACE_SECONDS: Final = 2.0
+_RETRY_SECONDS: Final = 1.0
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._gate = Gate()
+        self._registry = CollectorRegistry()
+        self._registry.register(LoadCollector(self._load))
+        tracer = tracing.tracer() if settings.otlp_endpoint else None
+        self._generations = Generations(Spans(tracer, worker=settings.name), WorkerMetrics(self._registry))
+        self._inference = InferenceServicer(self._gate, self._generations)
+        self._sessions = WorkerServicer(self._gate, self._generations)
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Serves until `stop` is set, then drains; returns the exit code."""
+        settings = self._settings
+        with serve_metrics(settings.metrics, self._registry) as metrics_port:
+            # Probes get an answer while the engine starts, which may take minutes.
+            async with rpc.serve(settings.listen, self._register, grace_seconds=_GRACE_SECONDS) as server:
+                _log.info("listening", extra={"grpc_port": server.port, "metrics_port": metrics_port})
+                async with asyncio.TaskGroup() as tasks:
+                    serving = tasks.create_task(self._serve(server, stop))
+                    impatient = tasks.create_task(self._give_start_up(serving, stop))
+                    await asyncio.wait({serving})
+                    impatient.cancel()
+        _log.info("stopped")
+        return 0
+
+    async def _give_start_up(self, serving: "asyncio.Task[None]", stop: asyncio.Event) -> None:
+        await stop.wait()
+        if self._gate.state is State.STARTING:
+            serving.cancel()
+
+    async def _serve(self, server: rpc.Server, stop: asyncio.Event) -> None:
+        async with self._make_engine() as engine:
+            self._gate.open(engine)
+            async with asyncio.TaskGroup() as tasks:
+                health = tasks.create_task(self._report_health(server))
+                registration = tasks.create_task(self._registration(engine, server.port).keep(self._settings.routers))
+                await stop.wait()
+                await self._drain()
+                health.cancel()
+                registration.cancel()
+        self._gate.close()
+
+    def _make_engine(self) -> AbstractAsyncContextManager[Engine]:
+        settings = self._settings
+        if settings.engine == "sim":
+            return SimEngine(settings.sim, settings.model.name, settings.max_queued)
+        from services.inference.vllm_engine import VllmEngine  # noqa: PLC0415  # vLLM takes seconds to import
+
+        return VllmEngine(settings)
+
+    def _registration(self, engine: Engine, port: int) -> Registration:
+        settings = self._settings
+        host, _, advertised = settings.advertise.rpartition(":")
+        who = registration_to_proto(
+            engine.card,
+            worker_id=settings.name,
+            endpoint=settings.advertise if int(advertised) else f"{host}:{port}",
+            pool=settings.pool,
+            gpus=gpu_uuids(settings.gpu, os.environ),
+        )
+        return Registration(who, self._gate, report_seconds=settings.report_seconds)
+
+    async def _report_health(self, server: rpc.Server) -> None:
+        told = None
+        while True:
+            ready = self._gate.state is State.READY
+            if ready != told:
+                told = ready
+                _log.info("serving" if ready else "not serving", extra={"state": self._gate.state.value})
+                await server.set_serving(ready)
+            await asyncio.sleep(_HEALTH_SECONDS)
+
+    async def _drain(self) -> None:
+        self._gate.stop()
+        try:
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self._generations.wait_idle()
+        except TimeoutError:
+            _log.warning("drained for long enough; what still runs moves elsewhere")
+        self._generations.fail_all(
+            MeshError(Reason.NO_READY_WORKER, "this worker is stopping", retry_after_seconds=_RETRY_SECONDS)
+        )
+        self._sessions.close()
+
+    def _register(self, server: grpc.aio.Server) -> list[str]:
+        return register(server, self._inference, self._sessions)
+
+    def _load(self) -> Load | None:
+        return None if self._gate.state is State.STARTING else self._gate.engine.load
