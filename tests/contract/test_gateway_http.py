@@ -1,0 +1,158 @@
+"""The gateway over HTTP, with a real router and real workers behind it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from services.common.keystore import KeyStore
+from services.common.settings import SimSettings
+from services.inference.sim_text import expected_text, tokenize
+from tests.support.openai_lane import Lane, openai_lane
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+FAST = SimSettings(decode_step_ms=1, decode_step_ms_per_sequence=0, prefill_tokens_per_second=1e6, max_model_len=2048)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def lane(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lane]:
+    async with openai_lane(tmp_path_factory.mktemp("lane"), FAST) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(lane: Lane) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=lane.base_url, headers=lane.headers, timeout=10) as opened:
+        yield opened
+
+
+def events(answer: httpx.Response) -> list[str]:
+    return [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+
+
+async def test_the_text_is_what_the_engine_says(client: httpx.AsyncClient) -> None:
+    body = {"model": "sim", "prompt": "what", "max_tokens": 60, "ignore_eos": True}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"] == expected_text(tokenize("what"), 60)
+    assert answer.json()["usage"]["completion_tokens"] == 60
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+
+
+async def test_a_stream_ends_with_finish_reason_usage_and_done(client: httpx.AsyncClient) -> None:
+    body = {"model": "sim", "prompt": "what", "max_tokens": 60, "ignore_eos": True, "stream": True}
+    answer = await client.post("/v1/completions", json={**body, "stream_options": {"include_usage": True}})
+    *chunks, finish, usage, done = events(answer)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == expected_text(tokenize("what"), 60)
+    assert json.loads(finish)["choices"][0]["finish_reason"] == "length"
+    assert json.loads(usage)["usage"]["completion_tokens"] == 60
+    assert done == "[DONE]"
+
+
+async def test_log_probabilities_come_with_every_token(client: httpx.AsyncClient) -> None:
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "ignore_eos": True}
+    scored = {**body, "logprobs": True, "top_logprobs": 2}
+    whole = (await client.post("/v1/chat/completions", json=scored)).json()
+    assert len(whole["choices"][0]["logprobs"]["content"]) == 20
+    streamed = [
+        json.loads(chunk)
+        for chunk in events(await client.post("/v1/chat/completions", json={**scored, "stream": True}))[:-1]
+    ]
+    entries = [entry for chunk in streamed for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert entries == whole["choices"][0]["logprobs"]["content"]
+
+
+async def test_a_stop_string_ends_the_text_before_it(client: httpx.AsyncClient) -> None:
+    text = expected_text(tokenize("what"), 60)
+    stop = text[20:24]
+    body = {"model": "sim", "prompt": "what", "max_tokens": 60, "ignore_eos": True, "stop": stop}
+    choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+    assert choice["text"] == text[: text.index(stop)]
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers", "status", "code"),
+    [
+        ("GET", "/v1/chat/completions", b"", {}, 405, "method_not_allowed"),
+        ("POST", "/v1/models", b"{}", {}, 405, "method_not_allowed"),
+        ("GET", "/v1/models/nope", b"", {}, 404, "model_not_found"),
+        ("GET", "/nope", b"", {}, 404, "unknown_url"),
+        ("POST", "/v1/completions", b"{}", {"content-type": "text/plain"}, 415, "unsupported_media_type"),
+        ("POST", "/v1/completions", b"{}", {"content-encoding": "gzip"}, 415, "unsupported_media_type"),
+        ("POST", "/v1/completions", b" " * (1 << 21), {}, 413, "request_too_large"),
+    ],
+)
+async def test_what_is_not_served_is_refused_with_the_right_status(
+    client: httpx.AsyncClient, method: str, path: str, content: bytes, headers: dict[str, str], status: int, code: str
+) -> None:
+    headers = {"content-type": "application/json", **headers}
+    answer = await client.request(method, path, content=content, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code
+    assert answer.headers["x-request-id"]
+
+
+async def test_a_body_without_a_length_is_cut_off_at_the_limit(client: httpx.AsyncClient) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b" " * (1 << 16)
+
+    answer = await client.post("/v1/completions", content=endless(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+async def test_only_keys_with_the_debug_right_see_the_worker(lane: Lane, client: httpx.AsyncClient) -> None:
+    body = {"model": "sim", "prompt": "x", "max_tokens": 1}
+    told = await client.post("/v1/completions", json=body)
+    assert told.headers["x-tokenloom-worker"] == "worker-0"
+    assert "first token" in told.headers["x-tokenloom-route"]
+    with KeyStore(lane.keys) as store:
+        _, plain = store.create("plain")
+    answer = await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {plain}"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("x-tokenloom")]
+
+
+async def test_a_key_may_use_its_models_only(lane: Lane, client: httpx.AsyncClient) -> None:
+    with KeyStore(lane.keys) as store:
+        _, narrow = store.create("narrow", models=["other"])
+    body = {"model": "sim", "prompt": "x", "max_tokens": 1}
+    answer = await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {narrow}"})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["param"] == "model"
+
+
+async def test_a_slow_reader_gets_every_token(lane: Lane) -> None:
+    body = json.dumps(
+        {"model": "sim", "prompt": "slow", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    ).encode()
+    host, _, port = lane.base_url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 10)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {lane.key}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    writer.write(head.encode() + body)
+    received = b""
+    while data := await reader.read(1 << 12):
+        received += data
+        if len(received) < 1 << 15:
+            await asyncio.sleep(0.05)
+    writer.close()
+    texts = [
+        json.loads(line[6:])["choices"][0]["text"] for line in received.split(b"\n") if line.startswith(b"data: {")
+    ]
+    assert "".join(texts) == expected_text(tokenize("slow"), 1900)
+    assert b"data: [DONE]" in received
+
+
+async def test_many_streams_at_once_do_not_mix(client: httpx.AsyncClient) -> None:
+    async def one(prompt: str) -> str:
+        body = {"model": "sim", "prompt": prompt, "max_tokens": 40, "ignore_eos": True}
+        return str((await client.post("/v1/completions", json=body)).json()["choices"][0]["text"])
+
+    prompts = [f"prompt {index}" for index in range(60)]
+    assert await asyncio.gather(*map(one, prompts)) == [expected_text(tokenize(prompt), 40) for prompt in prompts]

@@ -1,0 +1,99 @@
+"""A gateway with a real router and real simulated workers behind it, without the edge, in one process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from services.common.keystore import KeyStore
+from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
+from services.gateway.__main__ import main as gateway_main
+from services.inference.worker import Worker
+from services.router.__main__ import main as router_main
+from tests.support.ports import free_port
+
+__all__ = ["Lane", "openai_lane"]
+
+
+class Lane:
+    """What runs, and how to reach it."""
+
+    def __init__(self, base_url: str, *, key: str, keys: Path, workers: Sequence[str]) -> None:
+        self.base_url = base_url
+        self.key = key
+        self.keys = keys
+        """The file of API keys."""
+        self.workers = workers
+        """Where each worker serves gRPC."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers with a key that may do anything."""
+        return {"authorization": f"Bearer {self.key}"}
+
+
+@asynccontextmanager
+async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> AsyncIterator[Lane]:
+    """Runs them until the block is left, each as its own `main` with its own stop event."""
+    router_address, http = _address(), _address()
+    keys = folder / "keys.db"
+    with KeyStore(keys) as store:
+        _, key = store.create("test", admin=True, debug=True)
+    async with AsyncExitStack() as stack:
+        router = RouterSettings(name="router", listen=router_address, metrics=_address())
+        await stack.enter_async_context(_process(lambda stop: router_main(router, stop)))
+        addresses = [_address() for _ in range(workers)]
+        for index, address in enumerate(addresses):
+            settings = WorkerSettings(
+                name=f"worker-{index}",
+                listen=address,
+                advertise=address,
+                metrics=_address(),
+                routers=[router_address],
+                model=ModelSettings(name="sim"),
+                engine="sim",
+                sim=sim,
+                drain_seconds=0.1,
+            )
+            await stack.enter_async_context(_process(Worker(settings).run))
+        gateway = GatewaySettings(
+            name="gateway",
+            listen=_address(),
+            metrics=_address(),
+            http=http,
+            routers=[router_address],
+            keys_path=str(keys),
+            max_body_bytes=1 << 20,
+            drain_seconds=1,
+        )
+        await stack.enter_async_context(_process(lambda stop: gateway_main(gateway, stop)))
+        lane = Lane(f"http://{http}", key=key, keys=keys, workers=addresses)
+        async with asyncio.timeout(10), httpx.AsyncClient() as client:
+            while not await _lists_a_model(client, lane):
+                await asyncio.sleep(0.02)
+        yield lane
+
+
+@asynccontextmanager
+async def _process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(main(stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
+
+
+async def _lists_a_model(client: httpx.AsyncClient, lane: Lane) -> bool:
+    try:
+        answer = await client.get(f"{lane.base_url}/v1/models", headers=lane.headers)
+    except httpx.TransportError:
+        return False
+    return bool(answer.json()["data"])
+
+
+def _address() -> str:
+    return f"127.0.0.1:{free_port()}"
