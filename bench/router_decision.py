@@ -1,0 +1,134 @@
+"""CPU time of one routing decision, whatever waits: python bench/router_decision.py
+
+Two cases, each with 64 workers. "free": every worker has room, so every decision compares all of them. "full": every
+slot is taken and N requests wait; a decision is one release, the grant that it leads to, and one new request that
+joins the line.
+"""
+
+import argparse
+import random
+import statistics
+import time
+
+from services.router.admission import Admission, Ticket
+from services.router.card import Card, Load, WorkerState
+from services.router.decisions import Decisions
+from services.router.fleet import Fleet
+from services.router.memory import AnswerLengths, Prefixes
+from services.router.request import Request
+from services.router.scheduler import Scheduler
+from services.router.worker import Outcome
+
+TENANTS = 200
+
+
+class Silent:
+    """Counts nothing."""
+
+    def picked(self, seconds: float) -> None:
+        """Nothing."""
+
+    def decided(self, outcome: str, queue_seconds: float) -> None:
+        """Nothing."""
+
+
+def build(workers: int, slots: int) -> tuple[Fleet, Admission]:
+    """A fleet of unequal workers, all ready and idle."""
+    clock = time.monotonic
+    fleet, prefixes, lengths = Fleet(clock), Prefixes(), AnswerLengths()
+    admission = Admission(
+        fleet=fleet,
+        scheduler=Scheduler(fleet, prefixes, lengths, clock=clock, rng=random.Random(1)),
+        prefixes=prefixes,
+        lengths=lengths,
+        decisions=Decisions(),
+        observer=Silent(),
+        clock=clock,
+        max_waiting=1_000_000,
+        max_wait_seconds=600,
+        ready_grace_seconds=5,
+    )
+    for number in range(workers):
+        card = Card(
+            worker_id=f"worker-{number}",
+            endpoint=f"10.0.0.{number}:50061",
+            models={"demo": 8192},
+            max_running=slots,
+            kv_tokens=262_144,
+        )
+        load = Load(
+            state=WorkerState.READY,
+            prefill_tokens_per_second=10_000 + 100 * number,
+            decode_step_seconds=0.02,
+            decode_step_per_sequence_seconds=0.0001,
+        )
+        fleet.report(fleet.register(card), load)
+    return fleet, admission
+
+
+def request(number: int) -> Request:
+    """One of many, of one of 200 tenants and two classes."""
+    return Request(
+        model="demo",
+        request_id=f"r{number}",
+        prompt_tokens=200 + number % 1000,
+        tenant=f"tenant-{number % TENANTS}",
+        priority=number % 2,
+    )
+
+
+def keep_fresh(fleet: Fleet) -> None:
+    """Has every worker report, so that none is taken for silent."""
+    for worker in fleet.workers:
+        fleet.report(worker, worker.load)
+
+
+def measure_free(workers: int, decisions: int) -> float:
+    """Microseconds of CPU a decision while every worker has room."""
+    fleet, admission = build(workers, slots=4096)
+    keep_fresh(fleet)
+    started = time.process_time()
+    for number in range(decisions):
+        admission.ask(request(number), lambda _: None)
+    return 1e6 * (time.process_time() - started) / decisions
+
+
+def measure_full(workers: int, waiting: int, decisions: int) -> float:
+    """Microseconds of CPU a decision while `waiting` requests wait."""
+    fleet, admission = build(workers, slots=64)
+    running: list[Ticket] = []
+    number = 0
+    while admission.waiting_count < waiting:
+        admission.ask(request(number), running.append)
+        number += 1
+    rng = random.Random(2)
+    keep_fresh(fleet)
+    started = time.process_time()
+    for step in range(decisions):
+        place = rng.randrange(len(running))
+        running[place], running[-1] = running[-1], running[place]
+        admission.finish(running.pop(), Outcome.COMPLETED, output_tokens=100)
+        admission.ask(request(number + step), running.append)
+    spent = time.process_time() - started
+    assert admission.waiting_count == waiting
+    return 1e6 * spent / decisions
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--decisions", type=int, default=5_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    repeats = range(options.repeats)
+    free = statistics.median(measure_free(options.workers, options.decisions) for _ in repeats)
+    print(f"{'case':<16}{'CPU us a decision':>18}")
+    print(f"{'free':<16}{free:>18.1f}")
+    for waiting in (100, 1_000, 10_000, 100_000):
+        full = statistics.median(measure_full(options.workers, waiting, options.decisions) for _ in repeats)
+        print(f"{f'{waiting:,} waiting':<16}{full:>18.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Late binding: a request gets a worker the moment one has room for it, waits for that, or is told why not."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Final, Protocol
+
+from services.common.errors import MeshError, Reason
+from services.router.deadlines import Deadlines
+from services.router.decisions import Decisions, Record
+from services.router.fleet import Clock, Fleet
+from services.router.memory import AnswerLengths, Prefixes
+from services.router.request import Request
+from services.router.scheduler import Decision, Scheduler, Verdict
+from services.router.waiting import LaneKey, WaitingLine
+from services.router.worker import Lease, Outcome, Worker
+
+__all__ = ["Admission", "Observer", "Settle", "Ticket"]
+
+# Lanes whose turn came although no worker takes them now; after so many the rest waits for the next event.
+_MOST_SKIPS: Final = 16
+_RECHECK_SECONDS: Final = 1.0
+_LONGEST_MODEL_NAME: Final = 256
+
+
+class Observer(Protocol):
+    """Who counts what is decided."""
+
+    def picked(self, seconds: float) -> None:
+        """One pick took so long."""
+
+    def decided(self, outcome: str, queue_seconds: float) -> None:
+        """A request got its answer after so long: "granted", "withdrawn" or the reason of its refusal."""
+
+
+class _State(Enum):
+    ASKED = 0
+    WAITING = 1
+    GRANTED = 2
+    REFUSED = 3
+    OVER = 4
+
+
+class Ticket:
+    """A request on its way to a worker.
+
+    Attributes:
+        request: what was asked for.
+        lease: the worker, once granted.
+        error: why not, once refused.
+        decision: the last decision about it.
+        queue_seconds: how long it waited, once answered.
+    """
+
+    __slots__ = (
+        "asked_at",
+        "deadline",
+        "decision",
+        "error",
+        "lane",
+        "lease",
+        "queue_seconds",
+        "request",
+        "settle",
+        "state",
+        "tokens",
+        "unready_since",
+    )
+
+    def __init__(self, request: Request, settle: "Settle", *, asked_at: float, deadline: float) -> None:
+        self.request = request
+        self.settle = settle
+        self.asked_at = asked_at
+        self.deadline = deadline
+        self.lane = LaneKey(request.model or "", _constraint(request))
+        self.tokens = 0.0
+        self.state = _State.ASKED
+        self.lease: Lease | None = None
+        self.error: MeshError | None = None
+        self.decision: Decision | None = None
+        self.queue_seconds = 0.0
+        self.unready_since: float | None = None
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.request.tenant
+
+    @property
+    def priority(self) -> int:
+        """Its class, lower first."""
+        return self.request.priority
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has no answer yet."""
+        return self.state is _State.WAITING
+
+
+Settle = Callable[[Ticket], None]
+
+
+def _constraint(request: Request) -> object:
+    # Lengths within a power of two of each other fit the same workers, near enough.
+    return request.excluded, request.subset, request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
+
+
+class Admission:
+    """Answers every request once: with a lease, or with an error. Leases end with `finish`, or with their worker."""
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        scheduler: Scheduler,
+        prefixes: Prefixes,
+        lengths: AnswerLengths,
+        decisions: Decisions,
+        observer: Observer,
+        clock: Clock,
+        max_waiting: int,
+        max_wait_seconds: float,
+        ready_grace_seconds: float,
+    ) -> None:
+        self._fleet = fleet
+        self._scheduler = scheduler
+        self._prefixes = prefixes
+        self._lengths = lengths
+        self._decisions = decisions
+        self._observer = observer
+        self._clock = clock
+        self._max_waiting = max_waiting
+        self._max_wait_seconds = max_wait_seconds
+        self._ready_grace_seconds = ready_grace_seconds
+        self._line: WaitingLine[Ticket] = WaitingLine()
+        self._deadlines: Deadlines[Ticket] = Deadlines()
+        self._sooner = asyncio.Event()
+        self._roomy: deque[Worker] = deque()
+        self._serving = False
+        fleet.subscribe(self._on_change)
+
+    @property
+    def waiting_count(self) -> int:
+        """How many wait."""
+        return len(self._line)
+
+    def ahead(self, ticket: Ticket) -> int:
+        """How many wait before a ticket that waits, at most."""
+        return max(0, self._line.ahead(ticket) - 1)
+
+    def ask(self, request: Request, settle: Settle) -> Ticket:
+        """Asks for a worker. `settle` is called once, maybe before this returns, unless `finish` comes first."""
+        now = self._clock()
+        allowed = request.timeout_seconds
+        wait = self._max_wait_seconds if allowed is None else min(allowed, self._max_wait_seconds)
+        ticket = Ticket(request, settle, asked_at=now, deadline=now + wait)
+        error = _invalid(request)
+        if error is not None:
+            self._refuse(ticket, error)
+        elif request.occupies_slot and self._line.has_lane(ticket.lane):
+            # Those before it found no room, so there is none for it either.
+            self._queue_behind(ticket, now)
+        else:
+            self._try(ticket, now)
+        return ticket
+
+    def finish(self, ticket: Ticket, outcome: Outcome = Outcome.CANCELLED, *, output_tokens: int = 0) -> None:
+        """Ends a lease, or takes a request that is no longer wanted out of the line; a second call changes nothing."""
+        state, ticket.state = ticket.state, _State.OVER
+        if state is _State.GRANTED and ticket.lease is not None:
+            if outcome is Outcome.COMPLETED:
+                self._lengths.note(ticket.request, output_tokens)
+            self._fleet.release(ticket.lease, outcome)
+        elif state is _State.WAITING:
+            self._leave_line(ticket)
+            self._observer.decided("withdrawn", self._clock() - ticket.asked_at)
+
+    def check_deadlines(self) -> float | None:
+        """Answers those who have waited too long; gives the seconds until there is more to do, None for never."""
+        now = self._clock()
+        for ticket in self._deadlines.take_due(now):
+            self._reconsider(ticket, now)
+        upcoming = self._deadlines.next
+        return None if upcoming is None else max(0.0, upcoming - now)
+
+    async def keep_deadlines(self) -> None:
+        """Runs until cancelled: answers everybody in time."""
+        while True:
+            delay = self.check_deadlines()
+            self._sooner.clear()
+            try:
+                async with asyncio.timeout(delay):
+                    await self._sooner.wait()
+            except TimeoutError:
+                continue
+
+    def refuse_all(self, error: MeshError) -> None:
+        """Answers everybody who waits with an error: the router stops."""
+        for ticket in self._deadlines.take_due(float("inf")):
+            self._refuse(ticket, error)
+
+    def _try(self, ticket: Ticket, now: float) -> None:
+        decision = self._pick(ticket)
+        if decision.verdict is Verdict.PICKED:
+            self._grant(ticket, decision)
+        else:
+            self._wait_or_refuse(ticket, decision.verdict, now)
+
+    def _may_wait_for_ready(self, ticket: Ticket) -> bool:
+        # A subset was chosen by a gateway that knows its endpoints: if none of them is ready, it is told so.
+        return ticket.request.subset is None and self._ready_grace_seconds > 0
+
+    def _pick(self, ticket: Ticket) -> Decision:
+        started = time.perf_counter()
+        decision = ticket.decision = self._scheduler.pick(ticket.request, asked_at=ticket.asked_at)
+        self._observer.picked(time.perf_counter() - started)
+        return decision
+
+    def _queue_behind(self, ticket: Ticket, now: float) -> None:
+        verdict = self._scheduler.judge(ticket.request, asked_at=ticket.asked_at)
+        self._wait_or_refuse(ticket, verdict, now)
+
+    def _wait_or_refuse(self, ticket: Ticket, verdict: Verdict, now: float) -> None:
+        if verdict is Verdict.FULL:
+            self._wait(ticket, now, check_at=now + max(self._ready_grace_seconds, _RECHECK_SECONDS))
+        elif verdict is Verdict.NOT_READY and self._may_wait_for_ready(ticket):
+            ticket.unready_since = now
+            self._wait(ticket, now, check_at=now + min(self._ready_grace_seconds, _RECHECK_SECONDS))
+        else:
+            self._refuse(ticket, self._error(verdict, ticket))
+
+    def _wait(self, ticket: Ticket, now: float, *, check_at: float) -> None:
+        if len(self._line) >= self._max_waiting:
+            self._refuse(ticket, self._no_capacity(ticket))
+            return
+        if ticket.deadline <= now:
+            self._refuse(ticket, self._too_late(ticket))
+            return
+        ticket.state = _State.WAITING
+        ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.request)
+        self._line.add(ticket)
+        self._look_again(ticket, check_at)
+
+    def _look_again(self, ticket: Ticket, at: float) -> None:
+        before = self._deadlines.next
+        at = min(at, ticket.deadline)
+        self._deadlines.set(ticket, at)
+        if before is None or at < before:
+            self._sooner.set()
+
+    def _reconsider(self, ticket: Ticket, now: float) -> None:
+        verdict = self._scheduler.judge(ticket.request, asked_at=ticket.asked_at)
+        if now >= ticket.deadline:
+            late = verdict is Verdict.FULL or self._is_clients_deadline(ticket)
+            self._refuse(ticket, self._too_late(ticket) if late else self._error(verdict, ticket))
+        elif verdict is Verdict.FULL:
+            ticket.unready_since = None
+            self._look_again(ticket, now + max(self._ready_grace_seconds, _RECHECK_SECONDS))
+        elif verdict is Verdict.NOT_READY:
+            self._reconsider_unready(ticket, now)
+        else:
+            self._refuse(ticket, self._error(verdict, ticket))
+
+    def _reconsider_unready(self, ticket: Ticket, now: float) -> None:
+        since = ticket.unready_since = now if ticket.unready_since is None else ticket.unready_since
+        until = since + self._ready_grace_seconds
+        if now >= until:
+            self._refuse(ticket, self._error(Verdict.NOT_READY, ticket))
+        else:
+            self._look_again(ticket, min(until, now + _RECHECK_SECONDS))
+
+    def _on_change(self, worker: Worker) -> None:
+        if not self._line or not worker.has_room(self._clock()):
+            return
+        self._roomy.append(worker)
+        if self._serving:
+            return
+        self._serving = True
+        try:
+            while self._roomy:
+                self._fill(self._roomy.popleft())
+        finally:
+            self._serving = False
+
+    def _fill(self, worker: Worker) -> None:
+        skipped: set[LaneKey] = set()
+        models = (*worker.card.models, "")
+        while self._line and worker.has_room(self._clock()) and len(skipped) < _MOST_SKIPS:
+            turn = self._line.first(models, skip=skipped)
+            if turn is None:
+                return
+            lane, ticket = turn
+            decision = self._pick(ticket)
+            if decision.verdict is Verdict.PICKED:
+                self._deadlines.drop(ticket)
+                self._line.serve(ticket)
+                self._grant(ticket, decision)
+            else:
+                skipped.add(lane)
+
+    def _grant(self, ticket: Ticket, decision: Decision) -> None:
+        worker, request = decision.worker, ticket.request
+        assert worker is not None
+        ticket.state = _State.GRANTED
+        ticket.queue_seconds = self._clock() - ticket.asked_at
+        ticket.lease = self._fleet.grant(worker, request, output_tokens=decision.output_tokens)
+        self._prefixes.note(request, worker.worker_id)
+        self._record(ticket, worker.worker_id, decision.reason)
+        self._observer.decided("granted", ticket.queue_seconds)
+        ticket.settle(ticket)
+
+    def _refuse(self, ticket: Ticket, error: MeshError) -> None:
+        self._leave_line(ticket)
+        ticket.state = _State.REFUSED
+        ticket.queue_seconds = self._clock() - ticket.asked_at
+        ticket.error = error
+        self._record(ticket, "", error.message)
+        self._observer.decided(error.reason.value.lower(), ticket.queue_seconds)
+        ticket.settle(ticket)
+
+    def _leave_line(self, ticket: Ticket) -> None:
+        self._deadlines.drop(ticket)
+        self._line.remove(ticket)
+
+    def _record(self, ticket: Ticket, worker_id: str, reason: str) -> None:
+        request, decision = ticket.request, ticket.decision
+        self._decisions.add(
+            Record(
+                at=self._clock(),
+                request_id=request.request_id,
+                model=(request.model or "")[:_LONGEST_MODEL_NAME],
+                worker_id=worker_id,
+                reason=reason,
+                queue_seconds=ticket.queue_seconds,
+                looked_at=decision.looked_at if decision is not None else [],
+            )
+        )
+
+    def _is_clients_deadline(self, ticket: Ticket) -> bool:
+        allowed = ticket.request.timeout_seconds
+        return allowed is not None and allowed <= self._max_wait_seconds
+
+    def _too_late(self, ticket: Ticket) -> MeshError:
+        if self._is_clients_deadline(ticket):
+            return MeshError(Reason.DEADLINE_EXCEEDED, "no worker was free before the request's deadline")
+        return self._no_capacity(ticket)
+
+    def _no_capacity(self, ticket: Ticket) -> MeshError:
+        after = self._scheduler.retry_after_seconds(ticket.request, waiting=len(self._line))
+        message = f"every worker is busy; try again in {after:.0f} s"
+        return MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=after)
+
+    def _error(self, verdict: Verdict, ticket: Ticket) -> MeshError:
+        model = ticket.request.model or ""
+        if verdict is Verdict.UNKNOWN_MODEL:
+            return MeshError(Reason.MODEL_NOT_FOUND, f"the model {model!r} does not exist", field="model")
+        if verdict is Verdict.TOO_LONG:
+            tokens = ticket.request.prompt_tokens
+            message = f"the prompt has {tokens} tokens, more than the model {model!r} takes"
+            return MeshError(Reason.CONTEXT_LENGTH_EXCEEDED, message)
+        message = "no worker is ready for this request"
+        return MeshError(Reason.NO_READY_WORKER, message, retry_after_seconds=max(1.0, self._ready_grace_seconds))
+
+
+def _invalid(request: Request) -> MeshError | None:
+    if request.timeout_seconds is not None and request.timeout_seconds <= 0:
+        return MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline has passed")
+    if request.model == "":
+        message = "model is required"
+        return MeshError(Reason.INVALID_REQUEST, message, field="model", code="missing_required_parameter")
+    if request.model is not None and len(request.model) > _LONGEST_MODEL_NAME:
+        message = f"model has more than {_LONGEST_MODEL_NAME} characters"
+        return MeshError(Reason.INVALID_REQUEST, message, field="model", code="string_above_max_length")
+    return None

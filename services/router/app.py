@@ -1,0 +1,140 @@
+"""The router as a whole: who gets what through its constructor, and one gRPC server for all of it."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import grpc.aio
+from envoy.service.ext_proc.v3 import external_processor_pb2, external_processor_pb2_grpc
+from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
+from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2, router_pb2_grpc
+
+from services.common.errors import MeshError, Reason
+from services.common.metrics import serve_metrics
+from services.common.rpc import serve
+from services.common.settings import RouterSettings
+from services.common.tracing import tracer as process_tracer
+from services.router.admin import AdminServicer
+from services.router.admission import Admission, Observer
+from services.router.decisions import Decisions
+from services.router.fleet import Clock, Fleet
+from services.router.gpus import GpuWatch
+from services.router.memory import AnswerLengths, Prefixes
+from services.router.metrics import FleetCollector, RouterMetrics
+from services.router.picker import Picker
+from services.router.scheduler import Scheduler
+from services.router.servicer import RouterServicer
+
+__all__ = ["RunningRouter", "running"]
+
+# Streams are ended from this side first, so that only unary calls are waited for.
+_GRACE_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRouter:
+    """A router that serves. Its parts are there for whoever runs it in process.
+
+    Attributes:
+        port: where it serves gRPC.
+        metrics_port: where it serves Prometheus metrics.
+    """
+
+    port: int
+    metrics_port: int
+    fleet: Fleet
+    admission: Admission
+
+
+@asynccontextmanager
+async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> AsyncIterator[RunningRouter]:
+    """Runs a router until the block is left. Then requests that wait are refused, and every stream is ended cleanly.
+
+    Raises:
+        OSError: an address is in use or not ours.
+    """
+    registry = CollectorRegistry()
+    core = _Core(settings, RouterMetrics(registry))
+    registry.register(FleetCollector(core.fleet, core.admission, core.clock))
+    doors = _Doors(core, tracer or process_tracer())
+    with serve_metrics(settings.metrics, registry) as metrics_port:
+        async with (
+            serve(settings.listen, doors.register, grace_seconds=_GRACE_SECONDS) as server,
+            _background(core, settings.telemetry),
+        ):
+            await server.set_serving(True)
+            try:
+                yield RunningRouter(
+                    port=server.port, metrics_port=metrics_port, fleet=core.fleet, admission=core.admission
+                )
+            finally:
+                await server.set_serving(False)
+                doors.close()
+
+
+@asynccontextmanager
+async def _background(core: "_Core", telemetry: Sequence[str]) -> AsyncIterator[None]:
+    watches = [GpuWatch(address, core.fleet, clock=core.clock) for address in telemetry]
+    async with asyncio.TaskGroup() as tasks:
+        running_tasks = [
+            tasks.create_task(work) for work in (core.admission.keep_deadlines(), *map(GpuWatch.run, watches))
+        ]
+        try:
+            yield
+        finally:
+            for task in running_tasks:
+                task.cancel()
+
+
+class _Core:
+    """The router without its network."""
+
+    def __init__(self, settings: RouterSettings, observer: Observer) -> None:
+        self.clock: Clock = time.monotonic
+        self.fleet = Fleet(self.clock)
+        self.decisions = Decisions()
+        lengths, prefixes = AnswerLengths(), Prefixes()
+        # Who wins a tie is no secret.
+        rng = random.Random()  # noqa: S311
+        self.admission = Admission(
+            fleet=self.fleet,
+            scheduler=Scheduler(self.fleet, prefixes, lengths, clock=self.clock, rng=rng),
+            prefixes=prefixes,
+            lengths=lengths,
+            decisions=self.decisions,
+            observer=observer,
+            clock=self.clock,
+            max_waiting=settings.max_waiting,
+            max_wait_seconds=settings.max_wait_seconds,
+            ready_grace_seconds=settings.ready_grace_seconds,
+        )
+
+
+class _Doors:
+    """The servicers of the one gRPC server."""
+
+    def __init__(self, core: _Core, tracer: Tracer) -> None:
+        self._admission = core.admission
+        self._inside = RouterServicer(core.fleet, core.admission, tracer)
+        self._admin = AdminServicer(core.fleet, core.admission, core.decisions, core.clock)
+        self._picker = Picker(core.admission, tracer)
+
+    def register(self, server: grpc.aio.Server) -> list[str]:
+        """Adds them, and names their services."""
+        router_pb2_grpc.add_RouterServiceServicer_to_server(self._inside, server)
+        admin_pb2_grpc.add_RouterAdminServiceServicer_to_server(self._admin, server)
+        external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(self._picker, server)
+        files = (router_pb2, admin_pb2, external_processor_pb2)
+        return [name.full_name for file in files for name in file.DESCRIPTOR.services_by_name.values()]
+
+    def close(self) -> None:
+        """Answers those who wait, and ends every stream."""
+        self._admission.refuse_all(MeshError(Reason.NO_READY_WORKER, "the router stops", retry_after_seconds=1.0))
+        self._inside.close()
+        self._admin.close()
+        self._picker.close()

@@ -1,0 +1,126 @@
+"""What a request would cost on a worker, in seconds. Pure functions of a snapshot."""
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+__all__ = ["Demand", "Gauges", "Outlook", "Prediction", "outlook", "predict"]
+
+# What is assumed of a worker that has measured nothing yet: a small model on a mid-range card. Hopeful on purpose,
+# since a worker is only measured once it is picked.
+PRIOR_PREFILL_TOKENS_PER_SECOND: Final = 8_000.0
+PRIOR_DECODE_STEP_SECONDS: Final = 0.020
+PRIOR_DECODE_STEP_PER_SEQUENCE_SECONDS: Final = 0.0002
+PRIOR_OUTPUT_TOKENS: Final = 128.0
+_MOST_FAILURES: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """A worker at one moment, as far as cost depends on it.
+
+    Attributes:
+        prefill_tokens_per_second: measured prefill speed; None while unknown.
+        decode_step_seconds: measured decode step with one sequence; None while unknown.
+        decode_step_per_sequence_seconds: what each further sequence adds; None while unknown.
+        backlog_tokens: prompt tokens accepted and not prefilled, those of fresh leases included.
+        occupied: sequences that run, wait or are about to arrive.
+        max_running: sequences that run at the same time.
+        kv_tokens: tokens of KV cache; 0 where it is not known.
+        kv_used_tokens: of these, in use or promised.
+        service_seconds: how long a sequence holds its slot; None while unknown.
+        slowdown: factor on every duration, from the state of its GPUs.
+        failure_share: share of its recent leases that it failed, 0 to 1.
+    """
+
+    prefill_tokens_per_second: float | None = None
+    decode_step_seconds: float | None = None
+    decode_step_per_sequence_seconds: float | None = None
+    backlog_tokens: float = 0.0
+    occupied: int = 0
+    max_running: int = 1
+    kv_tokens: int = 0
+    kv_used_tokens: float = 0.0
+    service_seconds: float | None = None
+    slowdown: float = 1.0
+    failure_share: float = 0.0
+
+
+class Outlook(NamedTuple):
+    """What the next request meets on a worker; it changes with the worker, not with the request."""
+
+    prefill_token_seconds: float
+    """Prefill of one token."""
+    backlog_seconds: float
+    """Prefill that is before the request; it melts as time passes."""
+    start_seconds: float
+    """Wait for a slot, and the first decode step."""
+    token_seconds: float
+    """One decode step with the request in the batch: its TPOT."""
+    kv_free_tokens: float
+    """KV cache that nobody uses."""
+    kv_token_seconds: float
+    """Wait for each token of KV cache beyond that."""
+    attempts: float
+    """How often a request is tried here until it succeeds, on average."""
+
+
+class Demand(NamedTuple):
+    """A request as far as cost depends on it, in tokens."""
+
+    uncached: float
+    """Tokens of the prompt that have to be prefilled."""
+    output: float
+    """Tokens of output to expect."""
+    total: float
+    """Tokens of KV cache that it needs in the end."""
+
+
+Prediction = tuple[float, float, float]
+"""What a request would meet on a worker, in seconds: the time to its first token (TTFT), the time per output token
+(TPOT), and the cost: the time until the whole answer is there, failed attempts included.
+
+A plain tuple, since one is made for every worker at every decision.
+"""
+
+
+def outlook(gauges: Gauges) -> Outlook:
+    """What the next request meets on a worker with these gauges."""
+    token = _decode_step(gauges) * gauges.slowdown
+    prefill_token = gauges.slowdown / (gauges.prefill_tokens_per_second or PRIOR_PREFILL_TOKENS_PER_SECOND)
+    service = gauges.service_seconds or PRIOR_OUTPUT_TOKENS * token
+    too_many = gauges.occupied - gauges.max_running + 1
+    slot = too_many * service / gauges.max_running if too_many > 0 else 0.0
+    return Outlook(
+        prefill_token_seconds=prefill_token,
+        backlog_seconds=gauges.backlog_tokens * prefill_token,
+        start_seconds=slot + token,
+        token_seconds=token,
+        kv_free_tokens=max(0.0, gauges.kv_tokens - gauges.kv_used_tokens) if gauges.kv_tokens else float("inf"),
+        # Sequences give back what they use within the time that they hold a slot.
+        kv_token_seconds=service / max(gauges.kv_used_tokens, 1.0),
+        attempts=1.0 / (1.0 - min(gauges.failure_share, _MOST_FAILURES)),
+    )
+
+
+def _decode_step(gauges: Gauges) -> float:
+    base, more = gauges.decode_step_seconds, gauges.decode_step_per_sequence_seconds
+    beside = min(gauges.occupied, gauges.max_running - 1)
+    return (PRIOR_DECODE_STEP_SECONDS if base is None else base) + beside * (
+        PRIOR_DECODE_STEP_PER_SEQUENCE_SECONDS if more is None else more
+    )
+
+
+def predict(ahead: Outlook, demand: Demand, elapsed: float) -> Prediction:
+    """What a request would meet, `elapsed` seconds after the outlook was taken.
+
+    TTFT = (backlog + uncached) / prefill rate + wait for a slot + wait for KV cache + one decode step
+    cost = (TTFT + output x TPOT) x attempts
+    """
+    prefill_token, backlog, start, tpot, kv_free, kv_token, attempts = ahead
+    uncached, output, total = demand
+    ttft = uncached * prefill_token + start
+    if backlog > elapsed:
+        ttft += backlog - elapsed
+    if total > kv_free:
+        ttft += (total - kv_free) * kv_token
+    return ttft, tpot, (ttft + output * tpot) * attempts

@@ -1,0 +1,48 @@
+"""When something has to be looked at again."""
+
+import heapq
+from collections.abc import Hashable
+from typing import Final, Generic, TypeVar
+
+__all__ = ["Deadlines"]
+
+T = TypeVar("T", bound=Hashable)
+_COMPACT_ABOVE: Final = 64
+
+
+class Deadlines(Generic[T]):
+    """A time for each member; setting, dropping and taking cost O(log members)."""
+
+    def __init__(self) -> None:
+        self._times: dict[T, float] = {}
+        self._heap: list[tuple[float, int, T]] = []
+        self._order = 0
+
+    @property
+    def next(self) -> float | None:
+        """The earliest time, or None."""
+        while self._heap and self._times.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def set(self, member: T, at: float) -> None:
+        """Sets a member's time, in place of the one it had."""
+        self._order += 1
+        self._times[member] = at
+        heapq.heappush(self._heap, (at, self._order, member))
+        if len(self._heap) > _COMPACT_ABOVE and len(self._heap) > 2 * len(self._times):
+            self._heap = [entry for entry in self._heap if self._times.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
+
+    def drop(self, member: T) -> None:
+        """Forgets a member."""
+        self._times.pop(member, None)
+
+    def take_due(self, now: float) -> list[T]:
+        """The members whose time has come, earliest first; they have no time any more."""
+        due: list[T] = []
+        while (at := self.next) is not None and at <= now:
+            member = heapq.heappop(self._heap)[2]
+            del self._times[member]
+            due.append(member)
+        return due

@@ -1,0 +1,55 @@
+"""The latest decisions, for people who ask why."""
+
+from collections import deque
+from typing import Final, NamedTuple
+
+from services.router.scheduler import Look
+
+__all__ = ["Decisions", "Record"]
+
+# Bounds memory whatever the size of the fleet: about 20 MB.
+_MOST_CANDIDATES: Final = 65_536
+
+
+class Record(NamedTuple):
+    """One decision, as it is kept."""
+
+    at: float
+    """On the router's monotonic clock, in seconds."""
+    request_id: str
+    model: str
+    worker_id: str
+    """Empty when none was chosen."""
+    reason: str
+    queue_seconds: float
+    looked_at: list[Look]
+
+
+class Decisions:
+    """A ring of decisions, by request."""
+
+    def __init__(self, *, max_candidates: int = _MOST_CANDIDATES) -> None:
+        self._max_candidates = max_candidates
+        self._candidates = 0
+        self._records: deque[Record] = deque()
+        self._by_request: dict[str, list[Record]] = {}
+
+    def add(self, record: Record) -> None:
+        """Keeps a decision, and forgets the oldest ones where there are too many."""
+        self._records.append(record)
+        self._by_request.setdefault(record.request_id, []).append(record)
+        self._candidates += len(record.looked_at) + 1
+        while self._candidates > self._max_candidates:
+            self._forget(self._records.popleft())
+
+    def of(self, request_id: str) -> list[Record]:
+        """The decisions of a request that are still known, oldest first."""
+        return list(self._by_request.get(request_id, ()))
+
+    def _forget(self, record: Record) -> None:
+        self._candidates -= len(record.looked_at) + 1
+        records = self._by_request[record.request_id]
+        # The ring is in order, and so is each request's list.
+        del records[0]
+        if not records:
+            del self._by_request[record.request_id]

@@ -1,0 +1,30 @@
+"""Who goes first among tenants: whoever has been served the fewest tokens while waiting."""
+
+from typing import Final
+
+__all__ = ["Fairness"]
+
+_MOST_TENANTS: Final = 10_000
+
+
+class Fairness:
+    """Counts the tokens served to tenants that had to wait (start-time fair queueing).
+
+    A tenant that comes back starts where the one served last stood: being away earns no credit.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._floor = 0.0
+
+    def of(self, tenant: str) -> float:
+        """A tenant's count, in tokens; it never falls."""
+        return max(self._served.get(tenant, 0.0), self._floor)
+
+    def charge(self, tenant: str, start: float, tokens: float) -> None:
+        """A tenant whose turn it was at count `start` has been served."""
+        # A higher class may serve somebody far behind; the floor is for those who come, and never falls.
+        self._served[tenant] = max(self.of(tenant), start) + tokens
+        self._floor = max(self._floor, start)
+        if len(self._served) > _MOST_TENANTS:
+            self._served = {name: count for name, count in self._served.items() if count > self._floor}

@@ -1,0 +1,161 @@
+"""The registry: the workers, by name and by model, and who wants to know when one changes."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from services.router.card import Card, Load
+from services.router.reading import HEALTHY, Condition, worst
+from services.router.request import Request
+from services.router.worker import Lease, Outcome, Worker
+
+__all__ = ["Clock", "Fleet", "Listener"]
+
+Clock = Callable[[], float]
+"""Seconds, monotonic."""
+Listener = Callable[[Worker], None]
+
+# Names of models whose workers are away: they are not unknown, only not there.
+_REMEMBERED_MODELS: Final = 1024
+
+
+class Fleet:
+    """The workers that are registered, now. Lost with the process, and rebuilt from registrations within a second."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._workers: dict[str, Worker] = {}
+        self._by_model: dict[str, list[Worker]] = {}
+        self._by_gpu: dict[str, list[Worker]] = {}
+        self._contexts: dict[str, tuple[int, int]] = {}
+        self._known: OrderedDict[str, None] = OrderedDict()
+        self._drained: set[str] = set()
+        self._conditions: dict[str, Condition] = {}
+        self._listeners: list[Listener] = []
+        self.populated_at: float | None = None
+        """When the first worker came; None before."""
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Every worker, by name."""
+        # Copied in one step: metrics are read from another thread.
+        return sorted(self._workers.copy().values(), key=lambda worker: worker.worker_id)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no worker is registered."""
+        return not self._workers
+
+    def get(self, worker_id: str) -> Worker | None:
+        """The worker of that name."""
+        return self._workers.get(worker_id)
+
+    def serving(self, model: str | None) -> Iterable[Worker]:
+        """The workers that serve a model; every worker for None."""
+        return self._workers.values() if model is None else self._by_model.get(model, ())
+
+    def contexts(self, model: str) -> tuple[int, int]:
+        """The shortest and the longest context among the model's workers, in tokens; zeros when there is none."""
+        return self._contexts.get(model, (0, 0))
+
+    def knows(self, model: str | None) -> bool:
+        """Whether a worker serves the model or has served it."""
+        return model is None or model in self._by_model or model in self._known
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Calls `listener` with each worker that changed or went, until the returned function is called."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def register(self, card: Card) -> Worker:
+        """Adds a worker. One of the same name is gone from then on."""
+        old = self._workers.pop(card.worker_id, None)
+        now = self._clock()
+        worker = Worker(card, now=now, drained=card.worker_id in self._drained, condition=self._condition_of(card))
+        self._workers[card.worker_id] = worker
+        if self.populated_at is None:
+            self.populated_at = now
+        self._index()
+        if old is not None:
+            old.leave()
+        self._changed(worker)
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        """Takes a lost worker out; its leases vanish. One that was replaced is out already."""
+        if self._workers.get(worker.worker_id) is not worker:
+            return
+        del self._workers[worker.worker_id]
+        self._index()
+        worker.leave()
+        self._changed(worker)
+
+    def report(self, worker: Worker, load: Load) -> None:
+        """Takes in how a worker is."""
+        if not worker.gone:
+            worker.report(load, self._clock())
+            self._changed(worker)
+
+    def drain(self, worker_id: str, drained: bool) -> bool:
+        """Takes a worker out of service, or back; a new registration of the name stays out. False: not registered."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return False
+        (self._drained.add if drained else self._drained.discard)(worker_id)
+        worker.set_drained(drained, self._clock())
+        self._changed(worker)
+        return True
+
+    def set_gpus(self, conditions: dict[str, Condition]) -> None:
+        """Takes in how GPUs are; those that are not mentioned stay as they were."""
+        self._conditions.update(conditions)
+        self._recheck(conditions)
+
+    def forget_gpus(self, uuids: Iterable[str]) -> None:
+        """Nothing is known of these GPUs any more, and what is not known costs nothing."""
+        gone = [uuid for uuid in uuids if self._conditions.pop(uuid, None) is not None]
+        self._recheck(gone)
+
+    def grant(self, worker: Worker, request: Request, *, output_tokens: float) -> Lease:
+        """Leases a worker to a request."""
+        lease = Lease(worker, request, self._clock(), output_tokens)
+        if request.occupies_slot:
+            worker.grant(lease)
+            self._changed(worker)
+        return lease
+
+    def release(self, lease: Lease, outcome: Outcome) -> None:
+        """Ends a lease; one whose worker is lost is over already."""
+        if lease in lease.worker.leases:
+            lease.worker.release(lease, outcome, self._clock())
+            self._changed(lease.worker)
+
+    def _index(self) -> None:
+        self._by_model, self._by_gpu, self._contexts = {}, {}, {}
+        for worker in self._workers.values():
+            for model in worker.card.models:
+                self._by_model.setdefault(model, []).append(worker)
+                self._known[model] = None
+                self._known.move_to_end(model)
+            for uuid in worker.card.gpu_uuids:
+                self._by_gpu.setdefault(uuid, []).append(worker)
+        for model, workers in self._by_model.items():
+            contexts = [worker.card.models[model] for worker in workers]
+            self._contexts[model] = (min(contexts), max(contexts))
+        while len(self._known) > _REMEMBERED_MODELS:
+            self._known.popitem(last=False)
+
+    def _condition_of(self, card: Card) -> Condition:
+        return worst([self._conditions.get(uuid, HEALTHY) for uuid in card.gpu_uuids])
+
+    def _recheck(self, uuids: Iterable[str]) -> None:
+        now = self._clock()
+        for worker in {worker for uuid in uuids for worker in self._by_gpu.get(uuid, ())}:
+            condition = self._condition_of(worker.card)
+            if condition != worker.condition:
+                worker.set_condition(condition, now)
+                self._changed(worker)
+
+    def _changed(self, worker: Worker) -> None:
+        for listener in tuple(self._listeners):
+            listener(worker)

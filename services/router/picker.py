@@ -1,0 +1,326 @@
+"""envoy.service.ext_proc.v3.ExternalProcessor: the endpoint picker of the typed lane, and of any gateway that has one.
+
+Envoy shows a request's headers and body, and is told where it goes. The stream stays open until the response is over or
+the client is gone, and so does the lease.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
+from opentelemetry.trace import Tracer
+
+from services.common.errors import MeshError, Reason
+from services.common.rpc import MAX_MESSAGE_BYTES, metadata_of
+from services.router import extproc
+from services.router.admission import Admission, Ticket
+from services.router.prompt import GrpcBody, JsonBody, Wanted
+from services.router.request import Request
+from services.router.spans import end_span, start_span
+from services.router.worker import Outcome
+
+__all__ = ["Picker"]
+
+_MODES: Final = processing_mode_pb2.ProcessingMode
+_FULL_DUPLEX: Final = _MODES.FULL_DUPLEX_STREAMED
+_BUFFERED: Final = (_MODES.BUFFERED, _MODES.BUFFERED_PARTIAL)
+# While a request waits, its stream is listened to; so many messages are kept for later.
+_MOST_EARLY: Final = 256
+_TIMEOUT_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_MOST_TIMEOUT_DIGITS: Final = 8
+_PRIORITIES: Final = (-(2**31), 2**31 - 1)
+# What a worker answers when the request is at fault: it says nothing about the worker.
+_REFUSED_STATUSES: Final = frozenset({"3", "5", "7", "8", "11", "12", "16"})
+_CANCELLED_STATUSES: Final = frozenset({"1", "4"})
+_log = logging.getLogger(__name__)
+
+
+class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
+    """Picks a worker for each HTTP request that Envoy shows."""
+
+    def __init__(self, admission: Admission, tracer: Tracer) -> None:
+        self._admission = admission
+        self._tracer = tracer
+        self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def close(self) -> None:
+        """Lets go of every request, cleanly: Envoy goes on with it without the picker."""
+        if not self._closing.done():
+            self._closing.set_result(None)
+
+    async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """One HTTP request. When the stream ends, however it ends, its lease is free."""
+        inbox = _Inbox(request_iterator, self._closing)
+        exchange = _Exchange(self._admission, self._tracer, inbox, context)
+        # The stream may end while its generator is parked in a write; this is called all the same, and at once.
+        context.add_done_callback(lambda _: exchange.close())
+        try:
+            while not exchange.is_over and (message := await inbox.next(quick=not exchange.is_picked)) is not None:
+                for response in await exchange.take(message):
+                    yield response
+        finally:
+            exchange.close()
+            inbox.close()
+
+
+class _Inbox:
+    """The messages of a stream. A read is never abandoned, since the next one would miss what it had got."""
+
+    def __init__(self, stream: AsyncIterator[Any], closing: "asyncio.Future[None]") -> None:
+        self._stream = stream
+        self._closing = closing
+        self._reading: asyncio.Task[Any] | None = None
+        self._early: list[Any] = []
+
+    async def next(self, *, quick: bool) -> Any | None:
+        """The next message; None at the end. `quick` spares a task, and goes on although the router stops."""
+        if self._early:
+            return self._early.pop(0)
+        if quick and self._reading is None:
+            return await anext(self._stream, None)
+        reading = self._read()
+        await asyncio.wait((reading, self._closing), return_when=asyncio.FIRST_COMPLETED)
+        return self._taken() if reading.done() else None
+
+    async def listen_until(self, answered: "asyncio.Future[None]") -> bool:
+        """Waits for an answer; False when the stream ended, or the router stops, before it came."""
+        while not answered.done():
+            full = len(self._early) >= _MOST_EARLY
+            listening = (answered, self._closing) if full else (answered, self._closing, self._read())
+            await asyncio.wait(listening, return_when=asyncio.FIRST_COMPLETED)
+            if self._closing.done() and not answered.done():
+                return False
+            if self._reading is not None and self._reading.done() and not self._keep_early():
+                return answered.done()
+        return True
+
+    def close(self) -> None:
+        """Stops listening; the stream is over."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def _keep_early(self) -> bool:
+        message = self._taken()
+        if message is None:
+            return False
+        self._early.append(message)
+        return True
+
+    def _read(self) -> "asyncio.Task[Any]":
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._receive())
+        return self._reading
+
+    async def _receive(self) -> Any | None:
+        return await anext(self._stream, None)
+
+    def _taken(self) -> Any | None:
+        assert self._reading is not None
+        reading, self._reading = self._reading, None
+        return reading.result()
+
+
+class _Exchange:
+    """One HTTP request on its way through the picker."""
+
+    def __init__(self, admission: Admission, tracer: Tracer, inbox: _Inbox, context: Any) -> None:
+        self._admission = admission
+        self._tracer = tracer
+        self._inbox = inbox
+        self._context = context
+        self._headers: dict[str, str] | None = None
+        self._subset: frozenset[str] | None = None
+        self._reader: GrpcBody | JsonBody | None = None
+        self._mode = _FULL_DUPLEX
+        self._response_mode = _MODES.NONE
+        self._body = bytearray()
+        self._ticket: Ticket | None = None
+        self.is_over = False
+        """Whether nothing more is to be answered."""
+
+    @property
+    def is_picked(self) -> bool:
+        """Whether the request has its worker."""
+        return self._ticket is not None and self._ticket.lease is not None
+
+    async def take(self, message: Any) -> list[Any]:
+        """The answers to a message of Envoy's."""
+        kind = message.WhichOneof("request")
+        try:
+            if kind == "request_headers":
+                return await self._on_headers(message)
+            if kind == "request_body":
+                return await self._on_body(message.request_body)
+            if kind == "request_trailers":
+                return [*await self._on_end(), extproc.CONTINUE_TRAILERS]
+            return self._on_response(kind, message)
+        except MeshError as error:
+            self.is_over = True
+            return [extproc.refusal(error, to_grpc=self._is_grpc)]
+        except _GoneError:
+            self.is_over = True
+            return []
+
+    def close(self, outcome: Outcome = Outcome.CANCELLED, *, output_tokens: int = 0) -> None:
+        """The request is over; its lease is free."""
+        if self._ticket is not None:
+            self._admission.finish(self._ticket, outcome, output_tokens=output_tokens)
+
+    @property
+    def _is_grpc(self) -> bool:
+        return (self._headers or {}).get("content-type", "").startswith("application/grpc")
+
+    async def _on_headers(self, message: Any) -> list[Any]:
+        if self._headers is not None:
+            raise _out_of_order()
+        self._headers = headers = extproc.headers_of(message.request_headers.headers)
+        self._subset = extproc.subset_of(message)
+        if message.HasField("protocol_config"):
+            self._mode = message.protocol_config.request_body_mode
+            self._response_mode = message.protocol_config.response_body_mode
+        path = headers.get(":path", "").partition("?")[0]
+        if self._is_grpc:
+            self._reader = GrpcBody(path, headers.get("grpc-encoding", "identity"))
+        elif not message.request_headers.end_of_stream:
+            self._reader = JsonBody()
+        if self._reader is None or not self._reader.needed:
+            return [extproc.picked_in_headers(await self._pick(Wanted(model=None, occupies_slot=False)))]
+        if message.request_headers.end_of_stream:
+            raise MeshError(Reason.INVALID_REQUEST, "the request has no body")
+        return self._wait_for_body()
+
+    def _wait_for_body(self) -> list[Any]:
+        if self._mode == _FULL_DUPLEX:
+            return []
+        if self._mode in _BUFFERED:
+            return [extproc.CONTINUE_HEADERS]
+        _log.error("ext_proc must send request bodies as FULL_DUPLEX_STREAMED or BUFFERED")
+        raise MeshError(Reason.INTERNAL, "internal error")
+
+    async def _on_body(self, chunk: Any) -> list[Any]:
+        if self._headers is None:
+            raise _out_of_order()
+        if self.is_picked:
+            return self._hand_on(chunk.body, ended=chunk.end_of_stream)
+        if self._reader is None:
+            raise _out_of_order()
+        if len(self._body) + len(chunk.body) > MAX_MESSAGE_BYTES + 1024:
+            raise MeshError(Reason.REQUEST_TOO_LARGE, f"the body has more than {MAX_MESSAGE_BYTES} bytes")
+        self._body += chunk.body
+        return await self._pick_if_complete(ended=chunk.end_of_stream or self._mode in _BUFFERED)
+
+    async def _pick_if_complete(self, *, ended: bool) -> list[Any]:
+        assert self._reader is not None
+        wanted = self._reader.wanted(self._body, ended=ended)
+        if wanted is None:
+            return []
+        endpoint = await self._pick(wanted)
+        if self._mode in _BUFFERED:
+            return [extproc.picked_in_body(endpoint)]
+        body, self._body = bytes(self._body), bytearray()
+        return [extproc.picked_in_headers(endpoint), *extproc.body_pieces(body, ended=ended)]
+
+    def _hand_on(self, body: bytes, *, ended: bool) -> list[Any]:
+        return extproc.body_pieces(body, ended=ended) if self._mode == _FULL_DUPLEX else [extproc.CONTINUE_BODY]
+
+    async def _on_end(self) -> list[Any]:
+        if self._headers is None:
+            raise _out_of_order()
+        if self.is_picked or self._reader is None:
+            return []
+        # The trailers end the body, and what came of it is handed on without an end of its own.
+        wanted = self._reader.wanted(self._body, ended=True)
+        assert wanted is not None
+        endpoint = await self._pick(wanted)
+        return [extproc.picked_in_headers(endpoint), *extproc.body_pieces(bytes(self._body), ended=False)]
+
+    def _on_response(self, kind: str | None, message: Any) -> list[Any]:
+        if kind == "response_headers":
+            headers = extproc.headers_of(message.response_headers.headers)
+            # An error may be all in the headers.
+            if "grpc-status" in headers or message.response_headers.end_of_stream:
+                self._settle(headers)
+            return [extproc.CONTINUE_RESPONSE_HEADERS]
+        if kind == "response_body":
+            chunk = message.response_body
+            if self._response_mode == _FULL_DUPLEX:
+                return [extproc.response_body_piece(chunk.body, ended=chunk.end_of_stream)]
+            return [extproc.CONTINUE_RESPONSE_BODY]
+        if kind == "response_trailers":
+            self._settle(extproc.headers_of(message.response_trailers.trailers))
+            return [extproc.CONTINUE_RESPONSE_TRAILERS]
+        raise _out_of_order()
+
+    def _settle(self, trailers: dict[str, str]) -> None:
+        tokens = trailers.get("x-tokenloom-usage-output-tokens", "")
+        self.close(_outcome(trailers.get("grpc-status", "0")), output_tokens=int(tokens) if tokens.isdecimal() else 0)
+
+    async def _pick(self, wanted: Wanted) -> str:
+        headers = self._headers or {}
+        request = _request(wanted, headers, self._subset)
+        traceparent = metadata_of(self._context).get("traceparent") or headers.get("traceparent")
+        span = start_span(self._tracer, "pick", str(traceparent) if traceparent else None, request)
+        answered: asyncio.Future[None] | None = None
+
+        def settle(ticket: Ticket) -> None:
+            end_span(span, ticket)
+            if answered is not None and not answered.done():
+                answered.set_result(None)
+
+        ticket = self._ticket = self._admission.ask(request, settle)
+        if ticket.is_waiting:
+            answered = asyncio.get_running_loop().create_future()
+            if not await self._inbox.listen_until(answered):
+                raise _GoneError
+        if ticket.error is not None:
+            raise ticket.error
+        assert ticket.lease is not None
+        return ticket.lease.worker.endpoint
+
+
+class _GoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def _out_of_order() -> MeshError:
+    return MeshError(Reason.INVALID_REQUEST, "the messages of the external processor are out of order")
+
+
+def _outcome(status: str) -> Outcome:
+    if status == "0":
+        return Outcome.COMPLETED
+    if status in _REFUSED_STATUSES:
+        return Outcome.REFUSED
+    return Outcome.CANCELLED if status in _CANCELLED_STATUSES else Outcome.FAILED
+
+
+def _request(wanted: Wanted, headers: dict[str, str], subset: frozenset[str] | None) -> Request:
+    return Request(
+        model=wanted.model,
+        request_id=headers.get("x-request-id", ""),
+        prompt_tokens=wanted.prompt_tokens,
+        exact=wanted.exact,
+        max_output_tokens=wanted.max_output_tokens,
+        tenant=headers.get("x-tokenloom-tenant", ""),
+        priority=_priority(headers.get("x-tokenloom-priority", "")),
+        session=headers.get("x-session-id", ""),
+        subset=subset,
+        timeout_seconds=_timeout_seconds(headers.get("grpc-timeout", "")),
+        occupies_slot=wanted.occupies_slot,
+    )
+
+
+def _priority(text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or len(text) > 11:
+        return 0
+    return min(max(int(text), _PRIORITIES[0]), _PRIORITIES[1])
+
+
+def _timeout_seconds(text: str) -> float | None:
+    digits, unit = text[:-1], text[-1:]
+    if not digits.isdecimal() or len(digits) > _MOST_TIMEOUT_DIGITS or unit not in _TIMEOUT_UNITS:
+        return None
+    return int(digits) * _TIMEOUT_UNITS[unit]

@@ -1,0 +1,200 @@
+"""tokenloom.router.v1.RouterService: the sessions of gateways and the registrations of workers."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from opentelemetry.trace import Span, Tracer
+from tokenloom.router.v1 import router_pb2, router_pb2_grpc
+
+from services.common.errors import MeshError, Reason
+from services.common.outbox import Outbox, OutboxFullError
+from services.common.status import status_from_error
+from services.router import wire
+from services.router.admission import Admission, Ticket
+from services.router.fleet import Fleet
+from services.router.spans import end_span, start_span
+from services.router.streams import reading
+from services.router.worker import Worker
+
+__all__ = ["RouterServicer"]
+
+# A gateway that has not read so many answers is stuck.
+_MOST_ANSWERS: Final = 65_536
+_log = logging.getLogger(__name__)
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """The inside door of the router."""
+
+    def __init__(self, fleet: Fleet, admission: Admission, tracer: Tracer) -> None:
+        self._fleet = fleet
+        self._admission = admission
+        self._tracer = tracer
+        self._sessions: set[_Session] = set()
+        self._workers: set[Worker] = set()
+        self._closing = False
+
+    async def Session(
+        self, request_iterator: AsyncIterator[router_pb2.SessionRequest], context: Any
+    ) -> AsyncIterator[router_pb2.SessionResponse]:
+        """One gateway. When the stream ends, however it ends, its leases are free and its requests wait no more."""
+        self._refuse_when_closing()
+        session = _Session(self._admission, self._tracer)
+        self._sessions.add(session)
+        # The stream may end while its generator is parked in a write; this is called all the same, and at once.
+        context.add_done_callback(lambda _: session.close())
+        try:
+            async with reading(request_iterator, session.take, ended=session.outbox.close) as reader:
+                async for message in session.outbox.messages():
+                    yield message
+                if reader.done():
+                    reader.result()
+        finally:
+            session.close()
+            self._sessions.discard(session)
+
+    async def Register(
+        self, request_iterator: AsyncIterator[router_pb2.RegisterRequest], context: Any
+    ) -> AsyncIterator[router_pb2.RegisterResponse]:
+        """One worker. When the stream ends, it is gone."""
+        self._refuse_when_closing()
+        worker = self._fleet.register(await _registration(request_iterator))
+        self._workers.add(worker)
+        context.add_done_callback(lambda _: self._fleet.remove(worker))
+        _log.info("worker registered", extra={"worker": worker.worker_id, "endpoint": worker.endpoint})
+        try:
+            async with reading(request_iterator, _Reports(self._fleet, worker).take, ended=worker.leave) as reader:
+                async for command in _commands(worker):
+                    yield command
+                if reader.done():
+                    reader.result()
+        finally:
+            self._workers.discard(worker)
+            self._fleet.remove(worker)
+            _log.info("worker gone", extra={"worker": worker.worker_id})
+
+    def close(self) -> None:
+        """Ends every stream, and takes no new one: gateways and workers go to another router or come back."""
+        self._closing = True
+        for session in self._sessions:
+            session.outbox.close()
+        for worker in self._workers:
+            worker.leave()
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise MeshError(Reason.NO_READY_WORKER, "the router stops", retry_after_seconds=1.0)
+
+
+class _Session:
+    """What one gateway has asked for and holds."""
+
+    def __init__(self, admission: Admission, tracer: Tracer) -> None:
+        self._admission = admission
+        self._tracer = tracer
+        self._tickets: dict[int, Ticket] = {}
+        self._closed = False
+        self._task = asyncio.current_task()
+        self.outbox: Outbox[router_pb2.SessionResponse] = Outbox(router_pb2.SessionResponse, max_edits=_MOST_ANSWERS)
+
+    def take(self, message: router_pb2.SessionRequest) -> None:
+        """Takes a batch in. Releases come first: what they free may serve the batch's own acquires."""
+        for release in message.releases:
+            ticket = self._tickets.pop(release.handle, None)
+            if ticket is not None:
+                self._admission.finish(ticket, wire.outcome(release.outcome), output_tokens=release.output_token_count)
+        for acquire in message.acquires:
+            self._acquire(acquire)
+        for release in message.releases:
+            # An acquire may be given up in the batch that it came in.
+            late = self._tickets.pop(release.handle, None)
+            if late is not None:
+                self._admission.finish(late, wire.outcome(release.outcome))
+
+    def close(self) -> None:
+        """The session is over, and so is all that it holds."""
+        self._closed = True
+        tickets, self._tickets = self._tickets, {}
+        for ticket in tickets.values():
+            self._admission.finish(ticket)
+        self.outbox.close()
+
+    def _acquire(self, acquire: router_pb2.Acquire) -> None:
+        handle = acquire.handle
+        if handle in self._tickets:
+            raise MeshError(Reason.INVALID_REQUEST, f"handle {handle} is in use", field="acquires.handle")
+        request = wire.request(acquire)
+        span = start_span(self._tracer, "schedule", acquire.traceparent, request)
+        ticket = self._admission.ask(request, lambda answered: self._settle(handle, span, answered))
+        if ticket.error is None:
+            self._tickets[handle] = ticket
+        if ticket.is_waiting:
+            position = self._admission.ahead(ticket)
+            self._edit().queued.add(handle=handle, position=position)
+
+    def _settle(self, handle: int, span: Span, ticket: Ticket) -> None:
+        end_span(span, ticket)
+        if ticket.error is not None:
+            self._tickets.pop(handle, None)
+            self._edit().rejections.add(handle=handle, status=status_from_error(ticket.error))
+            return
+        assert ticket.lease is not None
+        assert ticket.decision is not None
+        self._edit().grants.add(
+            handle=handle,
+            worker_id=ticket.lease.worker.worker_id,
+            endpoint=ticket.lease.worker.endpoint,
+            queue_duration=wire.duration(ticket.queue_seconds),
+            reason=ticket.decision.reason,
+        )
+
+    def _edit(self) -> router_pb2.SessionResponse:
+        if self._closed:
+            return router_pb2.SessionResponse()
+        try:
+            return self.outbox.edit()
+        except OutboxFullError:
+            # Whoever settled this ticket is not to blame: only this gateway, which does not read, loses its session.
+            _log.warning("a gateway does not read; its session ends")
+            self.close()
+            if self._task is not None:
+                self._task.cancel()
+            return router_pb2.SessionResponse()
+
+
+class _Reports:
+    """The load reports of one worker."""
+
+    def __init__(self, fleet: Fleet, worker: Worker) -> None:
+        self._fleet = fleet
+        self._worker = worker
+
+    def take(self, message: router_pb2.RegisterRequest) -> None:
+        if message.WhichOneof("message") != "load":
+            raise MeshError(Reason.INVALID_REQUEST, "only the first message registers; the next ones report load")
+        self._fleet.report(self._worker, wire.load(message.load))
+
+
+async def _registration(stream: AsyncIterator[router_pb2.RegisterRequest]) -> Any:
+    first = await anext(stream, None)
+    if first is None or first.WhichOneof("message") != "registration":
+        raise MeshError(Reason.INVALID_REQUEST, "the first message must be a registration", field="registration")
+    return wire.card(first.registration)
+
+
+async def _commands(worker: Worker) -> AsyncIterator[router_pb2.RegisterResponse]:
+    yield router_pb2.RegisterResponse(registered=router_pb2.Registered())
+    told_drained = False
+    while not worker.gone:
+        if worker.drained != told_drained:
+            told_drained = worker.drained
+            yield _DRAIN if told_drained else _UNDRAIN
+            continue
+        worker.news.clear()
+        await worker.news.wait()
+
+
+_DRAIN: Final = router_pb2.RegisterResponse(drain=router_pb2.DrainCommand())
+_UNDRAIN: Final = router_pb2.RegisterResponse(undrain=router_pb2.UndrainCommand())

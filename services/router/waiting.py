@@ -1,0 +1,195 @@
+"""The requests that wait: by priority, then fair by tenant in tokens, then first come, first served."""
+
+import heapq
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Collection, Hashable
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+
+from services.router.fairness import Fairness
+
+__all__ = ["LaneKey", "WaitingLine", "Waits"]
+
+# Requests of one model that differ in which workers they may go to wait in lanes of their own, so that those whose
+# workers are busy don't hold up the rest. Beyond so many lanes they share one.
+_MOST_LANES: Final = 64
+_COMPACT_ABOVE: Final = 64
+
+
+class LaneKey(NamedTuple):
+    """Requests with the same key are interchangeable for a worker."""
+
+    model: str
+    constraint: Hashable
+
+
+class Waits(Protocol):
+    """What the line needs to know of who waits in it."""
+
+    @property
+    def lane(self) -> LaneKey: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def tokens(self) -> float: ...
+
+
+W = TypeVar("W", bound=Waits)
+
+
+class _Turn(NamedTuple):
+    priority: int
+    served: float
+    order: int
+
+
+class _TenantQueue(Generic[W]):
+    __slots__ = ("members", "tenant")
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.members: OrderedDict[int, W] = OrderedDict()
+
+
+class _Class(Generic[W]):
+    """One priority class of one lane: a heap of its tenants by tokens served."""
+
+    def __init__(self, fairness: Fairness) -> None:
+        self._fairness = fairness
+        self._queues: dict[str, _TenantQueue[W]] = {}
+        self._heap: list[tuple[float, int, _TenantQueue[W]]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, order: int, waiter: W) -> None:
+        queue = self._queues.get(waiter.tenant)
+        if queue is None:
+            queue = self._queues[waiter.tenant] = _TenantQueue(waiter.tenant)
+            heapq.heappush(self._heap, (self._fairness.of(waiter.tenant), order, queue))
+        queue.members[order] = waiter
+        self._count += 1
+
+    def remove(self, order: int, waiter: W) -> None:
+        queue = self._queues[waiter.tenant]
+        del queue.members[order]
+        self._count -= 1
+        if len(self._heap) > _COMPACT_ABOVE and len(self._heap) > 2 * self._count:
+            self._compact()
+
+    def head(self) -> tuple[float, int, W]:
+        """The count of the tenant whose turn it is, and its oldest request. The class must not be empty."""
+        while True:
+            count, order, queue = self._heap[0]
+            if not queue.members:
+                heapq.heappop(self._heap)
+                del self._queues[queue.tenant]
+                continue
+            oldest = next(iter(queue.members))
+            now = self._fairness.of(queue.tenant)
+            if (now, oldest) == (count, order):
+                return now, oldest, queue.members[oldest]
+            # Counts and orders only grow, so an entry that is out of date stands too far in front, never too far back.
+            heapq.heapreplace(self._heap, (now, oldest, queue))
+
+    def _compact(self) -> None:
+        self._queues = {tenant: queue for tenant, queue in self._queues.items() if queue.members}
+        self._heap = [(self._fairness.of(name), next(iter(q.members)), q) for name, q in self._queues.items()]
+        heapq.heapify(self._heap)
+
+
+class _Lane(Generic[W]):
+    """The requests of one lane, by priority class."""
+
+    def __init__(self, fairness: Fairness) -> None:
+        self._fairness = fairness
+        self.classes: dict[int, _Class[W]] = {}
+        self._priorities: list[int] = []
+
+    def add(self, order: int, waiter: W) -> None:
+        group = self.classes.get(waiter.priority)
+        if group is None:
+            group = self.classes[waiter.priority] = _Class(self._fairness)
+            insort(self._priorities, waiter.priority)
+        group.add(order, waiter)
+
+    def remove(self, order: int, waiter: W) -> None:
+        group = self.classes[waiter.priority]
+        group.remove(order, waiter)
+        if not group:
+            del self.classes[waiter.priority]
+            self._priorities.remove(waiter.priority)
+
+    def head(self) -> tuple[_Turn, W]:
+        priority = self._priorities[0]
+        count, order, waiter = self.classes[priority].head()
+        return _Turn(priority, count, order), waiter
+
+
+class WaitingLine(Generic[W]):
+    """All that wait. Adding, taking and removing cost O(log tenants), however many wait."""
+
+    def __init__(self) -> None:
+        self._fairness = Fairness()
+        self._models: dict[str, dict[LaneKey, _Lane[W]]] = {}
+        self._orders: dict[W, tuple[int, LaneKey]] = {}
+        self._next_order = 0
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def has_lane(self, key: LaneKey) -> bool:
+        """Whether somebody waits who is interchangeable with a request of this key."""
+        return key in self._models.get(key.model, ())
+
+    def ahead(self, waiter: W) -> int:
+        """How many of the waiter's model wait in its priority class or a higher one; it may overtake some of them."""
+        lanes = self._models.get(waiter.lane.model, {}).values()
+        return sum(len(c) for lane in lanes for p, c in lane.classes.items() if p <= waiter.priority)
+
+    def add(self, waiter: W) -> None:
+        """Puts a request at the end of its tenant's queue."""
+        lanes = self._models.setdefault(waiter.lane.model, {})
+        key = waiter.lane
+        if key not in lanes and len(lanes) >= _MOST_LANES:
+            key = LaneKey(waiter.lane.model, "mixed")
+        lane = lanes.get(key)
+        if lane is None:
+            lane = lanes[key] = _Lane(self._fairness)
+        self._next_order += 1
+        self._orders[waiter] = (self._next_order, key)
+        lane.add(self._next_order, waiter)
+
+    def remove(self, waiter: W) -> None:
+        """Takes a request out; one that does not wait changes nothing."""
+        order, key = self._orders.pop(waiter, (0, None))
+        if key is None:
+            return
+        lanes = self._models[key.model]
+        lane = lanes[key]
+        lane.remove(order, waiter)
+        if not lane.classes:
+            del lanes[key]
+            if not lanes:
+                del self._models[key.model]
+
+    def serve(self, waiter: W) -> None:
+        """Takes a request out because it is served, and charges its tenant."""
+        self._fairness.charge(waiter.tenant, self._fairness.of(waiter.tenant), waiter.tokens)
+        self.remove(waiter)
+
+    def first(self, models: Collection[str], *, skip: Collection[LaneKey] = ()) -> tuple[LaneKey, W] | None:
+        """Whose turn it is among requests for these models, and the lane it waits in; None when nobody waits."""
+        heads = [
+            (lane.head(), key)
+            for model in models
+            for key, lane in self._models.get(model, {}).items()
+            if key not in skip
+        ]
+        if not heads:
+            return None
+        (_, waiter), key = min(heads, key=lambda entry: entry[0][0])
+        return key, waiter

@@ -1,0 +1,153 @@
+"""The router's protos as domain values, and back."""
+
+import ipaddress
+import time
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from tokenloom.router.v1 import admin_pb2, router_pb2
+
+from services.common.errors import MeshError, Reason
+from services.router.card import Card, Load, WorkerState
+from services.router.decisions import Record
+from services.router.fleet import Clock
+from services.router.request import Request
+from services.router.worker import Outcome, Worker
+
+__all__ = ["card", "decision", "duration", "load", "outcome", "request", "worker"]
+
+_MOST_SEQUENCES: Final = 65_536
+_LONGEST_ID: Final = 256
+
+_STATES: Final = {
+    router_pb2.WORKER_STATE_UNSPECIFIED: WorkerState.UNKNOWN,
+    router_pb2.WORKER_STATE_READY: WorkerState.READY,
+    router_pb2.WORKER_STATE_DRAINING: WorkerState.DRAINING,
+    router_pb2.WORKER_STATE_UNAVAILABLE: WorkerState.UNAVAILABLE,
+}
+_OUTCOMES: Final = {
+    router_pb2.OUTCOME_COMPLETED: Outcome.COMPLETED,
+    router_pb2.OUTCOME_REFUSED: Outcome.REFUSED,
+    router_pb2.OUTCOME_FAILED: Outcome.FAILED,
+}
+
+
+def card(message: router_pb2.Registration) -> Card:
+    """Who a worker is.
+
+    Raises:
+        MeshError: INVALID_REQUEST, it can't be used as it says it is.
+    """
+    if not 0 < len(message.worker_id) <= _LONGEST_ID:
+        raise _invalid("worker_id", f"must have 1 to {_LONGEST_ID} characters")
+    if not _is_endpoint(message.endpoint):
+        raise _invalid("endpoint", f"must be ip:port, since the edge takes it as it is, not {message.endpoint[:80]!r}")
+    if not message.models or any(not model.name for model in message.models):
+        raise _invalid("models", "must have at least one entry, each with a name")
+    return Card(
+        worker_id=message.worker_id,
+        endpoint=message.endpoint,
+        models={model.name: model.max_context_token_count for model in message.models},
+        gpu_uuids=tuple(message.gpu_uuids),
+        max_running=min(max(1, message.max_running_count), _MOST_SEQUENCES),
+        kv_tokens=message.kv_cache_token_count,
+        said=message,
+    )
+
+
+def _invalid(field: str, what: str) -> MeshError:
+    return MeshError(Reason.INVALID_REQUEST, f"registration.{field} {what}", field=f"registration.{field}")
+
+
+def _is_endpoint(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        return 0 < int(port) < 65_536
+    except ValueError:
+        return False
+
+
+def load(message: router_pb2.LoadReport) -> Load:
+    """How a worker says it is."""
+    single, more = message.decode_step_duration, message.decode_step_per_sequence_duration
+    return Load(
+        running=message.running_count,
+        waiting=message.waiting_count,
+        kv_usage=message.kv_usage_ratio,
+        pending_prefill_tokens=message.pending_prefill_token_count,
+        prefill_tokens_per_second=message.prefill_tokens_per_second or None,
+        decode_step_seconds=_seconds(single) if message.HasField("decode_step_duration") else None,
+        decode_step_per_sequence_seconds=_seconds(more)
+        if message.HasField("decode_step_per_sequence_duration")
+        else None,
+        state=_STATES.get(message.state, WorkerState.UNKNOWN),
+        said=message,
+    )
+
+
+def request(message: router_pb2.Acquire) -> Request:
+    """What a gateway asks for."""
+    return Request(
+        model=message.model,
+        request_id=message.request_id,
+        prompt_tokens=message.prompt_token_count,
+        max_output_tokens=message.max_output_token_count,
+        tenant=message.tenant_id,
+        priority=message.priority,
+        session=message.session_id,
+        excluded=frozenset(message.excluded_worker_ids),
+        timeout_seconds=_seconds(message.timeout) if message.HasField("timeout") else None,
+    )
+
+
+def outcome(value: router_pb2.Outcome.ValueType) -> Outcome:
+    """How a lease ended."""
+    return _OUTCOMES.get(value, Outcome.CANCELLED)
+
+
+def worker(worker: Worker, clock: Clock) -> admin_pb2.Worker:
+    """A worker for operators."""
+    return admin_pb2.Worker(
+        registration=worker.card.said,
+        load=worker.load.said,
+        lease_count=len(worker.leases),
+        last_report_time=_timestamp(worker.reported_at, clock),
+        drained=worker.drained,
+    )
+
+
+def decision(record: Record, clock: Clock) -> admin_pb2.Decision:
+    """A decision for operators."""
+    message = admin_pb2.Decision(
+        decision_time=_timestamp(record.at, clock),
+        model=record.model,
+        worker_id=record.worker_id,
+        reason=record.reason,
+        queue_duration=duration(record.queue_seconds),
+    )
+    for worker_id, why, (ttft, tpot, cost) in record.looked_at:
+        candidate = message.candidates.add(worker_id=worker_id, excluded_reason=why)
+        if not why:
+            candidate.predicted_time_to_first_token_duration.CopyFrom(duration(ttft))
+            candidate.predicted_time_per_output_token_duration.CopyFrom(duration(tpot))
+            candidate.cost_duration.CopyFrom(duration(cost))
+    return message
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds as a proto; within what a proto holds."""
+    whole = int(min(max(0.0, seconds), 1e9))
+    return Duration(seconds=whole, nanos=int((min(max(0.0, seconds), 1e9) - whole) * 1e9))
+
+
+def _seconds(message: Duration) -> float:
+    return message.seconds + message.nanos / 1e9
+
+
+def _timestamp(at: float, clock: Clock) -> Timestamp:
+    # The router's clock only counts; what time it is, is asked where it is shown.
+    stamp = Timestamp()
+    stamp.FromNanoseconds(int((time.time() - (clock() - at)) * 1e9))
+    return stamp

@@ -1,0 +1,212 @@
+"""One registered worker: what it said, what was leased on it since, and what the next request meets on it."""
+
+import asyncio
+import math
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from services.router.card import Card, Load, WorkerState, believable
+from services.router.cost import Gauges, Outlook, outlook
+from services.router.reading import Condition
+from services.router.request import Request
+
+__all__ = ["STALE_SECONDS", "Lease", "Outcome", "Worker"]
+
+STALE_SECONDS: Final = 2.0
+"""A worker that has not reported for so long is not ready until it does."""
+# A request that was granted just before a report was written may not have reached the worker by then.
+_SETTLE_SECONDS: Final = 0.010
+_SERVICE_WEIGHT: Final = 0.1
+_FAILURE_WEIGHT: Final = 0.2
+_FAILURE_HALF_LIFE_SECONDS: Final = 10.0
+_KV_NEARLY_FULL: Final = 0.9
+
+
+class Outcome(Enum):
+    """How a lease ended."""
+
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """A worker's promise to one request, until it is released or the worker is lost."""
+
+    worker: "Worker"
+    request: Request
+    granted_at: float
+    output_tokens: float
+    """What is expected."""
+
+
+class Worker:
+    """A registered worker. It lives as long as its registration; a new registration makes a new one.
+
+    All times are seconds on the router's monotonic clock.
+    """
+
+    def __init__(self, card: Card, *, now: float, drained: bool, condition: Condition) -> None:
+        self.card = card
+        self.worker_id = card.worker_id
+        self.endpoint = card.endpoint
+        self.load = Load()
+        self.registered_at = now
+        self.reported_at = now
+        self.drained = drained
+        self.condition = condition
+        self.leases: set[Lease] = set()
+        self.gone = False
+        self.news = asyncio.Event()
+        """Set when `drained` or `gone` changed, for whoever tells the worker."""
+        self.blocked = ""
+        """Why it takes no work at all; empty when it does."""
+        self.full = False
+        """Whether it takes no more work for now."""
+        self.outlook: Outlook = outlook(Gauges())
+        self.outlook_at = now
+        self._others = 0
+        self._backlog = 0.0
+        self._kv_used = 0.0
+        self._fresh: deque[Lease] = deque()
+        self._service_seconds: float | None = None
+        self._failure_share = 0.0
+        self._failure_at = now
+        self._refresh(now)
+
+    @property
+    def occupied(self) -> int:
+        """Sequences that it has or will have in a moment: our leases, and what others sent it."""
+        return len(self.leases) + self._others
+
+    @property
+    def state_name(self) -> str:
+        """Its state for people and metrics."""
+        if self.drained:
+            return "drained"
+        if self.condition.lost:
+            return "gpu lost"
+        return self.load.state.value
+
+    def is_ready(self, now: float) -> bool:
+        """Whether it takes work, full or not."""
+        return not self.blocked and now - self.reported_at <= STALE_SECONDS
+
+    def has_room(self, now: float) -> bool:
+        """Whether it takes another request now."""
+        return not self.full and self.is_ready(now)
+
+    def service_seconds(self, expected_output: float) -> float:
+        """How long a request holds a slot here: as measured, or as predicted while nothing is."""
+        return self._service_seconds or expected_output * self.outlook.token_seconds
+
+    def report(self, load: Load, now: float) -> None:
+        """Takes a report in. What it says of the work that we sent replaces what we guessed."""
+        self.load = load = believable(load, self.card)
+        self.reported_at = now
+        while self._fresh and self._fresh[0].granted_at < now - _SETTLE_SECONDS:
+            self._fresh.popleft()
+        on_the_way = sum(lease.request.prompt_tokens for lease in self._fresh if lease in self.leases)
+        self._others = max(0, load.running + load.waiting - len(self.leases))
+        if load.pending_prefill_tokens is None:
+            self._melt(now)
+        else:
+            self._backlog = load.pending_prefill_tokens + on_the_way
+        self._kv_used = load.kv_usage * self.card.kv_tokens + on_the_way
+        self._refresh(now)
+
+    def grant(self, lease: Lease) -> None:
+        """Notes a lease, so that the next pick sees it before the worker reports it."""
+        now = lease.granted_at
+        self.leases.add(lease)
+        self._fresh.append(lease)
+        if len(self._fresh) > 2 * (self.card.max_running + self.card.headroom):
+            self._fresh.popleft()
+        self._melt(now)
+        self._backlog += lease.request.prompt_tokens
+        self._kv_used += lease.request.prompt_tokens
+        self._refresh(now)
+
+    def release(self, lease: Lease, outcome: Outcome, now: float) -> None:
+        """Ends a lease; one that is over already changes nothing."""
+        if lease not in self.leases:
+            return
+        self.leases.remove(lease)
+        if outcome is Outcome.COMPLETED:
+            held = now - lease.granted_at
+            before = self._service_seconds
+            self._service_seconds = held if before is None else before + _SERVICE_WEIGHT * (held - before)
+        if outcome in (Outcome.COMPLETED, Outcome.FAILED):
+            self._judge(failed=outcome is Outcome.FAILED, now=now)
+        self._melt(now)
+        self._refresh(now)
+
+    def set_drained(self, drained: bool, now: float) -> None:
+        """Takes it out of service or back, and has it told."""
+        self.drained = drained
+        self.news.set()
+        self._refresh(now)
+
+    def set_condition(self, condition: Condition, now: float) -> None:
+        """Takes in how its GPUs are."""
+        self.condition = condition
+        self._melt(now)
+        self._refresh(now)
+
+    def leave(self) -> None:
+        """It is lost: its leases vanish with it."""
+        self.gone = True
+        self.blocked = "gone"
+        self.leases.clear()
+        self._fresh.clear()
+        self.news.set()
+
+    def _judge(self, *, failed: bool, now: float) -> None:
+        share = self._failures(now)
+        self._failure_share = share + _FAILURE_WEIGHT * (float(failed) - share)
+        self._failure_at = now
+
+    def _failures(self, now: float) -> float:
+        if self._failure_share == 0.0:
+            return 0.0
+        return self._failure_share * math.exp2((self._failure_at - now) / _FAILURE_HALF_LIFE_SECONDS)
+
+    def _melt(self, now: float) -> None:
+        # Between two reports the backlog shrinks at the speed of prefill.
+        left = self.outlook.backlog_seconds - (now - self.outlook_at)
+        self._backlog = max(0.0, left / self.outlook.prefill_token_seconds)
+
+    def _refresh(self, now: float) -> None:
+        self.blocked = self._obstacle()
+        self.full = self._is_full()
+        self.outlook_at = now
+        self.outlook = outlook(
+            Gauges(
+                prefill_tokens_per_second=self.load.prefill_tokens_per_second,
+                decode_step_seconds=self.load.decode_step_seconds,
+                decode_step_per_sequence_seconds=self.load.decode_step_per_sequence_seconds,
+                backlog_tokens=self._backlog,
+                occupied=self.occupied,
+                max_running=self.card.max_running,
+                kv_tokens=self.card.kv_tokens,
+                kv_used_tokens=self._kv_used,
+                service_seconds=self._service_seconds,
+                slowdown=self.condition.slowdown,
+                failure_share=self._failures(now),
+            )
+        )
+
+    def _obstacle(self) -> str:
+        if self.gone:
+            return "gone"
+        return "" if self.state_name == WorkerState.READY.value else self.state_name
+
+    def _is_full(self) -> bool:
+        if self.occupied >= self.card.max_running + self.card.headroom:
+            return True
+        # With its KV cache used up, the engine queues although slots are free.
+        return self.load.kv_usage >= _KV_NEARLY_FULL and self.load.waiting > self.card.headroom

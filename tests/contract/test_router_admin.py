@@ -1,0 +1,127 @@
+"""RouterAdminService over real gRPC."""
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+import pytest
+from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
+
+from services.common.errors import Reason
+from services.common.status import error_from_call
+from tests.support.router import gateway_session, running_router, worker_link
+from tests.support.waiting import eventually
+
+
+async def test_workers_are_listed_as_they_said_they_are() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, "worker-1", endpoint="127.0.0.1:5002"),
+        worker_link(router, to_router, "worker-0", max_running=4) as link,
+        gateway_session(to_router) as gateway,
+    ):
+        await gateway.granted(excluded_worker_ids=["worker-1"])
+        await link.report(running_count=1)
+        await eventually(lambda: router.fleet.workers[0].load.running == 1, within=1)
+        admin: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router)
+        listed = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers
+        assert [worker.registration.worker_id for worker in listed] == ["worker-0", "worker-1"]
+        first = listed[0]
+        assert (first.registration.max_running_count, first.load.running_count, first.lease_count) == (4, 1, 1)
+        assert abs(first.last_report_time.ToNanoseconds() / 1e9 - time.time()) < 2
+
+
+async def test_a_watch_shows_the_fleet_and_then_each_change() -> None:
+    async with running_router() as (router, to_router):
+        call: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router).WatchFleet(admin_pb2.WatchFleetRequest())
+        assert not (await call.read()).workers
+        async with worker_link(router, to_router):
+            update = await call.read()
+            assert [worker.registration.worker_id for worker in update.workers] == ["worker-0"]
+            while not update.workers[0].HasField("load"):
+                update = await call.read()
+        while update.workers:
+            update = await call.read()
+        call.cancel()
+
+
+async def test_a_watch_is_told_at_most_ten_times_a_second() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router) as link:
+        call: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router).WatchFleet(admin_pb2.WatchFleetRequest())
+        updates = 0
+
+        async def count() -> None:
+            nonlocal updates
+            async for _ in call:
+                updates += 1
+
+        counting = asyncio.create_task(count())
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            await link.report()
+        call.cancel()
+        await asyncio.wait([counting])
+        assert 3 <= updates <= 7
+
+
+async def test_a_drained_worker_gets_no_work_and_is_told_and_so_when_it_is_back() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router) as link,
+        gateway_session(to_router) as gateway,
+    ):
+        admin: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router)
+        await admin.DrainWorker(admin_pb2.DrainWorkerRequest(worker_id="worker-0"))
+        await eventually(lambda: link.commands == ["registered", "drain"], within=1)
+        (worker,) = (await admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers
+        assert worker.drained
+        (handle,) = await gateway.acquire()
+        await eventually(lambda: handle in gateway.queued, within=1)
+        await admin.UndrainWorker(admin_pb2.UndrainWorkerRequest(worker_id="worker-0"))
+        await eventually(lambda: handle in gateway.grants, within=1)
+        await eventually(lambda: link.commands == ["registered", "drain", "undrain"], within=1)
+
+
+async def test_a_worker_that_comes_back_drained_is_told_again() -> None:
+    async with running_router() as (router, to_router):
+        async with worker_link(router, to_router):
+            admin: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router)
+            await admin.DrainWorker(admin_pb2.DrainWorkerRequest(worker_id="worker-0"))
+        async with worker_link(router, to_router) as link:
+            await eventually(lambda: link.commands == ["registered", "drain"], within=1)
+
+
+async def test_draining_a_worker_that_is_not_there_is_not_found() -> None:
+    async with running_router() as (_, to_router):
+        admin: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router)
+        for call in (
+            admin.DrainWorker(admin_pb2.DrainWorkerRequest(worker_id="nobody")),
+            admin.UndrainWorker(admin_pb2.UndrainWorkerRequest(worker_id="nobody")),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert error_from_call(caught.value).reason is Reason.NOT_FOUND
+
+
+async def test_a_decision_is_explained_with_every_candidate() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, "worker-0"),
+        worker_link(router, to_router, "worker-1", endpoint="127.0.0.1:5002"),
+        gateway_session(to_router) as gateway,
+    ):
+        await gateway.granted(request_id="r1", excluded_worker_ids=["worker-0"], prompt_token_count=100)
+        admin: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router)
+        (decision,) = (await admin.Explain(admin_pb2.ExplainRequest(request_id="r1"))).decisions
+        assert (decision.model, decision.worker_id) == ("demo", "worker-1")
+        candidates = {candidate.worker_id: candidate for candidate in decision.candidates}
+        assert candidates["worker-0"].excluded_reason == "excluded"
+        assert not candidates["worker-1"].excluded_reason
+        chosen = candidates["worker-1"]
+        ttft = chosen.predicted_time_to_first_token_duration.ToNanoseconds()
+        assert 0 < ttft < chosen.cost_duration.ToNanoseconds()
+        assert chosen.predicted_time_per_output_token_duration.ToNanoseconds() > 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await admin.Explain(admin_pb2.ExplainRequest(request_id="forgotten"))
+        assert error_from_call(caught.value).reason is Reason.NOT_FOUND

@@ -1,0 +1,144 @@
+"""RouterService.Register over real gRPC: workers come, report, are told things, and go."""
+
+import time
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from tokenloom.inference.v1 import inference_pb2
+from tokenloom.router.v1 import router_pb2, router_pb2_grpc
+
+from services.common.status import error_from_call
+from tests.support.router import duration, gateway_session, running_router, worker_link
+from tests.support.waiting import eventually
+
+
+async def test_a_worker_is_known_as_long_as_its_stream_lives() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router) as link:
+        assert [worker.worker_id for worker in router.fleet.workers] == ["worker-0"]
+        await eventually(lambda: link.commands == ["registered"], within=1)
+        link.lose()
+        lost = time.monotonic()
+        await eventually(lambda: not router.fleet.workers, within=1)
+        assert time.monotonic() - lost < 0.05
+
+
+async def test_a_worker_takes_no_work_before_its_first_report() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, report=False) as link,
+        gateway_session(to_router) as gateway,
+    ):
+        (handle,) = await gateway.acquire()
+        await eventually(lambda: handle in gateway.queued, within=1)
+        await link.report()
+        await eventually(lambda: handle in gateway.grants, within=1)
+
+
+async def test_a_second_registration_of_a_name_replaces_the_first_and_ends_its_stream() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, endpoint="127.0.0.1:5001"),
+        gateway_session(to_router) as gateway,
+    ):
+        await gateway.granted()
+        first = router.fleet.workers[0]
+        async with worker_link(router, to_router, endpoint="127.0.0.1:5002"):
+            assert first.gone
+            (worker,) = router.fleet.workers
+            assert (worker.endpoint, len(worker.leases)) == ("127.0.0.1:5002", 0)
+            assert (await gateway.granted()).endpoint == "127.0.0.1:5002"
+
+
+async def test_measured_speeds_and_load_reach_the_scheduler() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router) as link:
+        await link.report(
+            running_count=3,
+            kv_usage_ratio=0.5,
+            pending_prefill_token_count=1000,
+            prefill_tokens_per_second=5000.0,
+            decode_step_duration=duration(0.012),
+            decode_step_per_sequence_duration=duration(0.0005),
+        )
+        worker = router.fleet.workers[0]
+        await eventually(lambda: worker.load.running == 3, within=1)
+        assert worker.load.decode_step_seconds == pytest.approx(0.012)
+        assert worker.outlook.backlog_seconds == pytest.approx(0.2)
+        assert worker.outlook.token_seconds == pytest.approx(0.0135)
+
+
+async def test_reported_nonsense_is_not_believed() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router) as link,
+        gateway_session(to_router) as gateway,
+    ):
+        await link.report(
+            running_count=2**32 - 1,
+            kv_usage_ratio=float("nan"),
+            pending_prefill_token_count=2**63,
+            prefill_tokens_per_second=float("-inf"),
+            decode_step_duration=duration(-1),
+        )
+        worker = router.fleet.workers[0]
+        await eventually(lambda: worker.load.said.running_count > 0, within=1)
+        assert worker.occupied == 0
+        assert (await gateway.granted()).worker_id == "worker-0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"worker_id": ""},
+        {"endpoint": "localhost:5001"},
+        {"endpoint": "127.0.0.1"},
+        {"endpoint": "127.0.0.1:99999"},
+        {"models": []},
+        {"models": [inference_pb2.ModelCard()]},
+    ],
+)
+async def test_a_registration_that_cannot_be_used_is_refused_with_the_field(change: dict[str, Any]) -> None:
+    good: dict[str, Any] = {
+        "worker_id": "w",
+        "endpoint": "127.0.0.1:5001",
+        "models": [inference_pb2.ModelCard(name="demo")],
+    }
+    async with running_router() as (_, to_router):
+        call: Any = router_pb2_grpc.RouterServiceStub(to_router).Register()
+        await call.write(router_pb2.RegisterRequest(registration=router_pb2.Registration(**{**good, **change})))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert error_from_call(caught.value).field == f"registration.{next(iter(change))}"
+
+
+@pytest.mark.parametrize("second", [{"registration": router_pb2.Registration(worker_id="w")}, {}])
+async def test_only_the_first_message_registers(second: dict[str, Any]) -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router) as link:
+        await link.send(router_pb2.RegisterRequest(**second))
+        assert await link.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await eventually(lambda: not router.fleet.workers, within=1)
+
+
+async def test_a_stream_that_begins_with_a_report_is_refused() -> None:
+    async with running_router() as (_, to_router):
+        call: Any = router_pb2_grpc.RouterServiceStub(to_router).Register()
+        await call.write(router_pb2.RegisterRequest(load=router_pb2.LoadReport()))
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_metrics_count_workers_leases_and_decisions() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router),
+        gateway_session(to_router) as gateway,
+    ):
+        await gateway.granted()
+        async with httpx.AsyncClient() as client:
+            lines = (await client.get(f"http://127.0.0.1:{router.metrics_port}/metrics")).text.splitlines()
+    assert 'tokenloom_router_workers{state="ready"} 1.0' in lines
+    assert "tokenloom_router_leases 1.0" in lines
+    assert "tokenloom_router_waiting_requests 0.0" in lines
+    assert 'tokenloom_router_decisions_total{outcome="granted"} 1.0' in lines
+    assert "tokenloom_router_decision_seconds_count 1.0" in lines
+    assert "tokenloom_router_queue_seconds_count 1.0" in lines

@@ -1,0 +1,240 @@
+"""Who waits, in which order, and for how long."""
+
+from collections import Counter
+
+import pytest
+
+from services.common.errors import Reason
+from services.router.admission import Ticket
+from services.router.request import Request
+from services.router.worker import Lease, Outcome
+from tests.support.scheduling import Bench
+
+
+def end(bench: Bench, ticket: Ticket) -> None:
+    """The request is complete."""
+    bench.admission.finish(ticket, Outcome.COMPLETED, output_tokens=100)
+
+
+def serve_all(bench: Bench, running: list[Ticket], waiting: list[Ticket]) -> list[Ticket]:
+    """Ends one request after the other until nobody waits; gives the order in which those who waited were served."""
+    served: list[Ticket] = []
+    running = list(running)
+    while any(ticket.is_waiting for ticket in waiting):
+        end(bench, running.pop(0))
+        new = [ticket for ticket in waiting if ticket.lease is not None and ticket not in served]
+        served += new
+        running += new
+    return served
+
+
+def full_bench(**settings: object) -> tuple[Bench, list[Ticket]]:
+    """One worker with two slots, both taken."""
+    bench = Bench(**settings)
+    bench.worker("w0", max_running=1)
+    return bench, bench.fill(tenant="filler")
+
+
+def test_requests_of_one_tenant_are_served_in_the_order_in_which_they_came() -> None:
+    bench, running = full_bench()
+    waiting = [bench.ask() for _ in range(5)]
+    assert serve_all(bench, running, waiting) == waiting
+
+
+def test_a_higher_class_goes_first() -> None:
+    bench, running = full_bench()
+    low, default, high = (bench.ask(priority=priority) for priority in (10, 0, -10))
+    assert serve_all(bench, running, [low, default, high]) == [high, default, low]
+
+
+def test_a_tenant_with_many_requests_does_not_hold_up_one_with_few() -> None:
+    bench, running = full_bench()
+    noisy = [bench.ask(tenant="noisy") for _ in range(50)]
+    quiet = [bench.ask(tenant="quiet") for _ in range(2)]
+    served = serve_all(bench, running, [*noisy, *quiet])
+    assert max(served.index(ticket) for ticket in quiet) < 4
+
+
+def test_tenants_share_in_tokens_not_in_requests() -> None:
+    bench, running = full_bench()
+    large = [bench.ask(tenant="large", prompt_tokens=4000, max_output_tokens=1) for _ in range(20)]
+    small = [bench.ask(tenant="small", prompt_tokens=400, max_output_tokens=1) for _ in range(200)]
+    served = serve_all(bench, running, [*large, *small])[:55]
+    tokens = Counter[str]()
+    for ticket in served:
+        tokens[ticket.tenant] += ticket.request.prompt_tokens
+    assert tokens["large"] == pytest.approx(tokens["small"], rel=0.25)
+
+
+def test_a_tenant_earns_no_credit_by_being_away() -> None:
+    bench, running = full_bench()
+    early = [bench.ask(tenant="early") for _ in range(20)]
+    for _ in range(10):
+        end(bench, running.pop(0))
+        running += [ticket for ticket in early if ticket.lease is not None and ticket not in running][-1:]
+    late = [bench.ask(tenant="late") for _ in range(10)]
+    still = [ticket for ticket in early if ticket.is_waiting]
+    served = serve_all(bench, running, [*still, *late])
+    assert {ticket.tenant for ticket in served[:4]} == {"early", "late"}
+    assert Counter(ticket.tenant for ticket in served[:10])["late"] <= 6
+
+
+def test_requests_that_may_not_go_to_the_free_worker_do_not_hold_up_the_rest() -> None:
+    bench = Bench()
+    bench.worker("w0", max_running=1)
+    bench.worker("w1", max_running=1)
+    running = bench.fill()
+    picky = [bench.ask(excluded=frozenset({"w0"})) for _ in range(30)]
+    anybody = bench.ask()
+    end(bench, next(t for t in running if t.lease is not None and t.lease.worker.worker_id == "w0"))
+    assert anybody.lease is not None
+    assert all(ticket.is_waiting for ticket in picky)
+
+
+def test_beyond_the_bound_a_request_is_refused_with_the_time_to_come_back() -> None:
+    bench, _ = full_bench(max_waiting=3)
+    waiting = [bench.ask() for _ in range(3)]
+    refused = bench.ask()
+    assert all(ticket.is_waiting for ticket in waiting)
+    assert refused.error is not None
+    assert refused.error.reason is Reason.NO_CAPACITY
+    # 128 tokens of 20.5 ms each hold the one slot; three and this one wait for it.
+    assert refused.error.retry_after_seconds == pytest.approx(4 * 128 * 0.02, rel=0.05)
+
+
+def test_the_time_to_come_back_follows_how_long_requests_take() -> None:
+    bench, running = full_bench(max_waiting=0)
+    bench.now += 10.0
+    end(bench, running[0])
+    bench.pass_time(0)
+    bench.ask()
+    refused = bench.ask()
+    assert refused.error is not None
+    assert refused.error.retry_after_seconds == pytest.approx(10.0)
+
+
+def test_a_request_that_waits_is_granted_when_a_worker_registers() -> None:
+    bench, _ = full_bench()
+    ticket = bench.ask()
+    bench.worker("w1")
+    assert ticket.lease is not None
+    assert ticket.lease.worker.worker_id == "w1"
+
+
+def test_a_request_that_waits_is_granted_when_a_report_shows_room() -> None:
+    bench = Bench()
+    worker = bench.worker("w0", max_running=1)
+    bench.report(worker, running=2)
+    ticket = bench.ask()
+    assert ticket.is_waiting
+    bench.report(worker, running=0)
+    assert ticket.lease is not None
+
+
+def test_the_clients_deadline_and_the_routers_are_told_apart() -> None:
+    bench, _ = full_bench(max_wait_seconds=10.0)
+    hurried, patient = bench.ask(timeout_seconds=2.0), bench.ask(timeout_seconds=100.0)
+    bench.pass_time(1.9)
+    assert hurried.is_waiting
+    bench.pass_time(0.2)
+    assert hurried.error is not None
+    assert hurried.error.reason is Reason.DEADLINE_EXCEEDED
+    assert patient.is_waiting
+    bench.pass_time(8.0)
+    assert patient.error is not None
+    assert patient.error.reason is Reason.NO_CAPACITY
+
+
+def test_a_deadline_that_has_passed_is_refused_at_once() -> None:
+    bench = Bench()
+    bench.worker()
+    error = bench.ask(timeout_seconds=0.0).error
+    assert error is not None
+    assert error.reason is Reason.DEADLINE_EXCEEDED
+
+
+def test_with_nobody_ready_a_request_waits_for_the_grace_and_no_longer() -> None:
+    bench = Bench(ready_grace_seconds=5.0)
+    first = bench.ask()
+    bench.pass_time(3.0)
+    second = bench.ask()
+    bench.pass_time(2.0)
+    assert first.error is not None
+    assert first.error.reason is Reason.NO_READY_WORKER
+    assert first.error.retry_after_seconds is not None
+    assert second.is_waiting
+    bench.worker()
+    assert second.lease is not None
+
+
+def test_requests_that_wait_for_a_slot_are_refused_some_time_after_the_last_worker_is_gone() -> None:
+    bench, _ = full_bench(ready_grace_seconds=5.0)
+    ticket = bench.ask()
+    bench.fleet.remove(bench.fleet.workers[0])
+    for _ in range(40):
+        bench.pass_time(0.25)
+    assert ticket.error is not None
+    assert ticket.error.reason is Reason.NO_READY_WORKER
+
+
+def test_an_unknown_model_is_refused_at_once() -> None:
+    bench = Bench()
+    bench.worker()
+    bench.pass_time(2.0)
+    error = bench.ask("nonsense").error
+    assert error is not None
+    assert (error.reason, error.field) == (Reason.MODEL_NOT_FOUND, "model")
+
+
+def test_a_subset_of_which_nobody_is_ready_is_refused_at_once() -> None:
+    bench = Bench()
+    bench.worker()
+    error = bench.ask(subset=frozenset({"10.9.9.9:1"})).error
+    assert error is not None
+    assert error.reason is Reason.NO_READY_WORKER
+
+
+def test_a_request_that_is_given_up_is_not_granted() -> None:
+    bench, running = full_bench()
+    gone, next_one = bench.ask(), bench.ask()
+    bench.admission.finish(gone)
+    end(bench, running[0])
+    assert gone.lease is None
+    assert next_one.lease is not None
+    assert bench.admission.waiting_count == 0
+
+
+def test_every_request_that_asks_is_answered_once() -> None:
+    bench, running = full_bench()
+    answers: list[Ticket] = []
+    for number in range(50):
+        request = Request(model="demo", tenant=f"t{number % 7}", priority=number % 3)
+        bench.admission.ask(request, answers.append)
+    serve_all(bench, running, [])
+    while bench.admission.waiting_count:
+        holders = [ticket for ticket in [*running, *answers] if isinstance(ticket.lease, Lease)]
+        for ticket in holders:
+            end(bench, ticket)
+    assert len(answers) == len(set(answers)) == 50
+
+
+def test_decisions_are_kept_by_request_and_forgotten_in_order() -> None:
+    bench, _ = full_bench()
+    bench.ask(request_id="r1", timeout_seconds=0.0)
+    ticket = bench.ask(request_id="r1")
+    bench.worker("w1")
+    assert ticket.lease is not None
+    records = bench.decisions.of("r1")
+    assert [record.worker_id for record in records] == ["", "w1"]
+    assert records[1].reason.startswith("least predicted time of 1 (1 full)")
+    assert bench.decisions.of("unknown") == []
+
+
+def test_a_line_through_which_many_have_passed_holds_no_trace_of_them() -> None:
+    bench, running = full_bench()
+    keeper = bench.ask(tenant="keeper", priority=1)
+    for number in range(3000):
+        bench.admission.finish(bench.ask(tenant=f"t{number}", priority=number % 2))
+    assert bench.admission.waiting_count == 1
+    end(bench, running[0])
+    assert keeper.lease is not None

@@ -1,0 +1,62 @@
+"""The cost model, as tables."""
+
+import pytest
+
+from services.router.cost import Demand, Gauges, outlook, predict
+
+GAUGES = {
+    "prefill_tokens_per_second": 1000.0,
+    "decode_step_seconds": 0.010,
+    "decode_step_per_sequence_seconds": 0.001,
+    "max_running": 4,
+}
+DEMAND = Demand(uncached=500, output=100, total=600)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "ttft", "tpot"),
+    [
+        ("idle", {}, 0.5 + 0.010, 0.010),
+        ("two others decode", {"occupied": 2}, 0.5 + 0.012, 0.012),
+        ("prefill is pending", {"backlog_tokens": 2000.0}, 2.0 + 0.5 + 0.010, 0.010),
+        ("the last slot", {"occupied": 3, "service_seconds": 2.0}, 0.5 + 0.013, 0.013),
+        ("no slot: one of four frees in a quarter", {"occupied": 4, "service_seconds": 2.0}, 0.5 + 0.5 + 0.013, 0.013),
+        ("two before it", {"occupied": 6, "service_seconds": 2.0}, 1.5 + 0.5 + 0.013, 0.013),
+        ("a hot card", {"slowdown": 1.5}, 1.5 * (0.5 + 0.010), 0.015),
+        ("enough KV cache", {"kv_tokens": 1000, "kv_used_tokens": 400.0, "service_seconds": 2.0}, 0.51, 0.010),
+        (
+            "200 tokens of KV cache short",
+            {"kv_tokens": 1000, "kv_used_tokens": 600.0, "service_seconds": 3.0},
+            0.51 + 200 * 3.0 / 600,
+            0.010,
+        ),
+    ],
+)
+def test_a_worker_costs_the_seconds_that_it_takes(
+    name: str, change: dict[str, float], ttft: float, tpot: float
+) -> None:
+    predicted = predict(outlook(Gauges(**{**GAUGES, **change})), DEMAND, 0.0)  # type: ignore[arg-type]  # of a table
+    assert predicted == pytest.approx((ttft, tpot, ttft + 100 * tpot)), name
+
+
+def test_what_is_cached_is_not_prefilled() -> None:
+    ahead = outlook(Gauges(prefill_tokens_per_second=1000.0))
+    cold, warm = (predict(ahead, Demand(uncached, 0, 500), 0.0)[0] for uncached in (500, 100))
+    assert cold - warm == pytest.approx(0.4)
+
+
+def test_the_backlog_melts_as_time_passes_and_not_below_nothing() -> None:
+    ahead = outlook(Gauges(prefill_tokens_per_second=1000.0, backlog_tokens=1000.0, decode_step_seconds=0.01))
+    ttfts = [predict(ahead, Demand(0, 0, 0), elapsed)[0] for elapsed in (0.0, 0.6, 5.0)]
+    assert ttfts == pytest.approx([1.01, 0.41, 0.01])
+
+
+def test_a_worker_that_fails_half_of_its_requests_costs_twice() -> None:
+    sound, shaky = (outlook(Gauges(failure_share=share)) for share in (0.0, 0.5))
+    assert predict(shaky, DEMAND, 0.0)[2] == pytest.approx(2 * predict(sound, DEMAND, 0.0)[2])
+
+
+def test_a_worker_that_has_measured_nothing_is_assumed_to_be_ordinary() -> None:
+    ttft, tpot, _ = predict(outlook(Gauges()), Demand(800, 0, 800), 0.0)
+    assert 0.01 < ttft < 1
+    assert 0.001 < tpot < 0.1
