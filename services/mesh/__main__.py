@@ -1,0 +1,123 @@
+"""The command line: tokenloom COMMAND."""
+
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from services.common.config import ConfigError
+from services.mesh import keys, render, up
+
+__all__ = ["main"]
+
+_DEFAULT_STATE: Final = Path(".tokenloom")
+_HIGHEST_PORT: Final = 65535
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 2 for options or a configuration that can't be used."""
+    parsed = _parser().parse_args(arguments)
+    run: Callable[[Namespace], int] = parsed.run
+    try:
+        return run(parsed)
+    except ConfigError as error:
+        sys.stderr.write(f"tokenloom: {error}\n")
+        return 2
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong in one line; the usage is a `--help` away."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser(prog="tokenloom", description="An LLM serving mesh.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_up(commands)
+    for name, run, about in (("status", up.status, "what runs"), ("down", up.down, "stop it, draining first")):
+        command = _command(commands, name, run, about)
+        _add_state(command)
+        if name == "status":
+            command.add_argument("--json", action="store_true")
+    _add_keys(commands)
+    _add_render(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[Namespace], int] | None, about: str) -> ArgumentParser:
+    command: ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+    if run is not None:
+        command.set_defaults(run=run)
+    return command
+
+
+def _add_state(command: ArgumentParser) -> None:
+    command.add_argument("--state-dir", type=Path, default=_DEFAULT_STATE, metavar="DIR", help="default: %(default)s")
+
+
+def _add_up(commands: Any) -> None:
+    command = _command(commands, "up", up.up, "run the whole mesh on this machine")
+    command.add_argument("--config", type=Path, metavar="FILE", help="a mesh.yaml; without one, the options say it")
+    command.add_argument("--engine", choices=("vllm", "sim"), help="default: vllm")
+    command.add_argument("--model", metavar="PATH", help="a folder or a Hugging Face id; default: a small demo model")
+    command.add_argument("--workers", type=int, metavar="N", help="default: 1")
+    command.add_argument("--sim", metavar="KEY=VALUE,…", help="how fast and large the simulated engine is")
+    command.add_argument("--edge-port", type=_port, metavar="P", help="default: 8080, or what mesh.yaml says")
+    command.add_argument("--otlp-endpoint", metavar="HOST:PORT", type=_address, help="where spans go, over OTLP gRPC")
+    command.add_argument("--detach", action="store_true", help="return once everything is ready")
+    command.add_argument(
+        "--restart", action=BooleanOptionalAction, default=True, help="start what dies again (default: yes)"
+    )
+    _add_state(command)
+
+
+def _add_keys(commands: Any) -> None:
+    actions = _command(commands, "keys", None, "API keys").add_subparsers(required=True, metavar="ACTION")
+    create = _command(actions, "create", keys.create, "make a key; it is shown once")
+    create.add_argument("--name", required=True)
+    create.add_argument("--models", metavar="A,B", help="the models it may use; default: all")
+    create.add_argument("--priority", type=int, default=0, metavar="N", help="lower goes first; default: 0")
+    create.add_argument("--admin", action="store_true", help="it may operate the mesh")
+    create.add_argument("--debug", action="store_true", help="its answers say which worker made them")
+    listing = _command(actions, "list", keys.list_keys, "list the keys")
+    revoke = _command(actions, "revoke", keys.revoke, "end a key")
+    revoke.add_argument("id")
+    for action in (create, listing):
+        action.add_argument("--json", action="store_true")
+    for action in (create, listing, revoke):
+        _add_state(action)
+
+
+def _add_render(commands: Any) -> None:
+    targets = _command(commands, "render", None, "deploy files from a mesh.yaml").add_subparsers(
+        required=True, metavar="TARGET"
+    )
+    for name, run, about in (
+        ("compose", render.compose, "a compose.yaml with every process, Envoy and Redis"),
+        ("envoy", render.envoy, "the edge's Envoy configuration for containers"),
+    ):
+        target = _command(targets, name, run, about)
+        target.add_argument("--config", type=Path, required=True, metavar="FILE", help="a mesh.yaml")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _HIGHEST_PORT:
+        raise ValueError
+    return int(text)
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise ValueError
+    _port(port)
+    return text
+
+
+_port.__name__ = "port"
+_address.__name__ = "HOST:PORT"
+
+if __name__ == "__main__":
+    sys.exit(main())

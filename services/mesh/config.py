@@ -1,0 +1,181 @@
+"""mesh.yaml: the fleet, described once for the launcher and for containers."""
+
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from services.common import config
+from services.common.config import ConfigError
+from services.common.settings import Address, ModelSettings, Name, SimSettings
+
+__all__ = ["DEMO_MODEL", "EdgeConfig", "MeshConfig", "PoolConfig", "WorkerConfig", "load_mesh", "parse_sim"]
+
+DEMO_MODEL: Final = "demo"
+"""The model that the launcher makes itself when it has no path."""
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+
+
+class _Struct(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class WorkerConfig(_Struct, kw_only=True, frozen=True):
+    """One engine."""
+
+    name: Name
+    engine: Literal["vllm", "sim"] = "vllm"
+    model: str | None = None
+    """Which of the pool's models it runs; may be left out where the pool serves one."""
+    gpu: int | str | None = None
+    """CUDA device by index, or by UUID; null on a CPU."""
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=0.98)] = 0.8
+    engine_args: dict[str, Any] = {}
+    """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
+    sim: SimSettings | None = None
+    """How fast and how large a simulated engine is; for `engine: sim` alone."""
+
+
+class PoolConfig(_Struct, kw_only=True, frozen=True):
+    """Workers that serve the same models."""
+
+    name: Name
+    serves: Annotated[list[str], Meta(min_length=1)]
+    workers: Annotated[list[WorkerConfig], Meta(min_length=1)]
+
+    def model_of(self, worker: WorkerConfig) -> str:
+        """The model that one of its workers runs."""
+        return worker.model if worker.model is not None else self.serves[0]
+
+
+class EdgeConfig(_Struct, kw_only=True, frozen=True):
+    """Where clients come in."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    admin_port: Port | None = None
+    """Envoy's own admin interface, on the loopback address; null takes a free port."""
+
+
+class MeshConfig(_Struct, kw_only=True, frozen=True):
+    """The whole mesh."""
+
+    models: Annotated[list[ModelSettings], Meta(min_length=1)]
+    pools: Annotated[list[PoolConfig], Meta(min_length=1)]
+    edge: EdgeConfig = EdgeConfig()
+    otlp_endpoint: Address | None = None
+    """Where spans go, over OTLP gRPC; null exports none."""
+    redis_url: str | None = None
+    """Where GPU readings are published besides gRPC and Prometheus."""
+    drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    """How long running streams may go on when the mesh is stopped."""
+
+    def check(self, where: str) -> "MeshConfig":
+        """Checks what one key says about another one, and returns itself.
+
+        Raises:
+            ConfigError: they don't fit.
+        """
+        _check_unique(where, "models", [model.name for model in self.models])
+        _check_unique(where, "pools", [pool.name for pool in self.pools])
+        workers = [worker.name for pool in self.pools for worker in pool.workers]
+        _check_unique(where, "workers of pools", workers)
+        _check_not_taken(where, workers)
+        for index, pool in enumerate(self.pools):
+            self._check_pool(f"{where}: pools[{index}]", pool)
+        return self
+
+    def model(self, name: str) -> ModelSettings:
+        """The model of a name that is checked."""
+        return next(model for model in self.models if model.name == name)
+
+    def _check_pool(self, where: str, pool: PoolConfig) -> None:
+        _check_unique(where, "serves", pool.serves)
+        known = [model.name for model in self.models]
+        for name in pool.serves:
+            if name not in known:
+                raise ConfigError(f"{where}.serves: there is no model {name!r} among models, which has {_list(known)}")
+        for index, worker in enumerate(pool.workers):
+            self._check_worker(f"{where}.workers[{index}]", pool, worker)
+        idle = set(pool.serves) - {pool.model_of(worker) for worker in pool.workers}
+        if idle:
+            raise ConfigError(f"{where}.serves: no worker of the pool runs {_list(sorted(idle))}")
+
+    def _check_worker(self, where: str, pool: PoolConfig, worker: WorkerConfig) -> None:
+        if worker.model is None and len(pool.serves) > 1:
+            raise ConfigError(
+                f"{where}.model: missing: the pool serves {_list(pool.serves)}, say which this worker runs"
+            )
+        name = pool.model_of(worker)
+        if name not in pool.serves:
+            raise ConfigError(f"{where}.model: got the value {name!r}, expected one of the pool's {_list(pool.serves)}")
+        if worker.engine == "sim" and worker.engine_args:
+            raise ConfigError(
+                f"{where}.engine_args: the simulated engine takes none, got the value {worker.engine_args!r}"
+            )
+        if worker.engine == "vllm" and worker.sim is not None:
+            raise ConfigError(f"{where}.sim: for engine 'sim' alone, this worker's engine is 'vllm'")
+        if worker.engine == "vllm" and self.model(name).path is None and name != DEMO_MODEL:
+            raise ConfigError(f"{where}: engine 'vllm' needs the path of its model, and models has none for {name!r}")
+
+
+def load_mesh(path: Path) -> MeshConfig:
+    """Reads a mesh.yaml. A model's path that begins with `.` or `~` is made absolute; `.` is the file's folder.
+
+    Raises:
+        ConfigError: it can't be used.
+    """
+    mesh = config.load(path, MeshConfig).check(str(path))
+    models = [msgspec.structs.replace(model, path=_resolved(model.path, path.parent)) for model in mesh.models]
+    return msgspec.structs.replace(mesh, models=models)
+
+
+def parse_sim(text: str) -> SimSettings:
+    """The settings that `--sim key=value,…` asks for.
+
+    Raises:
+        ConfigError: a key is unknown or a value doesn't fit.
+    """
+    raw: dict[str, float | str] = {}
+    for part in filter(None, text.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise ConfigError(f"--sim: expected key=value, got the value {part!r}")
+        if key not in SimSettings.__struct_fields__:
+            known = ", ".join(SimSettings.__struct_fields__)
+            raise ConfigError(f"--sim: there is no key {key!r}, got the value {value!r}; the keys are {known}")
+        raw[key] = _number(value)
+    return config.convert(raw, SimSettings, where="--sim")
+
+
+def _number(text: str) -> float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _resolved(path: str | None, folder: Path) -> str | None:
+    if path is None or not path.startswith((".", "~")):
+        return path
+    return str((folder / Path(path).expanduser()).resolve())
+
+
+def _check_unique(where: str, key: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{where}: {key}: the name {twice[0]!r} is there twice")
+
+
+def _check_not_taken(where: str, workers: list[str]) -> None:
+    taken = sorted({"telemetry", "router", "gateway", "envoy"}.intersection(workers))
+    if taken:
+        raise ConfigError(f"{where}: workers of pools: the name {taken[0]!r} belongs to another process of the mesh")
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(map(repr, names))

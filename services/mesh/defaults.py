@@ -1,0 +1,64 @@
+"""The mesh that `tokenloom up` starts when it is given options and no mesh.yaml."""
+
+from pathlib import Path
+from typing import Final, Literal
+
+from services.common.config import ConfigError
+from services.common.settings import ModelSettings, SimSettings
+from services.mesh.config import DEMO_MODEL, MeshConfig, PoolConfig, WorkerConfig
+
+__all__ = ["count_gpus", "default_mesh"]
+
+_NVIDIA: Final = Path("/proc/driver/nvidia/gpus")
+_MEMORY_SHARE: Final = 0.8
+
+
+def default_mesh(
+    *, engine: Literal["vllm", "sim"], workers: int, model: str | None, sim: SimSettings | None, gpus: int
+) -> MeshConfig:
+    """One pool of equal workers. `gpus`: how many this machine has; workers take turns on them.
+
+    Raises:
+        ConfigError: the options don't fit each other.
+    """
+    if workers < 1:
+        raise ConfigError(f"--workers: expected at least 1, got the value {workers}")
+    if engine == "sim":
+        return _simulated(workers, model, sim)
+    if sim is not None:
+        raise ConfigError("--sim: for --engine sim alone")
+    known = _model(model)
+    share = _MEMORY_SHARE / max(1, -(-workers // gpus)) if gpus else _MEMORY_SHARE
+    listed = [
+        WorkerConfig(name=f"worker-{index}", gpu=index % gpus if gpus else None, gpu_memory_utilization=share)
+        for index in range(workers)
+    ]
+    return _one_pool(known, listed)
+
+
+def count_gpus() -> int:
+    """GPUs with NVIDIA's driver in this machine."""
+    return len(list(_NVIDIA.iterdir())) if _NVIDIA.is_dir() else 0
+
+
+def _simulated(workers: int, model: str | None, sim: SimSettings | None) -> MeshConfig:
+    if model is not None:
+        raise ConfigError(f"--model: the simulated engine takes none, got the value {model!r}")
+    listed = [WorkerConfig(name=f"worker-{index}", engine="sim", sim=sim) for index in range(workers)]
+    return _one_pool(ModelSettings(name="sim"), listed)
+
+
+def _one_pool(model: ModelSettings, workers: list[WorkerConfig]) -> MeshConfig:
+    pool = PoolConfig(name="default", serves=[model.name], workers=workers)
+    return MeshConfig(models=[model], pools=[pool]).check("the command line")
+
+
+def _model(path: str | None) -> ModelSettings:
+    if path is None:
+        return ModelSettings(name=DEMO_MODEL)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return ModelSettings(name=folder.resolve().name, path=str(folder.resolve()))
+    if path.startswith((".", "/", "~")):
+        raise ConfigError(f"--model: there is no folder {path!r}")
+    return ModelSettings(name=path, path=path)

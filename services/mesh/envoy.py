@@ -1,0 +1,225 @@
+"""The configuration of the edge: one Envoy bootstrap, for the launcher and for containers."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from services.mesh.envoy_clusters import clusters, otlp_cluster
+from services.mesh.envoy_filters import http_filters
+from services.mesh.envoy_replies import local_replies
+from services.mesh.envoy_routes import route_config
+from services.mesh.envoy_types import any_of, socket_address
+
+__all__ = ["Edge", "bootstrap"]
+
+_MAX_CONNECTIONS: Final = 10_000
+_MAX_HEAP_BYTES: Final = 2 << 30
+_BUFFER_BYTES: Final = 32 << 10
+# Dropped before anything reads them: who a client is, and where its request goes, is ours to say.
+_FORGEABLE_PREFIXES: Final = ("x-tokenloom-", "x-gateway-destination-endpoint", "x-envoy-")
+_FORGEABLE: Final = ("x-request-id",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """Where the edge listens, and where it finds the others; every address is `host:port`."""
+
+    listen: str
+    admin: str
+    gateway: str
+    """The gateway's HTTP side."""
+    authorization: str
+    """The gateway's gRPC side."""
+    router: str
+    telemetry: str
+    otlp: str | None = None
+    """Where spans go, over OTLP gRPC; None: no tracing."""
+    access_log: str = "/dev/stdout"
+
+
+def bootstrap(edge: Edge) -> dict[str, Any]:
+    """The Envoy bootstrap, as plain data for JSON or YAML."""
+    collector = [] if edge.otlp is None else [otlp_cluster(edge.otlp)]
+    return {
+        "node": {"id": "edge", "cluster": "tokenloom-edge"},
+        "admin": {"address": socket_address(edge.admin), "ignore_global_conn_limit": True},
+        "application_log_config": {"log_format": {"json_format": _LOG_LINE}},
+        "overload_manager": _overload_manager(),
+        "static_resources": {
+            "listeners": [_listener(edge)],
+            "clusters": [
+                *clusters(
+                    gateway=edge.gateway,
+                    authorization=edge.authorization,
+                    router=edge.router,
+                    telemetry=edge.telemetry,
+                ),
+                *collector,
+            ],
+        },
+    }
+
+
+_LOG_LINE: Final = {
+    "time": "%Y-%m-%dT%H:%M:%S.%eZ",
+    "level": "%l",
+    "service": "envoy",
+    "logger": "%n",
+    "message": "%j",
+}
+_ACCESS_LINE: Final = {
+    "time": "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
+    "level": "info",
+    "service": "envoy",
+    "message": "request",
+    "request": "%REQ(X-REQUEST-ID)%",
+    "trace_id": "%TRACE_ID%",
+    "method": "%REQ(X-ENVOY-ORIGINAL-METHOD?:METHOD)%",
+    "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH):256%",
+    "protocol": "%PROTOCOL%",
+    "status": "%RESPONSE_CODE%",
+    "grpc_status": "%GRPC_STATUS(SNAKE_STRING)%",
+    "flags": "%RESPONSE_FLAGS%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "key": "%REQ(X-TOKENLOOM-KEY)%",
+    "cluster": "%UPSTREAM_CLUSTER%",
+    "upstream": "%UPSTREAM_HOST%",
+    "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+    "bytes_in": "%BYTES_RECEIVED%",
+    "bytes_out": "%BYTES_SENT%",
+    "duration_ms": "%DURATION%",
+    "first_byte_ms": "%RESPONSE_DURATION%",
+}
+
+
+def _overload_manager() -> dict[str, Any]:
+    heap = "envoy.resource_monitors.fixed_heap"
+    return {
+        "refresh_interval": "0.25s",
+        "resource_monitors": [
+            {
+                "name": heap,
+                "typed_config": any_of(
+                    "envoy.extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+                    max_heap_size_bytes=_MAX_HEAP_BYTES,
+                ),
+            },
+            {
+                "name": "envoy.resource_monitors.global_downstream_max_connections",
+                "typed_config": any_of(
+                    "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                    max_active_downstream_connections=_MAX_CONNECTIONS,
+                ),
+            },
+        ],
+        "actions": [
+            {"name": f"envoy.overload_actions.{action}", "triggers": [{"name": heap, "threshold": {"value": value}}]}
+            for action, value in (("shrink_heap", 0.95), ("stop_accepting_requests", 0.98))
+        ],
+    }
+
+
+def _listener(edge: Edge) -> dict[str, Any]:
+    return {
+        "name": "edge",
+        "address": socket_address(edge.listen),
+        "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
+        "filter_chains": [
+            {
+                "filters": [
+                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": _connection_manager(edge)}
+                ]
+            }
+        ],
+    }
+
+
+def _connection_manager(edge: Edge) -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="edge",
+        codec_type="AUTO",
+        server_name="tokenloom",
+        **_identity_of_clients(),
+        **_hygiene(),
+        **_limits(),
+        **({} if edge.otlp is None else {"tracing": _tracing()}),
+        access_log=[_access_log(edge.access_log)],
+        local_reply_config=local_replies(),
+        route_config=route_config(),
+        http_filters=http_filters(),
+    )
+
+
+def _identity_of_clients() -> dict[str, Any]:
+    return {
+        "use_remote_address": True,
+        # No address is trusted more than another one: an internal client's x-envoy-* would be obeyed.
+        "internal_address_config": {"cidr_ranges": [{"address_prefix": "255.255.255.255", "prefix_len": 32}]},
+        "generate_request_id": True,
+        "always_set_request_id_in_response": True,
+        "early_header_mutation_extensions": [
+            {
+                "name": "envoy.http.early_header_mutation.header_mutation",
+                "typed_config": any_of(
+                    "envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                    mutations=[
+                        *({"remove_on_match": {"key_matcher": {"prefix": prefix}}} for prefix in _FORGEABLE_PREFIXES),
+                        *({"remove": name} for name in _FORGEABLE),
+                    ],
+                ),
+            }
+        ],
+    }
+
+
+def _hygiene() -> dict[str, Any]:
+    return {
+        "normalize_path": True,
+        "merge_slashes": True,
+        "path_with_escaped_slashes_action": "REJECT_REQUEST",
+        "common_http_protocol_options": {
+            "headers_with_underscores_action": "REJECT_REQUEST",
+            "max_headers_count": 100,
+            "idle_timeout": "900s",
+        },
+        "max_request_headers_kb": 60,
+        "strip_any_host_port": False,
+    }
+
+
+def _limits() -> dict[str, Any]:
+    return {
+        "request_headers_timeout": "10s",
+        # A stream on which nothing at all moves; routes to engines have a longer one of their own.
+        "stream_idle_timeout": "300s",
+        "delayed_close_timeout": "1s",
+        "drain_timeout": "5s",
+        "http2_protocol_options": {
+            "max_concurrent_streams": 100,
+            "initial_stream_window_size": 64 << 10,
+            "initial_connection_window_size": 1 << 20,
+        },
+    }
+
+
+def _tracing() -> dict[str, Any]:
+    return {
+        "random_sampling": {"value": 100},
+        "provider": {
+            "name": "envoy.tracers.opentelemetry",
+            "typed_config": any_of(
+                "envoy.config.trace.v3.OpenTelemetryConfig",
+                grpc_service={"envoy_grpc": {"cluster_name": "otlp"}, "timeout": "2s"},
+                service_name="tokenloom-edge",
+            ),
+        },
+    }
+
+
+def _access_log(path: str) -> dict[str, Any]:
+    return {
+        "name": "envoy.access_loggers.file",
+        "typed_config": any_of(
+            "envoy.extensions.access_loggers.file.v3.FileAccessLog", path=path, log_format={"json_format": _ACCESS_LINE}
+        ),
+    }

@@ -1,0 +1,91 @@
+"""Whom the edge talks to."""
+
+from ipaddress import ip_address
+from typing import Any, Final
+
+from services.mesh.envoy_types import any_of, socket_address
+
+__all__ = ["DESTINATION_HEADER", "clusters", "otlp_cluster"]
+
+DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
+"""Where the router says which worker gets a request."""
+
+_BUFFER_BYTES: Final = 32 << 10
+_MANY: Final = 100_000
+
+
+def clusters(*, gateway: str, authorization: str, router: str, telemetry: str) -> list[dict[str, Any]]:
+    """Every cluster but the tracing collector; addresses are `host:port`."""
+    return [
+        _fixed("gateway", gateway, _HTTP1),
+        _fixed("authorization", authorization, _HTTP2),
+        _fixed("router", router, _HTTP2),
+        _fixed("telemetry", telemetry, _HTTP2),
+        _workers(),
+    ]
+
+
+def otlp_cluster(address: str) -> dict[str, Any]:
+    """The tracing collector."""
+    return _fixed("otlp", address, _HTTP2)
+
+
+def _cluster(name: str, protocol: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "connect_timeout": "1s",
+        "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol},
+        # The mesh bounds its work in the router and in the gateway, which can say why and for how long.
+        "circuit_breakers": {
+            "thresholds": [
+                {"max_connections": _MANY, "max_pending_requests": _MANY, "max_requests": _MANY, "max_retries": 100}
+            ]
+        },
+    }
+
+
+def _fixed(name: str, address: str, protocol: dict[str, Any]) -> dict[str, Any]:
+    endpoint = {"endpoint": {"address": socket_address(address)}}
+    return {
+        **_cluster(name, protocol),
+        "type": "STATIC" if _is_ip(address) else "STRICT_DNS",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+
+
+def _workers() -> dict[str, Any]:
+    return {
+        **_cluster("workers", _HTTP2),
+        "type": "ORIGINAL_DST",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION_HEADER},
+        "cleanup_interval": "60s",
+    }
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ip_address(address.rpartition(":")[0])
+    except ValueError:
+        return False
+    return True
+
+
+_HTTP1: Final = any_of(
+    "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+    explicit_http_config={"http_protocol_options": {}},
+    # Shorter than the gateway's own keep-alive: a request never meets a connection that the other side is closing.
+    common_http_protocol_options={"idle_timeout": "4s"},
+)
+_HTTP2: Final = any_of(
+    "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+    explicit_http_config={
+        "http2_protocol_options": {
+            "initial_stream_window_size": 64 << 10,
+            "initial_connection_window_size": 1 << 20,
+            # A peer that vanished without a FIN is noticed within 20 s.
+            "connection_keepalive": {"interval": "15s", "timeout": "5s"},
+        }
+    },
+)

@@ -1,0 +1,117 @@
+"""What happens to a request on its way through the edge, and which routes want it."""
+
+from base64 import b64encode
+from enum import StrEnum
+from typing import Any, Final
+
+from services.mesh.envoy_replies import error_body_script
+from services.mesh.envoy_types import any_of
+from services.mesh.rest import PUBLIC_SERVICES, descriptor_set
+
+__all__ = ["Right", "for_grpc", "for_rest", "http_filters"]
+
+# Filters run in this order on a request and in the opposite one on its answer.
+_ERROR_BODY: Final = "tokenloom.error_body"
+_GRPC_WEB: Final = "envoy.filters.http.grpc_web"
+_AUTHORIZATION: Final = "envoy.filters.http.ext_authz"
+_TRANSCODER: Final = "envoy.filters.http.grpc_json_transcoder"
+_PICKER: Final = "envoy.filters.http.ext_proc"
+
+_AUTHORIZATION_TIMEOUT: Final = "2s"
+# Longer than a request may wait in the router's queue.
+_PICK_TIMEOUT: Final = "120s"
+_PICKER_READS: Final = ("content-type", "grpc-timeout", "traceparent", "x-request-id", "x-priority", "x-session-id")
+
+
+class Right(StrEnum):
+    """What a key must allow; the gateway reads it as the check's context extension `right`."""
+
+    INFERENCE = "inference"
+    TELEMETRY = "telemetry"
+    ADMIN = "admin"
+
+
+def http_filters() -> list[dict[str, Any]]:
+    """The filter chain. What is disabled here is enabled by the routes that want it."""
+    return [
+        {"name": _ERROR_BODY, "disabled": True, "typed_config": _error_body()},
+        {"name": _GRPC_WEB, "typed_config": any_of("envoy.extensions.filters.http.grpc_web.v3.GrpcWeb")},
+        {"name": _AUTHORIZATION, "disabled": True, "typed_config": _authorization()},
+        {"name": _TRANSCODER, "disabled": True, "typed_config": _transcoder()},
+        {"name": _PICKER, "disabled": True, "typed_config": _picker()},
+        {
+            "name": "envoy.filters.http.router",
+            "typed_config": any_of("envoy.extensions.filters.http.router.v3.Router", suppress_envoy_headers=True),
+        },
+    ]
+
+
+def for_grpc(right: Right, *, picked: bool) -> dict[str, Any]:
+    """The filters of a gRPC route."""
+    check = any_of(
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
+        check_settings={"context_extensions": {"right": right.value}},
+    )
+    return {_AUTHORIZATION: check, **({_PICKER: _ENABLED} if picked else {})}
+
+
+def for_rest(right: Right, *, picked: bool) -> dict[str, Any]:
+    """The filters of a REST route of a gRPC service."""
+    return {**for_grpc(right, picked=picked), _TRANSCODER: _ENABLED, _ERROR_BODY: _ENABLED}
+
+
+_ENABLED: Final = any_of("envoy.config.route.v3.FilterConfig", config={})
+
+
+def _error_body() -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.filters.http.lua.v3.Lua", default_source_code={"inline_string": error_body_script()}
+    )
+
+
+def _authorization() -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
+        transport_api_version="V3",
+        grpc_service={"envoy_grpc": {"cluster_name": "authorization"}, "timeout": _AUTHORIZATION_TIMEOUT},
+        allowed_headers={"patterns": [{"exact": "authorization"}, {"exact": "content-type"}]},
+        # The gateway being away is no verdict on the key.
+        status_on_error={"code": "ServiceUnavailable"},
+        failure_mode_allow=False,
+    )
+
+
+def _transcoder() -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.filters.http.grpc_json_transcoder.v3.GrpcJsonTranscoder",
+        proto_descriptor_bin=b64encode(descriptor_set()).decode(),
+        services=[service.full_name for service in PUBLIC_SERVICES],
+        print_options={
+            "preserve_proto_field_names": True,
+            "stream_newline_delimited": True,
+            "stream_sse_style_delimited": True,
+        },
+        match_incoming_request_route=True,
+        convert_grpc_status=True,
+        request_validation_options={"reject_unknown_method": True, "reject_unknown_query_parameters": True},
+    )
+
+
+def _picker() -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
+        grpc_service={"envoy_grpc": {"cluster_name": "router"}},
+        processing_mode={
+            "request_header_mode": "SEND",
+            "request_body_mode": "BUFFERED",
+            "request_trailer_mode": "SKIP",
+            "response_header_mode": "SKIP",
+            "response_body_mode": "NONE",
+            # The router hears of the end, and of the usage that the trailers carry.
+            "response_trailer_mode": "SEND",
+        },
+        message_timeout=_PICK_TIMEOUT,
+        mutation_rules={"allow_all_routing": True},
+        metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb"]}},
+        failure_mode_allow=True,
+    )

@@ -1,0 +1,106 @@
+"""Which path goes where. Anything that isn't here is 404."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from services.mesh.envoy_filters import Right, for_grpc, for_rest
+from services.mesh.rest import INFERENCE, ROUTER_ADMIN, TELEMETRY, RestMethod, rest_methods
+
+__all__ = ["MAX_BODY_BYTES", "OPENAI_PATHS", "route_config"]
+
+OPENAI_PATHS: Final = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/responses",
+    "/v1/files",
+    "/v1/batches",
+    "/v1/tokenize",
+)
+MAX_BODY_BYTES: Final = 4 << 20
+# Longer than a request may wait for a worker and for its first token.
+_IDLE: Final = "900s"
+
+
+def route_config() -> dict[str, Any]:
+    """The route table."""
+    return {
+        "name": "edge",
+        "virtual_hosts": [{"name": "edge", "domains": ["*"], "routes": list(_routes())}],
+    }
+
+
+def _routes() -> Iterator[dict[str, Any]]:
+    yield {"name": "healthz", "match": {"path": "/healthz"}, "direct_response": _json(200, '{"status": "ok"}')}
+    yield {"name": "readyz", "match": {"path": "/readyz"}, "route": _to("gateway", timeout="5s")}
+    for path in OPENAI_PATHS:
+        yield {
+            "name": "openai",
+            "match": {"path_separated_prefix": path},
+            "route": _to("gateway"),
+        }
+    yield from _service(INFERENCE, "workers", Right.INFERENCE, picked=True)
+    yield from _service(TELEMETRY, "telemetry", Right.TELEMETRY)
+    yield from _service(ROUTER_ADMIN, "router", Right.ADMIN)
+
+
+def _service(
+    service: ServiceDescriptor, cluster: str, right: Right, *, picked: bool = False
+) -> Iterator[dict[str, Any]]:
+    """A service in its two forms; `picked`: the router says which of the cluster's hosts."""
+    prefix = f"/{service.full_name}/"
+    yield {
+        "name": service.name,
+        "match": {"prefix": prefix, "headers": [_IS_GRPC]},
+        "route": _to(cluster),
+        "request_body_buffer_limit": MAX_BODY_BYTES,
+        "typed_per_filter_config": for_grpc(right, picked=picked),
+    }
+    yield {"name": "not-grpc", "match": {"prefix": prefix}, "direct_response": {"status": 415}}
+    methods = list(rest_methods(service))
+    for method in methods:
+        yield {
+            "name": service.name,
+            "match": {**_path(method), "headers": [{"name": ":method", "string_match": {"exact": method.verb}}]},
+            "route": _to(cluster),
+            "request_body_buffer_limit": MAX_BODY_BYTES,
+            "typed_per_filter_config": for_rest(right, picked=picked),
+        }
+    for method in methods:
+        yield {
+            "name": "wrong-method",
+            "match": _path(method),
+            "direct_response": {"status": 405},
+            "response_headers_to_add": [{"header": {"key": "allow", "value": method.verb}}],
+        }
+
+
+def _path(method: RestMethod) -> dict[str, Any]:
+    return {"safe_regex": {"regex": method.pattern}} if method.has_variables else {"path": method.template}
+
+
+def _to(cluster: str, *, timeout: str = "0s") -> dict[str, Any]:
+    return {
+        "cluster": cluster,
+        # A stream lasts as long as it lasts; a client's grpc-timeout is kept.
+        "timeout": timeout,
+        "idle_timeout": _IDLE,
+        "max_stream_duration": {"grpc_timeout_header_max": "0s"},
+        "retry_policy": _RETRY_UNSENT,
+    }
+
+
+def _json(status: int, body: str) -> dict[str, Any]:
+    return {"status": status, "body": {"inline_string": body}}
+
+
+_IS_GRPC: Final = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
+# Only what never left the edge is tried again: a process that starts again is back within a second.
+_RETRY_UNSENT: Final = {
+    "retry_on": "connect-failure",
+    "num_retries": 3,
+    "retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"},
+}

@@ -1,0 +1,182 @@
+"""Runs a whole mesh on this machine."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any, Final
+
+from services.mesh.child import Child, StartError
+from services.mesh.config import MeshConfig
+from services.mesh.edge_drain import drain_edge
+from services.mesh.plan import ProcessPlan, plan_processes
+from services.mesh.probe import lists_models, poll
+from services.mesh.state import State
+
+__all__ = ["Launcher"]
+
+_STOP_SECONDS: Final = 5.0
+_MODELS_SECONDS: Final = 30.0
+_MODEL_FILE: Final = "config.json"
+# The edge first: what it has let in is finished by those behind it, which stop in the order of a request's way.
+_STOP_ORDER: Final = ("envoy", "gateway", "inference", "router", "telemetry")
+
+
+class Launcher:
+    """Starts the processes of a mesh, keeps them running, and stops them in order."""
+
+    def __init__(self, mesh: MeshConfig, state: State, *, restart: bool, say: Callable[[str], None]) -> None:
+        self._mesh = mesh
+        self._state = state
+        self._restart = restart
+        self._say = say
+        self._admin_key = ""
+        self._children: list[Child] = []
+
+    @property
+    def url(self) -> str:
+        """Where clients come in."""
+        host = self._mesh.edge.host
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # compared, not bound
+        return f"http://{shown}:{self._mesh.edge.port}"
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Runs the mesh until `stop` is set; returns the exit code."""
+        self._admin_key = self._state.admin_key()
+        try:
+            if not await _unless(stop, self._make_model()):
+                return 0
+            self._children = [
+                Child(plan, self._state, say=self._say) for plan in plan_processes(self._mesh, self._state)
+            ]
+            if not await _unless(stop, self._start()):
+                return 0
+            self._write()
+            self._say(self._greeting())
+            await self._keep(stop)
+        except StartError as error:
+            self._say(f"tokenloom: {error}")
+            return 1
+        finally:
+            self._state.mesh_file.unlink(missing_ok=True)
+            await asyncio.shield(self._stop())
+        return 0
+
+    async def _make_model(self) -> None:
+        folder = self._state.demo_model
+        if (folder / _MODEL_FILE).exists() or not any(_needs_demo_model(self._mesh)):
+            return
+        self._say("making the demo model…")
+        began = monotonic()
+        with self._state.log("demo_model").open("ab") as log:
+            command = (sys.executable, "-m", "services.inference.demo_model", str(folder))
+            maker = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+            try:
+                code = await maker.wait()
+            finally:
+                if maker.returncode is None:
+                    maker.kill()
+        if code != 0:
+            raise StartError(
+                f"the demo model could not be made (exit code {code}): see {self._state.log('demo_model')}"
+            )
+        self._say(f"making the demo model…  done in {monotonic() - began:.1f} s")
+
+    async def _start(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as starting:
+                for child in self._children:
+                    starting.create_task(self._start_one(child))
+        except* StartError as errors:
+            raise errors.exceptions[0] from None
+        await self._wait_for_models()
+
+    async def _start_one(self, child: Child) -> None:
+        began = monotonic()
+        what = f"starting {child.plan.name} ({child.plan.label})…"
+        self._say(what)
+        await child.start()
+        self._say(f"{what}  ready in {monotonic() - began:.1f} s")
+
+    async def _wait_for_models(self) -> None:
+        """The last proof: through the edge, with a key, every model is there."""
+        names = {name for pool in self._mesh.pools for name in pool.serves}
+        try:
+            async with asyncio.timeout(_MODELS_SECONDS):
+                await poll(lists_models(self.url, self._admin_key, names))
+        except TimeoutError:
+            listed = ", ".join(sorted(names))
+            raise StartError(
+                f"everything runs, but {self.url}/v1/models does not list {listed} after {_MODELS_SECONDS:g} s"
+            ) from None
+
+    async def _keep(self, stop: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as keeping:
+            kept = [keeping.create_task(child.keep(self._write, restart=self._restart)) for child in self._children]
+            await stop.wait()
+            self._say("stopping…")
+            for task in kept:
+                task.cancel()
+
+    async def _stop(self) -> None:
+        by_service: dict[str, list[Child]] = {service: [] for service in _STOP_ORDER}
+        for child in self._children:
+            by_service[child.plan.service].append(child)
+        for child in by_service["envoy"]:
+            await self._drain(child)
+        for children in by_service.values():
+            async with asyncio.TaskGroup() as stopping:
+                for child in children:
+                    stopping.create_task(child.stop(within=_STOP_SECONDS))
+
+    async def _drain(self, envoy: Child) -> None:
+        if envoy.is_running:
+            admin = f"http://127.0.0.1:{envoy.plan.ports['admin']}"
+            left = await drain_edge(admin, within=self._mesh.drain_seconds)
+            if left:
+                self._say(f"{left} requests are cut off after {self._mesh.drain_seconds:g} s")
+
+    def _write(self) -> None:
+        processes = [_entry(child.plan, child.pid) for child in self._children]
+        self._state.write_mesh({"edge": self.url, "admin_key": self._admin_key, "processes": processes})
+
+    def _greeting(self) -> str:
+        model = self._mesh.pools[0].serves[0]
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
+        return "\n".join(
+            (
+                "",
+                f"tokenloom is ready at {self.url}",
+                "",
+                f"curl -N {self.url}/v1/chat/completions \\",
+                f"  -H 'Authorization: Bearer {self._admin_key}' \\",
+                "  -H 'Content-Type: application/json' \\",
+                f"  -d '{body}'",
+                "",
+            )
+        )
+
+
+async def _unless(stop: asyncio.Event, work: Any) -> bool:
+    """Does work, unless it is stopped before it is done; tells whether it is done."""
+    working, stopped = asyncio.ensure_future(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return False
+        await working
+        return True
+    finally:
+        stopped.cancel()
+        working.cancel()
+        await asyncio.wait((working,))
+
+
+def _entry(plan: ProcessPlan, pid: int | None) -> dict[str, Any]:
+    return {"name": plan.name, "service": plan.service, "pid": pid, "ports": plan.ports}
+
+
+def _needs_demo_model(mesh: MeshConfig) -> Iterator[bool]:
+    for pool in mesh.pools:
+        for worker in pool.workers:
+            yield worker.engine == "vllm" and mesh.model(pool.model_of(worker)).path is None

@@ -1,0 +1,183 @@
+"""Which processes a mesh is made of on this machine, and how each is started."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from services.common.settings import (
+    GatewaySettings,
+    ModelSettings,
+    ProcessSettings,
+    RouterSettings,
+    SimSettings,
+    TelemetrySettings,
+    WorkerSettings,
+)
+from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig
+from services.mesh.envoy import Edge, bootstrap
+from services.mesh.envoy_binary import find_envoy
+from services.mesh.ports import PortPicker
+from services.mesh.probe import Probe, grpc_health, http_ok
+from services.mesh.state import State
+
+__all__ = ["ProcessPlan", "plan_processes"]
+
+_HOST: Final = "127.0.0.1"
+_START_SECONDS: Final = 60.0
+# Weights may come over a network, and kernels are compiled at the first start.
+_VLLM_START_SECONDS: Final = 1800.0
+_MOST_EDGE_THREADS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessPlan:
+    """One process: what it is, how it is started, and how it is asked whether it is ready."""
+
+    name: str
+    service: str
+    """The package of `services` that it is, or "envoy"."""
+    label: str
+    """What people are told it is."""
+    command: tuple[str, ...]
+    config: str
+    """Its configuration, JSON."""
+    ports: dict[str, int]
+    ready: Probe = field(compare=False)
+    start_seconds: float = _START_SECONDS
+    """Longest that a start may take."""
+
+
+def plan_processes(mesh: MeshConfig, state: State) -> list[ProcessPlan]:
+    """Every process of a mesh, with its ports. Free ports are looked for at each call."""
+    return list(_Planner(mesh, state).plans())
+
+
+class _Planner:
+    def __init__(self, mesh: MeshConfig, state: State) -> None:
+        self._mesh = mesh
+        self._state = state
+        self._ports = PortPicker(_HOST)
+
+    def plans(self) -> Iterator[ProcessPlan]:
+        """In the order in which a request needs them last to first."""
+        telemetry = self._python("telemetry", "telemetry", TelemetrySettings, redis_url=self._mesh.redis_url)
+        yield telemetry
+        router = self._python("router", "router", RouterSettings, telemetry=[_grpc(telemetry)])
+        yield router
+        for pool in self._mesh.pools:
+            for worker in pool.workers:
+                yield self._worker(pool, worker, _grpc(router))
+        gateway = self._gateway(_grpc(router))
+        yield gateway
+        yield self._envoy(telemetry=telemetry, router=router, gateway=gateway)
+
+    def _worker(self, pool: PoolConfig, worker: WorkerConfig, router: str) -> ProcessPlan:
+        port = self._ports.pick()
+        return self._python(
+            worker.name,
+            "inference",
+            WorkerSettings,
+            grpc_port=port,
+            label=worker.engine,
+            start_seconds=_VLLM_START_SECONDS if worker.engine == "vllm" else _START_SECONDS,
+            advertise=f"{_HOST}:{port}",
+            routers=[router],
+            pool=pool.name,
+            model=self._model(pool, worker),
+            engine=worker.engine,
+            gpu=worker.gpu,
+            gpu_memory_utilization=worker.gpu_memory_utilization,
+            engine_args=worker.engine_args,
+            sim=worker.sim or SimSettings(),
+            drain_seconds=self._mesh.drain_seconds,
+        )
+
+    def _model(self, pool: PoolConfig, worker: WorkerConfig) -> ModelSettings:
+        model = self._mesh.model(pool.model_of(worker))
+        if worker.engine == "vllm" and model.path is None:
+            return msgspec.structs.replace(model, path=str(self._state.demo_model.resolve()))
+        return model
+
+    def _gateway(self, router: str) -> ProcessPlan:
+        port = self._ports.pick()
+        return self._python(
+            "gateway",
+            "gateway",
+            GatewaySettings,
+            more_ports={"http": port},
+            ready=http_ok(f"http://{_HOST}:{port}/readyz"),
+            http=f"{_HOST}:{port}",
+            routers=[router],
+            keys_path=str(self._state.keys.resolve()),
+            drain_seconds=self._mesh.drain_seconds,
+        )
+
+    def _python(
+        self,
+        name: str,
+        service: str,
+        shape: type[ProcessSettings],
+        *,
+        grpc_port: int | None = None,
+        more_ports: dict[str, int] | None = None,
+        ready: Probe | None = None,
+        label: str | None = None,
+        start_seconds: float = _START_SECONDS,
+        **settings: Any,
+    ) -> ProcessPlan:
+        """One of our own services; `settings` are those that not every one has."""
+        ports = {
+            "grpc": grpc_port if grpc_port is not None else self._ports.pick(),
+            **(more_ports or {}),
+            "metrics": self._ports.pick(),
+        }
+        listen = f"{_HOST}:{ports['grpc']}"
+        written = shape(
+            name=name,
+            listen=listen,
+            metrics=f"{_HOST}:{ports['metrics']}",
+            otlp_endpoint=self._mesh.otlp_endpoint,
+            **settings,
+        )
+        return ProcessPlan(
+            name=name,
+            service=service,
+            label=label or service,
+            command=(sys.executable, "-m", f"services.{service}", "--config", str(self._state.config(name))),
+            config=msgspec.json.format(msgspec.json.encode(written)).decode(),
+            ports=ports,
+            ready=ready or grpc_health(listen),
+            start_seconds=start_seconds,
+        )
+
+    def _envoy(self, *, telemetry: ProcessPlan, router: ProcessPlan, gateway: ProcessPlan) -> ProcessPlan:
+        ports = {"http": self._mesh.edge.port, "admin": self._mesh.edge.admin_port or self._ports.pick()}
+        edge = Edge(
+            listen=f"{self._mesh.edge.host}:{ports['http']}",
+            admin=f"{_HOST}:{ports['admin']}",
+            gateway=f"{_HOST}:{gateway.ports['http']}",
+            authorization=_grpc(gateway),
+            router=_grpc(router),
+            telemetry=_grpc(telemetry),
+            otlp=self._mesh.otlp_endpoint,
+        )
+        options = ("--disable-hot-restart", "--file-flush-interval-msec", "200")
+        threads = str(min(_MOST_EDGE_THREADS, os.cpu_count() or 1))
+        return ProcessPlan(
+            name="envoy",
+            service="envoy",
+            label="edge",
+            command=(str(find_envoy()), "-c", str(self._state.config("envoy")), "--concurrency", threads, *options),
+            config=json.dumps(bootstrap(edge), indent=2),
+            ports=ports,
+            ready=http_ok(f"http://{_HOST}:{ports['admin']}/ready"),
+        )
+
+
+def _grpc(plan: ProcessPlan) -> str:
+    return f"{_HOST}:{plan.ports['grpc']}"

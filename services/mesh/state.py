@@ -1,0 +1,132 @@
+"""The state folder of a mesh: what it leaves on disk, and who may use it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from services.common.keystore import KeyStore
+
+__all__ = ["MeshRunningError", "State"]
+
+_KEEP_LOG_BYTES: Final = 16 << 20
+
+
+class MeshRunningError(Exception):
+    """Another launcher uses the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The folder, `.tokenloom` unless told otherwise."""
+
+    folder: Path
+
+    @property
+    def mesh_file(self) -> Path:
+        """What runs; there once everything is ready."""
+        return self.folder / "mesh.json"
+
+    @property
+    def keys(self) -> Path:
+        """The database of API keys."""
+        return self.folder / "keys.db"
+
+    @property
+    def demo_model(self) -> Path:
+        """The model that the launcher makes."""
+        return self.folder / "models" / "demo"
+
+    def config(self, name: str) -> Path:
+        """The configuration of a process."""
+        return self.folder / "config" / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        """The log of a process, JSON lines."""
+        return self.folder / "logs" / f"{name}.jsonl"
+
+    def make(self) -> None:
+        """Makes the folder, for its owner alone: it holds keys."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ("config", "logs", "models"):
+            (self.folder / name).mkdir(exist_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other launchers out until the block is left, however the process ends.
+
+        Raises:
+            MeshRunningError: one is in.
+        """
+        descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MeshRunningError(f"a mesh runs in {self.folder} already (process {self.running_pid()})") from None
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+            yield
+        finally:
+            os.close(descriptor)
+
+    def running_pid(self) -> int | None:
+        """The process id of the launcher that uses the folder; None when there is none."""
+        try:
+            descriptor = os.open(self._lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            written = os.read(descriptor, 32)
+            # Just taken, and not signed yet.
+            return int(written) if written.isdigit() else 0
+        else:
+            return None
+        finally:
+            os.close(descriptor)
+
+    def write_mesh(self, mesh: dict[str, Any]) -> None:
+        """Replaces mesh.json in one step. It holds the admin key."""
+        write_private(self.mesh_file, json.dumps(mesh, indent=2) + "\n")
+
+    def read_mesh(self) -> dict[str, Any] | None:
+        """What mesh.json says; None when there is none."""
+        try:
+            mesh: dict[str, Any] = json.loads(self.mesh_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return mesh
+
+    def admin_key(self) -> str:
+        """The key with every right, made at the first call and the same ever after unless it is revoked."""
+        kept = self.folder / "admin_key"
+        with KeyStore(self.keys) as store:
+            if kept.exists() and store.find(kept.read_text(encoding="utf-8").strip()) is not None:
+                return kept.read_text(encoding="utf-8").strip()
+            _, key = store.create("admin", admin=True, debug=True)
+        write_private(kept, key + "\n")
+        return key
+
+    def rotate(self, name: str) -> None:
+        """Puts a log that has grown large aside; the one before it is forgotten."""
+        log = self.log(name)
+        if log.exists() and log.stat().st_size > _KEEP_LOG_BYTES:
+            log.replace(log.with_suffix(".jsonl.1"))
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.folder / "lock"
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replaces a file in one step; only its owner may read it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    scratch.replace(path)
