@@ -1,6 +1,7 @@
 """`python -m services.inference --config FILE`: one worker."""
 
 import asyncio
+import logging
 import sys
 
 from services.common.entry import start
@@ -10,7 +11,11 @@ from services.inference.worker import Worker
 
 async def main(settings: WorkerSettings, stop: asyncio.Event) -> int:
     """Runs the worker until `stop` is set."""
-    return await Worker(settings).run(stop)
+    try:
+        return await Worker(settings).run(stop)
+    except OSError as error:
+        logging.getLogger(__name__).error("can't serve", extra={"cause": str(error)})  # noqa: TRY400  # a port that is taken needs no traceback
+        return 1
 
 
 if __name__ == "__main__":

@@ -29,13 +29,6 @@ class Call:
         self._outbox = Outbox(_Deltas, max_edits=_MAX_WAITING_TOKENS)
         self._completed: pb.Completed | None = None
         self._error: MeshError | None = None
-        self.token_count = 0
-        """Tokens of output so far."""
-
-    @property
-    def usage(self) -> pb.Usage | None:
-        """What it cost; None until it is complete."""
-        return self._completed.usage if self._completed else None
 
     async def events(self) -> AsyncGenerator[pb.GenerateResponse]:
         """The events, the last of which is `completed`.
@@ -61,7 +54,6 @@ class Call:
         except OutboxFullError:
             self._overflowed()
             return
-        self.token_count += len(token_ids)
         deltas.texts.append(text)
         deltas.token_ids += token_ids
         deltas.logprobs += logprobs

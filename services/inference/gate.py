@@ -47,7 +47,10 @@ class Gate:
         """The engine, for a generation; raises MeshError (NO_READY_WORKER) when none is taken."""
         if self._drained or self._stopping:
             raise _not_ready("this worker takes no new requests")
-        return self.engine
+        engine = self.engine
+        if not engine.load.alive:
+            raise _not_ready("the engine starts again")
+        return engine
 
     def open(self, engine: Engine) -> None:
         """The engine is up."""

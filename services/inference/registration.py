@@ -45,21 +45,30 @@ class Registration:
                 tasks.create_task(self._keep(router), name=f"registration with {router}")
 
     async def _keep(self, router: str) -> None:
-        backoff = _FIRST_BACKOFF_SECONDS
+        backoff = 0.0
         while True:
             connection = _Connection(router, self._gate)
-            try:
-                await connection.run(self._messages())
-                cause = "the router ended the stream"
-            except TimeoutError:
-                cause = "the router does not answer"
-            except grpc.aio.AioRpcError as error:
-                cause = f"{error.code().name}: {error.details()}"
-            if connection.registered:
+            cause = await self._connect(connection)
+            if connection.registered or not backoff:
                 backoff = _FIRST_BACKOFF_SECONDS
-                _log.warning("registration lost", extra={"router": router, "cause": cause})
+                _log.warning("not registered", extra={"router": router, "cause": cause})
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+
+    async def _connect(self, connection: "_Connection") -> str:
+        try:
+            await connection.run(self._messages())
+        except TimeoutError:
+            return "the router does not answer"
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {error.details()}"
+        except asyncio.CancelledError:
+            # gRPC also says so when it could not get at our own messages; then nobody has cancelled this task.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return "a report could not be made"
+        return "the router ended the stream"
 
     async def _messages(self) -> AsyncIterator[router_pb2.RegisterRequest]:
         yield router_pb2.RegisterRequest(registration=self._registration)

@@ -47,7 +47,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             await self._stream(call, context)
         finally:
             run.cancel()
-            self._generations.metrics.output(call.token_count)
 
     async def Embed(
         self,
@@ -101,7 +100,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _stream(self, call: Call, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with aclosing(call.events()) as events:
             async for event in events:
-                if event.HasField("completed"):
+                if event.HasField("delta"):
+                    self._generations.metrics.output(len(event.delta.token_ids))
+                elif event.HasField("completed"):
                     context.set_trailing_metadata(_usage_metadata(event.completed.usage))
                 await context.write(event)
 

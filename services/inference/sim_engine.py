@@ -38,6 +38,7 @@ __all__ = ["SimEngine"]
 _CHUNK_TOKENS: Final = 512
 # Below this a timer of the event loop says nothing, so a step that is due so soon begins at once.
 _TIMER_SECONDS: Final = 0.001
+_RETRY_SECONDS: Final = 1.0
 
 
 class SimEngine:
@@ -91,7 +92,9 @@ class SimEngine:
             self._stepper.cancel()
         for sequence in tuple(self._sequences.values()):
             self.abort(sequence.id)
-            sequence.sink.failed(MeshError(Reason.ENGINE_FAILED, "the engine was stopped"))
+            sequence.sink.failed(
+                MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=_RETRY_SECONDS)
+            )
         # What ended the block goes on as it is; only the engine's own failure is added to it.
         await self._tasks.__aexit__(None, None, None)
 
@@ -121,7 +124,9 @@ class SimEngine:
         if not self._alive:
             raise MeshError(Reason.ENGINE_FAILED, "the engine is not running")
         if len(self._sequences) >= self._max_requests:
-            raise MeshError(Reason.NO_CAPACITY, "too many requests wait for this model", retry_after_seconds=1.0)
+            raise MeshError(
+                Reason.NO_CAPACITY, "too many requests wait for this model", retry_after_seconds=_RETRY_SECONDS
+            )
         tokens = self._prompt_tokens(generation.prompt)
         self._check_ids(generation, tokens)
         end, reason = self._end_of(generation, tokens)

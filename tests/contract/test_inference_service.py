@@ -5,6 +5,9 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2
 
@@ -233,6 +236,18 @@ async def test_models_are_listed_with_what_they_can() -> None:
         answer = await worker.inference.ListModels(inference_pb2.ListModelsRequest())
     assert [(card.name, card.vocabulary_size) for card in answer.models] == [("tiny", sim_text.VOCABULARY_SIZE)]
     assert list(answer.models[0].capabilities) == [inference_pb2.CAPABILITY_GENERATE, inference_pb2.CAPABILITY_CHAT]
+
+
+async def test_a_call_continues_the_trace_that_its_metadata_names() -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    metadata = (("traceparent", f"00-{7:032x}-{9:016x}-01"), ("x-request-id", "req-7"))
+    async with sim_worker(tracer=provider.get_tracer("test")) as worker:
+        await _drain(worker.inference.Generate(generate(max_tokens=3), metadata=metadata))
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is not None
+    assert (span.parent.trace_id, span.parent.span_id) == (7, 9)
+    assert (span.attributes or {})["tokenloom.request_id"] == "req-7"
 
 
 async def test_outcomes_and_tokens_are_counted() -> None:

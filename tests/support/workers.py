@@ -240,7 +240,7 @@ async def worker_process(config: dict[str, Any], folder: Path) -> AsyncIterator[
             str(path),
             stdout=output,
             stderr=output,
-            env=os.environ,
+            env=dict(os.environ),
         )
     worker = WorkerProcess(process=process, address=config["listen"], metrics=config["metrics"], log=log)
     try:

@@ -396,7 +396,7 @@ async def test_leaving_the_engine_fails_what_runs_and_refuses_what_comes() -> No
     async with SimEngine(SimSettings(), "sim", 64) as engine:
         await engine.submit(generation(), recorder)
     assert recorder.error is not None
-    assert recorder.error.reason is Reason.ENGINE_FAILED
+    assert recorder.error.reason is Reason.NO_READY_WORKER
     assert not engine.load.alive
     assert (await refusal(engine, generation())).reason is Reason.ENGINE_FAILED
 
