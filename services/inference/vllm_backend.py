@@ -2,11 +2,13 @@
 
 import asyncio
 import dataclasses
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from vllm import SamplingParams
@@ -89,6 +91,8 @@ class Backend:
 
     async def release(self, request_id: str) -> None:
         """Frees what the engine holds for a request, if it holds anything."""
+        if self.llm is None:
+            return
         try:
             await self.llm.abort(request_id)
         except self.dead:
@@ -111,13 +115,24 @@ class Backend:
             named = _FIELDS.get(parameter, parameter) if parameter else field
             raise MeshError(Reason.INVALID_REQUEST, str(error), field=named) from error
 
-    def stop(self) -> None:
-        """Ends the engine process and frees what it held. Blocks for two seconds at most."""
-        self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+    async def stop(self, in_thread: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
+        """Ends the engine process and frees what it held, within two seconds; once stopped, does nothing.
 
-    def forget(self) -> None:
-        """Lets go of what was stopped; left to the end of the process, its finalizer would miss half of Python."""
+        `in_thread` runs what blocks.
+        """
+        if self.llm is None:
+            return
+        # Else it takes the end for a failure, and says so.
+        self.llm.output_handler.cancel()
+        await in_thread(self.shut_down)
+        # vLLM leaves it open.
+        self.llm.engine_core.resources.ctx.destroy(linger=0)
+        # Left to the end of the process, its finalizer would miss half of Python.
         self.llm = None
+
+    def shut_down(self) -> None:
+        """Ends the engine process. Blocks."""
+        self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
 def start_backend(settings: WorkerSettings, stats: Any) -> Backend:
@@ -148,7 +163,7 @@ def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
             raise ConfigError(f"engine_args.{key}: vLLM {vllm_version()} has no such argument")
         if key in _OURS:
             raise ConfigError(f"engine_args.{key}: can't be set here, {_OURS[key] or 'load reports need it'}")
-    arguments = _defaults(settings, cuda=cuda) | settings.engine_args
+    arguments = _defaults(settings, path, cuda=cuda) | settings.engine_args
     try:
         return AsyncEngineArgs(model=path, **arguments).create_engine_config()
     except (ValueError, TypeError, OSError) as error:
@@ -157,7 +172,7 @@ def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
         ) from error
 
 
-def _defaults(settings: WorkerSettings, *, cuda: bool) -> dict[str, Any]:
+def _defaults(settings: WorkerSettings, path: str, *, cuda: bool) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "max_num_seqs": _MAX_RUNNING,
         "scheduling_policy": "priority",
@@ -169,8 +184,15 @@ def _defaults(settings: WorkerSettings, *, cuda: bool) -> dict[str, Any]:
         "enforce_eager": True,
         "block_size": _CPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
-        "dtype": "bfloat16",
+        "dtype": "float32" if _is_float32(path) else "bfloat16",
     }
+
+
+def _is_float32(path: str) -> bool:
+    # vLLM halves such models when it may choose, which on a CPU gains nothing and costs repeatable output.
+    config = Path(path) / "config.json"
+    found = json.loads(config.read_bytes()) if config.is_file() else {}
+    return "float32" in (found.get("dtype"), found.get("torch_dtype"))
 
 
 def _backend(settings: WorkerSettings, llm: Any) -> Backend:

@@ -73,7 +73,6 @@ class VllmEngine:
             stream.fail(MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=1.0))
             stream.close()
         await self._stack.__aexit__(kind, error, trace)
-        self._backend.forget()
 
     async def _start(self) -> None:
         begun = time.monotonic()
@@ -84,7 +83,7 @@ class VllmEngine:
             # It can't be interrupted, and must not be left behind.
             await asyncio.wait([starting])
             if starting.exception() is None:
-                await self._in_thread(starting.result().stop)
+                await self._in_thread(starting.result().shut_down)
             raise
         self._backend.watch()
         self._alive = True
@@ -95,7 +94,7 @@ class VllmEngine:
 
     async def _stop(self) -> None:
         self._alive = False
-        await self._in_thread(self._backend.stop)
+        await self._backend.stop(self._in_thread)
 
     async def _supervise(self) -> None:
         while True:
