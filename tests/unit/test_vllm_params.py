@@ -1,0 +1,136 @@
+"""What is checked before vLLM sees a generation, and what it is then asked for."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from services.common.errors import MeshError, Reason
+from services.inference.engine import Generation, Sampling
+from services.inference.vllm_params import Limits, plan
+
+LIMITS = Limits(context_tokens=100, vocabulary=1000, logprobs=20, end_ids=frozenset({2}))
+PROMPT = [5, 6, 7, 8]
+
+
+def generation(*, emitted: tuple[int, ...] = (), kind: Any = "tokens", **sampling: Any) -> Generation:
+    """A generation with some sampling parameters."""
+    values: dict[str, Any] = {"temperature": 0.0} | sampling
+    return Generation(
+        id="g", model="m", prompt=PROMPT, kind=kind, sampling=Sampling(**values), emitted_token_ids=emitted
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "reason", "field", "says"),
+    [
+        (generation(max_tokens=97), PROMPT, Reason.CONTEXT_LENGTH_EXCEEDED, "prompt", "100 tokens"),
+        (generation(max_tokens=97, kind="chat"), PROMPT, Reason.CONTEXT_LENGTH_EXCEEDED, "messages", "100 tokens"),
+        (generation(), [5] * 100, Reason.CONTEXT_LENGTH_EXCEEDED, "prompt", "100 in the prompt"),
+        (generation(), [], Reason.INVALID_REQUEST, "prompt", "at least one token"),
+        (generation(), [5, 1000], Reason.INVALID_REQUEST, "prompt", "below 1000"),
+        (generation(), [5, -1], Reason.INVALID_REQUEST, "prompt", "token id -1"),
+        (generation(stop_token_ids=[1000]), PROMPT, Reason.INVALID_REQUEST, "stop_token_ids", "below 1000"),
+        (generation(logit_bias={2**32: 1.0}), PROMPT, Reason.INVALID_REQUEST, "logit_bias", "below 1000"),
+        (generation(emitted=(1000,)), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "below 1000"),
+        (generation(min_tokens=6, max_tokens=5), PROMPT, Reason.INVALID_REQUEST, "min_tokens", "at most 5"),
+        (generation(min_tokens=10**9), PROMPT, Reason.INVALID_REQUEST, "min_tokens", "at most 96"),
+        (generation(logprob_count=21), PROMPT, Reason.INVALID_REQUEST, "logprob_count", "at most 20"),
+        (generation(emitted=(9,) * 6, max_tokens=5), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "at most 5"),
+        (generation(emitted=(9,), temperature=0.5), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "temperature"),
+        (generation(emitted=(9,), logprob_count=0), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "log-prob"),
+        (generation(emitted=(9,), presence_penalty=1), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "presence"),
+        (
+            generation(emitted=(9,), frequency_penalty=-1),
+            PROMPT,
+            Reason.INVALID_REQUEST,
+            "emitted_token_ids",
+            "frequency",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_by_field_and_bound(
+    asked: Generation, prompt: list[int], reason: Reason, field: str, says: str
+) -> None:
+    with pytest.raises(MeshError) as caught:
+        plan(asked, prompt, LIMITS)
+    assert caught.value.reason is reason
+    assert caught.value.field == field
+    assert says in caught.value.message
+
+
+def test_without_max_tokens_the_output_may_fill_the_context() -> None:
+    assert plan(generation(), PROMPT, LIMITS).max_tokens == 96
+
+
+def test_a_prompt_and_output_that_fill_the_context_exactly_are_taken() -> None:
+    assert plan(generation(max_tokens=96), PROMPT, LIMITS).arguments()["max_tokens"] == 96
+
+
+def test_a_continuation_counts_what_was_emitted() -> None:
+    todo = plan(generation(emitted=(11, 12), max_tokens=10, min_tokens=5), PROMPT, LIMITS)
+    assert todo.tokens == [5, 6, 7, 8, 11, 12]
+    assert todo.arguments()["max_tokens"] == 8
+    assert todo.arguments()["min_tokens"] == 3
+
+
+def test_a_continuation_has_room_for_its_whole_output_only_once() -> None:
+    todo = plan(generation(emitted=(11,) * 90, max_tokens=96), PROMPT, LIMITS)
+    assert todo.remaining_tokens == 6
+
+
+def test_a_repetition_penalty_can_be_continued_since_it_looks_at_prompt_and_output_alike() -> None:
+    assert plan(generation(emitted=(11,), repetition_penalty=1.5), PROMPT, LIMITS).remaining_tokens == 95
+
+
+@pytest.mark.parametrize(
+    ("asked", "ended"),
+    [
+        (generation(emitted=(11, 2)), True),
+        (generation(emitted=(2, 11)), False),
+        (generation(emitted=(11, 2), ignore_eos=True), False),
+        (generation(emitted=(11, 12), stop_token_ids=[12]), True),
+        (generation(emitted=(11, 12), stop_token_ids=[12], ignore_eos=True), True),
+    ],
+)
+def test_a_last_token_that_stops_leaves_nothing_to_generate(asked: Generation, *, ended: bool) -> None:
+    todo = plan(asked, PROMPT, LIMITS)
+    assert todo.ended_by_token is ended
+    assert (todo.remaining_tokens == 0) is ended
+
+
+def test_every_sampling_parameter_reaches_vllm() -> None:
+    sampling = Sampling(
+        temperature=0.7,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+        repetition_penalty=1.1,
+        max_tokens=20,
+        min_tokens=3,
+        stop=("END",),
+        stop_token_ids=(9,),
+        seed=7,
+        ignore_eos=True,
+        logit_bias={4: -5.0},
+        logprob_count=2,
+    )
+    assert plan(replace(generation(), sampling=sampling), PROMPT, LIMITS).arguments() == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "repetition_penalty": 1.1,
+        "max_tokens": 20,
+        "min_tokens": 3,
+        "stop": ["END"],
+        "stop_token_ids": [9],
+        "seed": 7,
+        "ignore_eos": True,
+        "logit_bias": {4: -5.0},
+        "logprobs": 2,
+    }
