@@ -8,7 +8,6 @@ import asyncio
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from types import TracebackType
 from typing import Final, Self
 
@@ -438,8 +437,7 @@ class _Sequence:
     def fill_block(self) -> int:
         """The hash of the block that the last token has filled."""
         since = self.position - (self._block_size - len(self._tail))
-        output = islice(sim_text.output_steps(self._seed, since), self.position - since)
-        block = self._tail + [token_ids[0] for _, token_ids in output]
+        block = self._tail + sim_text.output_tokens(self._seed, since, self.position)
         self._tail = []
         self.hashes += block_hashes(block, self._block_size, after=self.hashes[-1] if self.hashes else 0)
         return self.hashes[-1]

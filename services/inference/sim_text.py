@@ -25,6 +25,7 @@ __all__ = [
     "natural_length",
     "output_seed",
     "output_steps",
+    "output_tokens",
     "render_chat",
     "token_text",
     "tokenize",
@@ -103,10 +104,18 @@ def output_steps(seed: int, start: int) -> Iterator[Step]:
     return chain(_TABLE[_phrase_index(seed, block)][offset:], chain.from_iterable(later))
 
 
+def output_tokens(seed: int, start: int, stop: int) -> list[int]:
+    """The output tokens from position `start` up to `stop`."""
+    first = start // _PHRASE_TOKENS
+    tokens: list[int] = []
+    for block in range(first, -(-stop // _PHRASE_TOKENS)):
+        tokens += _TABLE_TOKENS[_phrase_index(seed, block)]
+    return tokens[start - first * _PHRASE_TOKENS : stop - first * _PHRASE_TOKENS]
+
+
 def expected_output(prompt_tokens: Sequence[int], token_count: int, *, start: int = 0) -> list[int]:
     """The `token_count` output tokens from position `start` on that every simulated engine gives for a prompt."""
-    steps = islice(output_steps(output_seed(prompt_tokens), start), token_count)
-    return [token_ids[0] for _, token_ids in steps]
+    return output_tokens(output_seed(prompt_tokens), start, start + token_count)
 
 
 def expected_text(prompt_tokens: Sequence[int], token_count: int, *, start: int = 0) -> str:
@@ -186,3 +195,4 @@ def _piece(chosen: int, spelling: Sequence[int]) -> str:
 
 
 _TABLE: Final = tuple(_phrase(number) for number in range(_PHRASES))
+_TABLE_TOKENS: Final = tuple(tuple(token for _, (token,) in phrase) for phrase in _TABLE)
