@@ -100,6 +100,7 @@ def _add_render(commands: Any) -> None:
     ):
         target = _command(targets, name, run, about)
         target.add_argument("--config", type=Path, required=True, metavar="FILE", help="a mesh.yaml")
+        target.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
 
 
 def _port(text: str) -> int:

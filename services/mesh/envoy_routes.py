@@ -85,10 +85,10 @@ def _path(method: RestMethod) -> dict[str, Any]:
 def _to(cluster: str, *, timeout: str = "0s") -> dict[str, Any]:
     return {
         "cluster": cluster,
-        # A stream lasts as long as it lasts; a client's grpc-timeout is kept.
+        # A stream lasts as long as it lasts. A client's grpc-timeout is kept by the router and by the worker, which can
+        # say DEADLINE_EXCEEDED; Envoy could only reset a stream that has begun, and would race the client's own timer.
         "timeout": timeout,
         "idle_timeout": _IDLE,
-        "max_stream_duration": {"grpc_timeout_header_max": "0s"},
         "retry_policy": _RETRY_UNSENT,
     }
 

@@ -1,7 +1,8 @@
-"""Is a process ready? Asked the way Kubernetes would ask."""
+"""Is a process ready? Asked the way Kubernetes would ask; `python -m services.mesh.probe HOST:PORT` for containers."""
 
 import asyncio
 import json
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
@@ -70,3 +71,16 @@ def _get(url: str, headers: dict[str, str]) -> bytes | None:
     except (OSError, urllib.error.HTTPError):
         return None
     return body
+
+
+def main() -> int:
+    """Exit code 0 when grpc.health.v1 at the address given says SERVING."""
+    return 0 if asyncio.run(_check(sys.argv[1])) else 1
+
+
+async def _check(address: str) -> bool:
+    return await grpc_health(address)()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,54 @@
-"""tokenloom render."""
+"""tokenloom render: deploy files from a mesh.yaml."""
 
+import sys
 from argparse import Namespace
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from services.mesh.compose import compose_file
+from services.mesh.config import load_mesh
+from services.mesh.containers import edge_of
+from services.mesh.envoy import bootstrap
+
+__all__ = ["compose", "envoy"]
+
+_WRITTEN_BY: Final = "# Written by `tokenloom render {what}`: change mesh.yaml and render again.\n"
 
 
 def compose(arguments: Namespace) -> int:
-    raise NotImplementedError
+    """A compose.yaml."""
+    _write("compose", compose_file(load_mesh(arguments.config)), arguments.output)
+    return 0
 
 
 def envoy(arguments: Namespace) -> int:
-    raise NotImplementedError
+    """An Envoy bootstrap for the edge's container."""
+    _write("envoy", bootstrap(edge_of(load_mesh(arguments.config))), arguments.output)
+    return 0
+
+
+def _write(what: str, data: dict[str, Any], output: Path | None) -> None:
+    text = _WRITTEN_BY.format(what=what) + yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
+    )
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as blocks, and everything in full where it is used."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  # as the base class has it
+        """Never refers to what was written before."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)

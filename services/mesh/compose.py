@@ -1,0 +1,143 @@
+"""compose.yaml: every process of a mesh, Envoy and Redis, from the same mesh.yaml."""
+
+import math
+from typing import Any, Final
+
+import msgspec
+
+from services.mesh.config import MeshConfig
+from services.mesh.containers import DEMO_FOLDER, NETWORK, STATE_FOLDER, Container, containers
+
+__all__ = ["compose_file"]
+
+_IMAGE: Final = "${TOKENLOOM_IMAGE:-tokenloom}"
+_ENVOY_IMAGE: Final = "envoyproxy/envoy:v1.40.0"
+_REDIS_IMAGE: Final = "redis:8-alpine"
+_CONFIG_FOLDER: Final = "/etc/tokenloom"
+_EDGE_FILE: Final = "/run/edge/envoy.yaml"
+_STOP_MARGIN_SECONDS: Final = 10
+_PROBE: Final = ("python", "-m", "services.mesh.probe")
+
+
+def compose_file(mesh: MeshConfig) -> dict[str, Any]:
+    """The compose file, as plain data for YAML."""
+    listed = containers(mesh)
+    services = {container.name: _service(mesh, container) for container in listed}
+    if _needs_demo(listed):
+        services["demo-model"] = _demo_model()
+    if mesh.redis_url is None:
+        services["redis"] = _redis()
+    services["edge-config"] = _edge_config()
+    services["envoy"] = _envoy(mesh)
+    return {
+        "name": "tokenloom",
+        "services": services,
+        "configs": _configs(mesh, listed),
+        "volumes": {"state": {}, "models": {}, "edge": {}},
+        "networks": {"mesh": {"ipam": {"config": [{"subnet": str(NETWORK)}]}}},
+    }
+
+
+def _service(mesh: MeshConfig, container: Container) -> dict[str, Any]:
+    file = f"{_CONFIG_FOLDER}/{container.name}.json"
+    return {
+        "image": _IMAGE,
+        "command": ["python", "-m", f"services.{container.service}", "--config", file],
+        "configs": [{"source": container.name, "target": file}],
+        "networks": {"mesh": {"ipv4_address": container.address}},
+        "restart": "unless-stopped",
+        "init": True,
+        "stop_grace_period": f"{math.ceil(mesh.drain_seconds) + _STOP_MARGIN_SECONDS}s",
+        "healthcheck": _healthcheck(*_PROBE, "127.0.0.1:50051"),
+        **_storage(container),
+        **_devices(mesh, container),
+        **_dependencies(container),
+    }
+
+
+def _storage(container: Container) -> dict[str, Any]:
+    if container.service == "gateway":
+        return {"volumes": [f"state:{STATE_FOLDER}"]}
+    if container.model_path == DEMO_FOLDER:
+        return {"volumes": ["models:/models:ro"]}
+    if container.model_path is not None and container.model_path.startswith("/"):
+        return {"volumes": [f"{container.model_path}:{container.model_path}:ro"]}
+    if container.model_path is not None:
+        # A Hugging Face id: what is fetched once stays.
+        return {"volumes": ["models:/root/.cache/huggingface"]}
+    return {}
+
+
+def _devices(mesh: MeshConfig, container: Container) -> dict[str, Any]:
+    uses_gpu = any(worker.gpu is not None for pool in mesh.pools for worker in pool.workers)
+    if container.service == "telemetry" and uses_gpu:
+        card: dict[str, Any] = {"count": "all"}
+    elif container.worker is not None and container.worker.gpu is not None:
+        card = {"device_ids": [str(container.worker.gpu)]}
+    else:
+        return {}
+    reserved = {"driver": "nvidia", "capabilities": ["gpu"], **card}
+    return {"deploy": {"resources": {"reservations": {"devices": [reserved]}}}, "ipc": "host"}
+
+
+def _dependencies(container: Container) -> dict[str, Any]:
+    if container.model_path == DEMO_FOLDER:
+        return {"depends_on": {"demo-model": {"condition": "service_completed_successfully"}}}
+    return {}
+
+
+def _demo_model() -> dict[str, Any]:
+    return {
+        "image": _IMAGE,
+        "command": ["python", "-m", "services.inference.demo_model", DEMO_FOLDER],
+        "volumes": ["models:/models"],
+        "networks": ["mesh"],
+    }
+
+
+def _redis() -> dict[str, Any]:
+    return {
+        "image": _REDIS_IMAGE,
+        "networks": ["mesh"],
+        "restart": "unless-stopped",
+        "healthcheck": _healthcheck("redis-cli", "ping"),
+    }
+
+
+def _edge_config() -> dict[str, Any]:
+    """Writes Envoy's configuration from the mesh.yaml that everything else comes from."""
+    mesh_file = f"{_CONFIG_FOLDER}/mesh.yaml"
+    return {
+        "image": _IMAGE,
+        "command": ["tokenloom", "render", "envoy", "--config", mesh_file, "--output", _EDGE_FILE],
+        "configs": [{"source": "mesh", "target": mesh_file}],
+        "volumes": ["edge:/run/edge"],
+        "networks": ["mesh"],
+    }
+
+
+def _envoy(mesh: MeshConfig) -> dict[str, Any]:
+    return {
+        "image": _ENVOY_IMAGE,
+        "command": ["-c", _EDGE_FILE],
+        "volumes": ["edge:/run/edge:ro"],
+        "ports": [f"{mesh.edge.host}:{mesh.edge.port}:{mesh.edge.port}"],
+        "networks": ["mesh"],
+        "restart": "unless-stopped",
+        "depends_on": {"edge-config": {"condition": "service_completed_successfully"}},
+    }
+
+
+def _configs(mesh: MeshConfig, listed: list[Container]) -> dict[str, Any]:
+    texts = {container.name: msgspec.json.format(msgspec.json.encode(container.settings)) for container in listed}
+    texts["mesh"] = msgspec.yaml.encode(mesh)
+    # Compose would take a $ for a variable.
+    return {name: {"content": text.decode().replace("$", "$$")} for name, text in texts.items()}
+
+
+def _healthcheck(*command: str) -> dict[str, Any]:
+    return {"test": ["CMD", *command], "interval": "5s", "timeout": "3s", "retries": 3, "start_period": "30m"}
+
+
+def _needs_demo(listed: list[Container]) -> bool:
+    return any(container.model_path == DEMO_FOLDER for container in listed)

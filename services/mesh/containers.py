@@ -1,0 +1,130 @@
+"""The same mesh in containers: one network, a fixed address for each container, the same ports in all of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import Final
+
+import msgspec
+
+from services.common.settings import (
+    GatewaySettings,
+    ProcessSettings,
+    RouterSettings,
+    SimSettings,
+    TelemetrySettings,
+    WorkerSettings,
+)
+from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig
+from services.mesh.envoy import Edge
+
+__all__ = ["DEMO_FOLDER", "NETWORK", "STATE_FOLDER", "Container", "containers", "edge_of"]
+
+NETWORK: Final = IPv4Network("172.28.0.0/24")
+STATE_FOLDER: Final = "/var/lib/tokenloom"
+DEMO_FOLDER: Final = "/models/demo"
+_GRPC: Final = 50051
+_HTTP: Final = 8000
+_METRICS: Final = 9100
+_ADMIN: Final = 9901
+_ANY: Final = "0.0.0.0"  # noqa: S104  # inside a container, whose network is the mesh's alone
+_REDIS_URL: Final = "redis://redis:6379/0"
+# The first addresses of the network are Docker's own.
+_FIRST_HOST: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """One of our own services in a container."""
+
+    name: str
+    service: str
+    address: str
+    """Its IP address: the edge takes workers by address, never by name."""
+    settings: ProcessSettings
+    worker: WorkerConfig | None = None
+    model_path: str | None = None
+    """The folder or Hugging Face id that a worker loads."""
+
+
+def containers(mesh: MeshConfig) -> list[Container]:
+    """The containers of a mesh, Envoy and Redis aside."""
+    return list(_containers(mesh))
+
+
+def edge_of(mesh: MeshConfig) -> Edge:
+    """How the edge finds the others from its own container."""
+    return Edge(
+        listen=f"{_ANY}:{mesh.edge.port}",
+        admin=f"127.0.0.1:{mesh.edge.admin_port or _ADMIN}",
+        gateway=f"gateway:{_HTTP}",
+        authorization=f"gateway:{_GRPC}",
+        router=f"router:{_GRPC}",
+        telemetry=f"telemetry:{_GRPC}",
+        otlp=mesh.otlp_endpoint,
+    )
+
+
+def _containers(mesh: MeshConfig) -> Iterator[Container]:
+    hosts = (str(NETWORK[index]) for index in range(_FIRST_HOST, NETWORK.num_addresses - 1))
+    telemetry = TelemetrySettings(
+        name="telemetry",
+        listen=f"{_ANY}:{_GRPC}",
+        metrics=f"{_ANY}:{_METRICS}",
+        otlp_endpoint=mesh.otlp_endpoint,
+        redis_url=mesh.redis_url or _REDIS_URL,
+    )
+    yield Container(name="telemetry", service="telemetry", address=next(hosts), settings=telemetry)
+    router = RouterSettings(
+        name="router",
+        listen=f"{_ANY}:{_GRPC}",
+        metrics=f"{_ANY}:{_METRICS}",
+        otlp_endpoint=mesh.otlp_endpoint,
+        telemetry=[f"telemetry:{_GRPC}"],
+    )
+    yield Container(name="router", service="router", address=next(hosts), settings=router)
+    gateway = GatewaySettings(
+        name="gateway",
+        listen=f"{_ANY}:{_GRPC}",
+        metrics=f"{_ANY}:{_METRICS}",
+        otlp_endpoint=mesh.otlp_endpoint,
+        http=f"{_ANY}:{_HTTP}",
+        routers=[f"router:{_GRPC}"],
+        keys_path=f"{STATE_FOLDER}/keys.db",
+        drain_seconds=mesh.drain_seconds,
+    )
+    yield Container(name="gateway", service="gateway", address=next(hosts), settings=gateway)
+    for pool in mesh.pools:
+        for worker in pool.workers:
+            yield _worker(mesh, pool, worker, next(hosts))
+
+
+def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: str) -> Container:
+    model = mesh.model(pool.model_of(worker))
+    if worker.engine == "vllm" and model.path is None:
+        model = msgspec.structs.replace(model, path=DEMO_FOLDER)
+    settings = WorkerSettings(
+        name=worker.name,
+        listen=f"{_ANY}:{_GRPC}",
+        metrics=f"{_ANY}:{_METRICS}",
+        otlp_endpoint=mesh.otlp_endpoint,
+        advertise=f"{address}:{_GRPC}",
+        routers=[f"router:{_GRPC}"],
+        pool=pool.name,
+        model=model,
+        engine=worker.engine,
+        # A container sees the one card that it is given.
+        gpu=None if worker.gpu is None else 0,
+        gpu_memory_utilization=worker.gpu_memory_utilization,
+        engine_args=worker.engine_args,
+        sim=worker.sim or SimSettings(),
+        drain_seconds=mesh.drain_seconds,
+    )
+    return Container(
+        name=worker.name,
+        service="inference",
+        address=address,
+        settings=settings,
+        worker=worker,
+        model_path=model.path if worker.engine == "vllm" else None,
+    )

@@ -1,0 +1,402 @@
+"""The real Envoy with the mesh's own configuration, and small far ends behind it."""
+
+import asyncio
+import json
+import subprocess
+from base64 import b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import grpc.aio
+import httpx
+import uvicorn
+from envoy.config.core.v3 import base_pb2
+from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
+from envoy.type.v3 import http_status_pb2
+from google.rpc import status_pb2
+from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
+from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
+from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
+
+from services.common.errors import MeshError, Reason
+from services.common.rpc import metadata_of, serve
+from services.common.status import DETAILS_KEY, grpc_code, status_from_error
+from services.mesh.envoy import Edge, bootstrap
+from services.mesh.envoy_binary import find_envoy
+from tests.support.ports import free_port
+from tests.support.waiting import eventually
+
+__all__ = ["ADMIN_KEY", "USER_KEY", "FarEnds", "RunningEdge", "running_edge"]
+
+USER_KEY: Final = "tl-user"
+ADMIN_KEY: Final = "tl-admin"
+_STEP_SECONDS: Final = 0.03
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class FarEnds:
+    """What the far ends were asked, and what they saw end."""
+
+    worker_endpoint: str = ""
+    gateway_requests: list[dict[str, Any]] = field(default_factory=list)
+    gateway_disconnects: int = 0
+    checks: list[dict[str, str]] = field(default_factory=list)
+    picks: list[dict[str, str]] = field(default_factory=list)
+    picks_ended: list[str] = field(default_factory=list)
+    """How each pick's stream ended: "completed" or "cancelled"."""
+    worker_calls: list[dict[str, str | bytes]] = field(default_factory=list)
+    worker_cancels: int = 0
+
+
+class Gateway:
+    """An HTTP server that answers with what it got, or with a slow stream when the body asks for one."""
+
+    def __init__(self, seen: FarEnds) -> None:
+        self._seen = seen
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One ASGI request."""
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        request = {"method": scope["method"], "path": scope["path"], "headers": headers, "body": len(body)}
+        self._seen.gateway_requests.append(request)
+        if b"stream" in body:
+            await self._stream(receive, send)
+        else:
+            await _send_json(send, request)
+
+    async def _stream(self, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        gone = asyncio.ensure_future(receive())
+        for number in range(20):
+            await send({"type": "http.response.body", "body": b"data: %d\n\n" % number, "more_body": True})
+            await asyncio.wait([gone], timeout=_STEP_SECONDS)
+            if gone.done():
+                self._seen.gateway_disconnects += 1
+                return
+        gone.cancel()
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def _send_json(send: Any, body: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+
+class Authorization(external_auth_pb2_grpc.AuthorizationServicer):
+    """Knows two keys."""
+
+    def __init__(self, seen: FarEnds) -> None:
+        self._seen = seen
+
+    async def Check(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Answers a check."""
+        right = request.attributes.context_extensions["right"]
+        headers = dict(request.attributes.request.http.headers)
+        self._seen.checks.append({"right": right, **headers})
+        key = headers.get("authorization", "").removeprefix("Bearer ")
+        if key not in (USER_KEY, ADMIN_KEY):
+            return _denied(MeshError(Reason.INVALID_API_KEY, "this API key is not valid"), headers)
+        if right == "admin" and key != ADMIN_KEY:
+            return _denied(MeshError(Reason.PERMISSION_DENIED, "this key does not have the admin right"), headers)
+        tenant = _option("x-tokenloom-tenant", "ada")
+        allowed = external_auth_pb2.OkHttpResponse(headers=[tenant], headers_to_remove=["authorization"])
+        return external_auth_pb2.CheckResponse(status=status_pb2.Status(), ok_response=allowed)
+
+
+def _denied(error: MeshError, headers: dict[str, str]) -> Any:
+    is_grpc = headers.get("content-type", "").startswith("application/grpc")
+    body = error.message if is_grpc else json.dumps(error.http_body())
+    denied = external_auth_pb2.DeniedHttpResponse(status=http_status_pb2.HttpStatus(code=error.row.http), body=body)
+    if not is_grpc:
+        denied.headers.append(_option("content-type", "application/json"))
+    return external_auth_pb2.CheckResponse(status=status_pb2.Status(code=7), denied_response=denied)
+
+
+class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
+    """Sends every request to the one worker; refuses what is named "full" or "nope"."""
+
+    def __init__(self, seen: FarEnds) -> None:
+        self._seen = seen
+
+    async def Process(self, request_iterator: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:  # noqa: ARG002
+        """One request."""
+        ended = "cancelled"
+        try:
+            async for message in request_iterator:
+                if message.HasField("request_headers"):
+                    headers = {it.key: it.raw_value.decode() for it in message.request_headers.headers.headers}
+                    self._seen.picks.append(headers)
+                    yield ext_proc.ProcessingResponse(request_headers=ext_proc.HeadersResponse())
+                elif message.HasField("request_body"):
+                    yield self._pick(message.request_body.body)
+                elif message.HasField("response_trailers"):
+                    ended = "completed"
+                    yield ext_proc.ProcessingResponse(response_trailers=ext_proc.TrailersResponse())
+        finally:
+            self._seen.picks_ended.append(ended)
+
+    def _pick(self, body: bytes) -> Any:
+        request = generation_pb2.GenerateRequest.FromString(body[5:])
+        if request.model == "nope":
+            return _refused(MeshError(Reason.MODEL_NOT_FOUND, "the model 'nope' does not exist", field="model"))
+        if request.model == "full":
+            return _refused(MeshError(Reason.NO_CAPACITY, "the mesh is full", retry_after_seconds=2.5))
+        endpoint = "" if request.model == "unplaced" else self._seen.worker_endpoint
+        destination = _option("x-gateway-destination-endpoint", endpoint, raw=True)
+        common = ext_proc.CommonResponse(header_mutation=ext_proc.HeaderMutation(set_headers=[destination]))
+        return ext_proc.ProcessingResponse(request_body=ext_proc.BodyResponse(response=common))
+
+
+def _refused(error: MeshError) -> Any:
+    refusal = ext_proc.ImmediateResponse(
+        status=http_status_pb2.HttpStatus(code=error.row.http),
+        grpc_status=ext_proc.GrpcStatus(status=grpc_code(error).value[0]),
+        body=error.message.encode(),
+        details=error.reason.value.lower(),
+    )
+    refusal.headers.set_headers.append(
+        _option(DETAILS_KEY, b64encode(status_from_error(error).SerializeToString()).decode(), raw=True)
+    )
+    if error.retry_after_seconds is not None:
+        refusal.headers.set_headers.append(_option("retry-after", f"{error.retry_after_seconds:.0f}", raw=True))
+    return ext_proc.ProcessingResponse(immediate_response=refusal)
+
+
+def _option(name: str, value: str, *, raw: bool = False) -> Any:
+    # The picker's headers are bytes to Envoy, the authorization's are text.
+    header = (
+        base_pb2.HeaderValue(key=name, raw_value=value.encode()) if raw else base_pb2.HeaderValue(key=name, value=value)
+    )
+    return base_pb2.HeaderValueOption(
+        header=header,
+        append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
+
+
+class Worker(inference_pb2_grpc.InferenceServiceServicer):
+    """Says as many words as `max_tokens` asks for; fails where the text tells it to."""
+
+    def __init__(self, seen: FarEnds) -> None:
+        self._seen = seen
+
+    async def Generate(self, request: Any, context: _Context) -> AsyncIterator[Any]:
+        """Streams."""
+        self._seen.worker_calls.append(metadata_of(context))
+        if request.text == "refuse":
+            raise MeshError(
+                Reason.CONTEXT_LENGTH_EXCEEDED, 'too long: "reason":"X", \\ é', field="text", retry_after_seconds=1.5
+            )
+        try:
+            yield generation_pb2.GenerateResponse(
+                started=generation_pb2.Started(model=request.model, prompt_token_count=3)
+            )
+            for number in range(request.sampling.max_tokens):
+                await asyncio.sleep(_STEP_SECONDS)
+                if request.text == "break" and number == 2:
+                    raise MeshError(Reason.ENGINE_FAILED, "the engine broke")
+                yield generation_pb2.GenerateResponse(
+                    delta=generation_pb2.Delta(text=f"w{number} ", token_ids=[number])
+                )
+            yield generation_pb2.GenerateResponse(
+                completed=generation_pb2.Completed(finish_reason=generation_pb2.FINISH_REASON_LENGTH)
+            )
+        except (asyncio.CancelledError, GeneratorExit):
+            self._seen.worker_cancels += 1
+            raise
+
+    async def Tokenize(self, request: Any, context: _Context) -> Any:
+        """Counts."""
+        self._seen.worker_calls.append(metadata_of(context))
+        if request.text == "refuse":
+            raise MeshError(Reason.REQUEST_TOO_LARGE, "too large")
+        return inference_pb2.TokenizeResponse(token_ids=[1, 2, 3], max_context_token_count=64)
+
+    async def Embed(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Can't."""
+        raise MeshError(Reason.UNIMPLEMENTED, "this model does not embed")
+
+    async def ListModels(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Lists."""
+        return inference_pb2.ListModelsResponse(models=[inference_pb2.ModelCard(name="demo")])
+
+
+class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
+    """Has one GPU."""
+
+    async def ListGpus(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Lists."""
+        return telemetry_pb2.ListGpusResponse(gpus=[telemetry_pb2.Gpu(name="L40")])
+
+    async def WatchGpus(self, request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ARG002
+        """Streams three."""
+        for number in range(3):
+            yield telemetry_pb2.WatchGpusResponse(gpus=[telemetry_pb2.Gpu(name=f"L40-{number}")])
+            await asyncio.sleep(_STEP_SECONDS)
+
+
+class Admin(admin_pb2_grpc.RouterAdminServiceServicer):
+    """Knows one worker."""
+
+    async def ListWorkers(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Lists."""
+        return admin_pb2.ListWorkersResponse(workers=[admin_pb2.Worker(lease_count=1)])
+
+    async def DrainWorker(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Drains."""
+        if request.worker_id != "w0":
+            raise MeshError(Reason.NOT_FOUND, f"there is no worker {request.worker_id!r}")
+        return admin_pb2.DrainWorkerResponse()
+
+    async def UndrainWorker(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Undrains."""
+        return admin_pb2.UndrainWorkerResponse()
+
+    async def WatchFleet(self, request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ARG002
+        """Streams one."""
+        yield admin_pb2.WatchFleetResponse(waiting_count=1)
+
+    async def Explain(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Explains."""
+        return admin_pb2.ExplainResponse(decisions=[admin_pb2.Decision(reason=request.request_id)])
+
+
+class _HttpServer(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals to the test."""
+        yield
+
+
+@asynccontextmanager
+async def _http(app: Any) -> AsyncIterator[int]:
+    port = free_port()
+    server = _HttpServer(uvicorn.Config(app, port=port, lifespan="off", log_config=None, access_log=False))
+    serving = asyncio.create_task(server.serve())
+    await eventually(lambda: server.started, within=5)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningEdge:
+    """The edge, and what is behind it."""
+
+    url: str
+    target: str
+    admin: str
+    seen: FarEnds
+    access_log: Path
+    stop_router: Callable[[], Awaitable[None]]
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        return [json.loads(line) for line in self.access_log.read_text().splitlines()]
+
+
+@asynccontextmanager
+async def _grpc(add: Any, servicer: Any, name: str) -> AsyncIterator[str]:
+    def register(server: grpc.aio.Server) -> list[str]:
+        add(servicer, server)
+        return [name]
+
+    async with serve("127.0.0.1:0", register, grace_seconds=0) as server:
+        await server.set_serving(True)
+        yield f"127.0.0.1:{server.port}"
+
+
+def _add_router(servicers: tuple[Picker, Admin], server: grpc.aio.Server) -> None:
+    external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(servicers[0], server)
+    admin_pb2_grpc.add_RouterAdminServiceServicer_to_server(servicers[1], server)
+
+
+@asynccontextmanager
+async def running_edge(folder: Path, **changes: str) -> AsyncIterator[RunningEdge]:
+    """Runs Envoy and every far end until the block is left; `changes` replace addresses of the edge's configuration."""
+    seen = FarEnds()
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(_http(Gateway(seen)))
+        router = await stack.enter_async_context(AsyncExitStack())
+        seen.worker_endpoint = await stack.enter_async_context(
+            _grpc(inference_pb2_grpc.add_InferenceServiceServicer_to_server, Worker(seen), "worker")
+        )
+        addresses = {
+            "listen": f"127.0.0.1:{free_port()}",
+            "admin": f"127.0.0.1:{free_port()}",
+            "gateway": f"127.0.0.1:{gateway}",
+            "authorization": await stack.enter_async_context(
+                _grpc(external_auth_pb2_grpc.add_AuthorizationServicer_to_server, Authorization(seen), "authorization")
+            ),
+            "router": await router.enter_async_context(_grpc(_add_router, (Picker(seen), Admin()), "router")),
+            "telemetry": await stack.enter_async_context(
+                _grpc(telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, Telemetry(), "telemetry")
+            ),
+            "access_log": str(folder / "access.jsonl"),
+            **changes,
+        }
+        edge = Edge(**addresses)
+        stack.enter_context(_envoy(edge, folder))
+        await _ready(edge.admin, folder)
+        yield RunningEdge(
+            url=f"http://{edge.listen}",
+            target=edge.listen,
+            admin=f"http://{edge.admin}",
+            seen=seen,
+            access_log=Path(edge.access_log),
+            stop_router=router.aclose,
+        )
+
+
+@contextmanager
+def _envoy(edge: Edge, folder: Path) -> Iterator[None]:
+    config = folder / "envoy.json"
+    config.write_text(json.dumps(bootstrap(edge)))
+    command = [
+        str(find_envoy()),
+        "-c",
+        str(config),
+        "--concurrency",
+        "1",
+        "--disable-hot-restart",
+        "--file-flush-interval-msec",
+        "50",
+    ]
+    with (folder / "envoy.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+
+
+async def _ready(admin: str, folder: Path) -> None:
+    deadline = asyncio.get_running_loop().time() + 10
+    async with httpx.AsyncClient() as client:
+        while True:
+            try:
+                if (await client.get(f"http://{admin}/ready")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if asyncio.get_running_loop().time() > deadline:
+                raise AssertionError((folder / "envoy.log").read_text())
+            await asyncio.sleep(0.01)

@@ -1,0 +1,226 @@
+"""mesh.yaml and the options of `tokenloom up`: what they mean, and how what they can't mean is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from services.common.config import ConfigError
+from services.common.settings import WorkerSettings
+from services.mesh.__main__ import main
+from services.mesh.compose import compose_file
+from services.mesh.config import MeshConfig, load_mesh, parse_sim
+from services.mesh.defaults import default_mesh
+from services.mesh.plan import plan_processes
+from services.mesh.state import State
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = """
+models:
+  - {name: demo, path: ./models/demo}
+  - {name: demo-small}
+pools:
+  - name: large
+    serves: [demo]
+    workers:
+      - {name: l40-0, engine: vllm, gpu: 0, gpu_memory_utilization: 0.8, engine_args: {max_model_len: 8192}}
+  - name: small
+    serves: [demo-small]
+    workers:
+      - {name: sim-0, engine: sim, sim: {prefill_tokens_per_second: 20000, decode_step_ms: 10,
+         decode_step_ms_per_sequence: 0.05, max_num_seqs: 64, kv_blocks: 4096, block_size: 16}}
+"""
+
+
+def load(tmp_path: Path, text: str) -> MeshConfig:
+    file = tmp_path / "mesh.yaml"
+    file.write_text(text)
+    return load_mesh(file)
+
+
+def test_the_documented_example_is_understood(tmp_path: Path) -> None:
+    mesh = load(tmp_path, EXAMPLE)
+    assert [pool.name for pool in mesh.pools] == ["large", "small"]
+    # A relative path counts from the file.
+    assert mesh.model("demo").path == str(tmp_path / "models" / "demo")
+    worker = mesh.pools[1].workers[0]
+    assert worker.sim is not None
+    assert worker.sim.decode_step_ms == 10
+    assert mesh.edge.port == 8080
+
+
+WRONG: list[tuple[str, str, list[str]]] = [
+    ("name: large", "name: 7", ["pools[0].name", "7"]),
+    ("engine: vllm", "engine: tgi", ["pools[0].workers[0].engine", "tgi"]),
+    ("serves: [demo]", "serves: [nope]", ["pools[0].serves", "nope", "demo"]),
+    ("serves: [demo]", "serves: [demo, demo-small]", ["pools[0].workers[0].model", "demo-small"]),
+    ("serves: [demo]", "serves: []", ["pools[0].serves"]),
+    ("name: sim-0", "name: l40-0", ["l40-0", "twice"]),
+    ("name: sim-0", "name: router", ["router"]),
+    ("name: small", "name: large", ["large", "twice"]),
+    ("name: demo-small}", "name: demo}", ["demo", "twice"]),
+    ("path: ./models/demo", "path: 5", ["models[0].path", "5"]),
+    ("gpu_memory_utilization: 0.8", "gpu_memory_utilization: 8", ["gpu_memory_utilization", "8"]),
+    ("gpu_memory_utilization: 0.8", "gpu_memory: 8", ["gpu_memory"]),
+    ("kv_blocks: 4096", "kv_blocks: many", ["pools[1].workers[0].sim.kv_blocks", "many"]),
+    ("engine: sim, sim:", "engine: vllm, sim:", ["pools[1].workers[0]", "sim", "vllm"]),
+    ("engine: sim, sim: {", "engine: sim, engine_args: {", ["engine_args", "sim"]),
+    ("{name: demo-small}", "{name: demo-small}\nedge: {port: 99999}", ["edge.port", "99999"]),
+    ("{name: demo-small}", "{name: demo-small}\nport: 1", ["port"]),
+    ("{name: demo-small}", "{name: demo-small}\notlp_endpoint: nowhere", ["otlp_endpoint", "nowhere"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "said"), WRONG, ids=[new for _, new, _ in WRONG])
+def test_what_is_wrong_is_told_in_one_line_with_key_and_value(
+    tmp_path: Path, old: str, new: str, said: list[str]
+) -> None:
+    assert old in EXAMPLE
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, EXAMPLE.replace(old, new, 1))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (*said, "mesh.yaml"):
+        assert part in message, message
+
+
+def test_vllm_needs_the_path_of_its_model(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("{name: demo-small}", "{name: other}").replace("[demo-small]", "[other]")
+    with pytest.raises(ConfigError, match="needs the path"):
+        load(tmp_path, text.replace("engine: sim, sim: {", "engine: vllm, engine_args: {"))
+
+
+def test_a_pool_of_several_models_has_a_worker_for_each(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("serves: [demo]", "serves: [demo, demo-small]").replace(
+        "name: l40-0,", "name: a, model: demo,"
+    )
+    with pytest.raises(ConfigError, match=r"no worker of the pool runs 'demo-small'"):
+        load(tmp_path, text)
+
+
+def test_sim_options_are_numbers_by_their_keys() -> None:
+    sim = parse_sim("decode_step_ms=2.5,max_num_seqs=8")
+    assert (sim.decode_step_ms, sim.max_num_seqs, sim.kv_blocks) == (2.5, 8, 4096)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("kv_blocks", "kv_blocks"), ("foo=1", "foo"), ("kv_blocks=x", "'x'"), ("max_num_seqs=0", "max_num_seqs.*0")],
+)
+def test_a_wrong_sim_option_is_told(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"--sim.*{said}"):
+        parse_sim(text)
+
+
+def test_the_default_is_one_vllm_worker_on_the_demo_model() -> None:
+    mesh = default_mesh(engine="vllm", workers=1, model=None, sim=None, gpus=0)
+    [pool] = mesh.pools
+    [worker] = pool.workers
+    assert (pool.name, pool.serves, worker.engine, worker.gpu) == ("default", ["demo"], "vllm", None)
+    assert mesh.model("demo").path is None
+
+
+def test_simulated_workers_serve_a_model_named_sim() -> None:
+    mesh = default_mesh(engine="sim", workers=4, model=None, sim=parse_sim("kv_blocks=8"), gpus=0)
+    assert mesh.pools[0].serves == ["sim"]
+    assert [worker.name for worker in mesh.pools[0].workers] == ["worker-0", "worker-1", "worker-2", "worker-3"]
+    assert all(worker.sim and worker.sim.kv_blocks == 8 for worker in mesh.pools[0].workers)
+
+
+def test_workers_take_turns_on_the_gpus_and_share_their_memory() -> None:
+    mesh = default_mesh(engine="vllm", workers=3, model=None, sim=None, gpus=2)
+    assert [worker.gpu for worker in mesh.pools[0].workers] == [0, 1, 0]
+    assert {worker.gpu_memory_utilization for worker in mesh.pools[0].workers} == {0.4}
+
+
+def test_a_model_is_named_after_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    mesh = default_mesh(engine="vllm", workers=1, model=str(folder), sim=None, gpus=0)
+    assert mesh.models[0] == msgspec.convert({"name": "llama", "path": str(folder)}, type(mesh.models[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["up", "--nope"], "--nope"),
+        (["up", "--engine", "tgi"], "tgi"),
+        (["up", "--edge-port", "99999"], "99999"),
+        (["up", "--workers", "0"], "0"),
+        (["up", "--engine", "sim", "--sim", "kv_blocks=x"], "'x'"),
+        (["up", "--engine", "sim", "--model", "m"], "'m'"),
+        (["up", "--sim", "kv_blocks=1"], "--sim"),
+        (["up", "--model", "./nope"], "./nope"),
+        (["up", "--config", "/nope/mesh.yaml"], "/nope/mesh.yaml"),
+        (["up", "--config", "/nope/mesh.yaml", "--workers", "2"], "--workers"),
+        (["up", "--otlp-endpoint", "nowhere"], "nowhere"),
+        (["keys", "create"], "--name"),
+        (["keys", "create", "--name", "a", "--models", "a,,b"], "a,,b"),
+        (["fly"], "fly"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("**/mesh.json"))
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ["--state-dir", str(tmp_path / "state")]
+    assert main(["keys", "create", "--name", "ada", "--models", "demo, sim", "--priority", "-1", "--json", *state]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["key"].startswith("tl-")
+    assert main(["keys", "list", "--json", *state]) == 0
+    [listed] = json.loads(capsys.readouterr().out)
+    assert (listed["id"], listed["name"], listed["models"]) == (made["id"], "ada", ["demo", "sim"])
+    assert made["key"] not in str(listed)
+    assert main(["keys", "revoke", made["id"], *state]) == 0
+    assert main(["keys", "revoke", made["id"], *state]) == 1
+
+
+def test_processes_have_ports_of_their_own_and_know_each_other(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    plans = {plan.name: plan for plan in plan_processes(load(tmp_path, EXAMPLE), state)}
+    assert list(plans) == ["telemetry", "router", "l40-0", "sim-0", "gateway", "envoy"]
+    ports = [port for plan in plans.values() for port in plan.ports.values()]
+    assert len(ports) == len(set(ports))
+    configs: dict[str, dict[str, Any]] = {name: json.loads(plan.config) for name, plan in plans.items()}
+    router = f"127.0.0.1:{plans['router'].ports['grpc']}"
+    assert configs["gateway"]["routers"] == configs["sim-0"]["routers"] == [router]
+    assert configs["router"]["telemetry"] == [f"127.0.0.1:{plans['telemetry'].ports['grpc']}"]
+    worker = msgspec.convert(configs["l40-0"], WorkerSettings)
+    assert worker.advertise == f"127.0.0.1:{plans['l40-0'].ports['grpc']}"
+    assert (worker.gpu, worker.engine_args, worker.pool) == (0, {"max_model_len": 8192}, "large")
+
+
+def test_the_committed_compose_file_is_what_its_mesh_yaml_gives() -> None:
+    folder = ROOT / "deploy" / "compose"
+    assert yaml.safe_load((folder / "compose.yaml").read_text()) == compose_file(load_mesh(folder / "mesh.yaml"))
+
+
+def test_every_container_has_its_configuration_and_workers_have_the_address_that_they_tell(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("path: ./models/demo", "path: org/some-model")
+    rendered = compose_file(load(tmp_path, text))
+    services, configs = rendered["services"], rendered["configs"]
+    assert set(services) == {"telemetry", "router", "gateway", "l40-0", "sim-0", "redis", "edge-config", "envoy"}
+    for service in services.values():
+        for used in service.get("configs", []):
+            assert used["source"] in configs
+    for name in ("l40-0", "sim-0"):
+        told = yaml.safe_load(configs[name]["content"])["advertise"]
+        assert told.partition(":")[0] == services[name]["networks"]["mesh"]["ipv4_address"]
+    [card] = services["l40-0"]["deploy"]["resources"]["reservations"]["devices"]
+    assert card["device_ids"] == ["0"]
+    assert msgspec.convert(yaml.safe_load(configs["mesh"]["content"]), MeshConfig).check("again")
