@@ -44,24 +44,37 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
     def __init__(self, admission: Admission, tracer: Tracer) -> None:
         self._admission = admission
         self._tracer = tracer
-        self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls: dict[_Exchange, asyncio.Task[Any]] = {}
+        self._closing = False
 
     def close(self) -> None:
-        """Lets go of every request, cleanly: Envoy goes on with it without the picker."""
-        if not self._closing.done():
-            self._closing.set_result(None)
+        """Lets go of every request that has its worker, cleanly: Envoy goes on with it without the picker."""
+        self._closing = True
+        for exchange, call in self._calls.items():
+            if exchange.is_picked:
+                call.cancel()
 
     async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """One HTTP request. When the stream ends, however it ends, its lease is free."""
-        inbox = _Inbox(request_iterator, self._closing)
+        inbox = _Inbox(request_iterator)
         exchange = _Exchange(self._admission, self._tracer, inbox, context)
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls[exchange] = call
         # The stream may end while its generator is parked in a write; this is called all the same, and at once.
         context.add_done_callback(lambda _: exchange.close())
         try:
-            while not exchange.is_over and (message := await inbox.next(quick=not exchange.is_picked)) is not None:
+            while not exchange.is_over and (message := await inbox.next()) is not None:
                 for response in await exchange.take(message):
                     yield response
+        except asyncio.CancelledError:
+            # Our own call for attention, and cheaper than listening for two things all the time: the stream ends with
+            # OK. An error would have Envoy break a response that is on its way.
+            if not self._closing:
+                raise
+            call.uncancel()
         finally:
+            del self._calls[exchange]
             exchange.close()
             inbox.close()
 
@@ -69,31 +82,27 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
 class _Inbox:
     """The messages of a stream. A read is never abandoned, since the next one would miss what it had got."""
 
-    def __init__(self, stream: AsyncIterator[Any], closing: "asyncio.Future[None]") -> None:
+    def __init__(self, stream: AsyncIterator[Any]) -> None:
         self._stream = stream
-        self._closing = closing
         self._reading: asyncio.Task[Any] | None = None
         self._early: list[Any] = []
 
-    async def next(self, *, quick: bool) -> Any | None:
-        """The next message; None at the end. `quick` spares a task, and goes on although the router stops."""
+    async def next(self) -> Any | None:
+        """The next message; None at the end."""
         if self._early:
             return self._early.pop(0)
-        if quick and self._reading is None:
+        if self._reading is None:
             return await anext(self._stream, None)
-        reading = self._read()
-        await asyncio.wait((reading, self._closing), return_when=asyncio.FIRST_COMPLETED)
-        return self._taken() if reading.done() else None
+        reading, self._reading = self._reading, None
+        return await reading
 
     async def listen_until(self, answered: "asyncio.Future[None]") -> bool:
-        """Waits for an answer; False when the stream ended, or the router stops, before it came."""
+        """Waits for an answer; False when the stream ended before it came."""
         while not answered.done():
-            full = len(self._early) >= _MOST_EARLY
-            listening = (answered, self._closing) if full else (answered, self._closing, self._read())
-            await asyncio.wait(listening, return_when=asyncio.FIRST_COMPLETED)
-            if self._closing.done() and not answered.done():
-                return False
-            if self._reading is not None and self._reading.done() and not self._keep_early():
+            if self._reading is None:
+                self._reading = asyncio.create_task(self._receive())
+            await asyncio.wait((answered, self._reading), return_when=asyncio.FIRST_COMPLETED)
+            if self._reading.done() and not self._keep_early(self._reading.result()):
                 return answered.done()
         return True
 
@@ -102,25 +111,17 @@ class _Inbox:
         if self._reading is not None:
             self._reading.cancel()
 
-    def _keep_early(self) -> bool:
-        message = self._taken()
+    def _keep_early(self, message: Any | None) -> bool:
+        self._reading = None
         if message is None:
             return False
+        if len(self._early) >= _MOST_EARLY:
+            raise MeshError(Reason.REQUEST_TOO_LARGE, "too much follows a request that waits")
         self._early.append(message)
         return True
 
-    def _read(self) -> "asyncio.Task[Any]":
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._receive())
-        return self._reading
-
     async def _receive(self) -> Any | None:
         return await anext(self._stream, None)
-
-    def _taken(self) -> Any | None:
-        assert self._reading is not None
-        reading, self._reading = self._reading, None
-        return reading.result()
 
 
 class _Exchange:

@@ -1,6 +1,5 @@
 """tokenloom.router.v1.RouterService: the sessions of gateways and the registrations of workers."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -28,10 +27,14 @@ _log = logging.getLogger(__name__)
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """The inside door of the router."""
 
-    def __init__(self, fleet: Fleet, admission: Admission, tracer: Tracer) -> None:
+    def __init__(
+        self, fleet: Fleet, admission: Admission, tracer: Tracer, *, most_answers: int = _MOST_ANSWERS
+    ) -> None:
+        """A gateway that leaves more than `most_answers` unread loses its session."""
         self._fleet = fleet
         self._admission = admission
         self._tracer = tracer
+        self._most_answers = most_answers
         self._sessions: set[_Session] = set()
         self._workers: set[Worker] = set()
         self._closing = False
@@ -41,7 +44,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> AsyncIterator[router_pb2.SessionResponse]:
         """One gateway. When the stream ends, however it ends, its leases are free and its requests wait no more."""
         self._refuse_when_closing()
-        session = _Session(self._admission, self._tracer)
+        session = _Session(self._admission, self._tracer, self._most_answers)
         self._sessions.add(session)
         # The stream may end while its generator is parked in a write; this is called all the same, and at once.
         context.add_done_callback(lambda _: session.close())
@@ -49,6 +52,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             async with reading(request_iterator, session.take, ended=session.outbox.close) as reader:
                 async for message in session.outbox.messages():
                     yield message
+                if session.is_overrun:
+                    raise MeshError(Reason.NO_CAPACITY, "the gateway does not read its answers")
                 if reader.done():
                     reader.result()
         finally:
@@ -91,13 +96,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 class _Session:
     """What one gateway has asked for and holds."""
 
-    def __init__(self, admission: Admission, tracer: Tracer) -> None:
+    def __init__(self, admission: Admission, tracer: Tracer, most_answers: int) -> None:
         self._admission = admission
         self._tracer = tracer
         self._tickets: dict[int, Ticket] = {}
         self._closed = False
-        self._task = asyncio.current_task()
-        self.outbox: Outbox[router_pb2.SessionResponse] = Outbox(router_pb2.SessionResponse, max_edits=_MOST_ANSWERS)
+        self.is_overrun = False
+        """Whether it ended because its gateway does not read."""
+        self.outbox: Outbox[router_pb2.SessionResponse] = Outbox(router_pb2.SessionResponse, max_edits=most_answers)
 
     def take(self, message: router_pb2.SessionRequest) -> None:
         """Takes a batch in. Releases come first: what they free may serve the batch's own acquires."""
@@ -106,7 +112,8 @@ class _Session:
             if ticket is not None:
                 self._admission.finish(ticket, wire.outcome(release.outcome), output_tokens=release.output_token_count)
         for acquire in message.acquires:
-            self._acquire(acquire)
+            if not self._closed:
+                self._acquire(acquire)
         for release in message.releases:
             # An acquire may be given up in the batch that it came in.
             late = self._tickets.pop(release.handle, None)
@@ -128,7 +135,10 @@ class _Session:
         request = wire.request(acquire)
         span = start_span(self._tracer, "schedule", acquire.traceparent, request)
         ticket = self._admission.ask(request, lambda answered: self._settle(handle, span, answered))
-        if ticket.error is None:
+        if self._closed:
+            # Its answer was one too many.
+            self._admission.finish(ticket)
+        elif ticket.error is None:
             self._tickets[handle] = ticket
         if ticket.is_waiting:
             position = self._admission.ahead(ticket)
@@ -158,9 +168,8 @@ class _Session:
         except OutboxFullError:
             # Whoever settled this ticket is not to blame: only this gateway, which does not read, loses its session.
             _log.warning("a gateway does not read; its session ends")
+            self.is_overrun = True
             self.close()
-            if self._task is not None:
-                self._task.cancel()
             return router_pb2.SessionResponse()
 
 

@@ -6,12 +6,15 @@ from contextlib import AsyncExitStack
 import grpc
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from tokenloom.router.v1 import router_pb2
+from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.errors import Reason
-from services.common.rpc import channel
+from services.common.rpc import channel, serve
 from services.common.status import error_from_status
+from services.common.tracing import tracer
+from services.router.servicer import RouterServicer
 from tests.support.router import duration, gateway_session, running_router, tracer_to, worker_link
+from tests.support.scheduling import Bench
 from tests.support.waiting import eventually
 
 
@@ -195,3 +198,26 @@ async def test_the_schedule_span_is_a_child_of_the_acquires() -> None:
     assert attributes["tokenloom.candidates"] == 1
     assert attributes["tokenloom.reason"] == grant.reason
     assert {"tokenloom.queue_seconds", "tokenloom.predicted_ttft_seconds"} <= set(attributes)
+
+
+async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_elses() -> None:
+    bench = Bench()
+    bench.worker("w0", max_running=64)
+    servicer = RouterServicer(bench.fleet, bench.admission, tracer(), most_answers=20)
+
+    def register(server: grpc.aio.Server) -> list[str]:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
+        return []
+
+    async with (
+        serve("127.0.0.1:0", register) as server,
+        channel(f"127.0.0.1:{server.port}") as to_router,
+        gateway_session(to_router) as patient,
+        gateway_session(to_router) as stuck,
+    ):
+        await patient.granted()
+        # All answers to one message are there before the first of them can be read.
+        await stuck.acquire(count=30)
+        assert await stuck.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await eventually(lambda: len(bench.fleet.workers[0].leases) == 1, within=1)
+        await patient.granted()
