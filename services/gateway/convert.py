@@ -8,11 +8,12 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from services.common.errors import MeshError, Reason
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
 
-__all__ = ["from_chat", "from_completion"]
+__all__ = ["from_chat", "from_completion", "in_openai_terms"]
 
 _MAX_PROMPT_TOKENS = 1 << 20
 _COMPLETION_MAX_TOKENS = 16
 """What OpenAI's legacy completions do when max_tokens is not given."""
+_OPENAI_NAMES = {"text": "prompt", "token_ids.ids": "prompt", "logprob_count": "logprobs"}
 _SAME = (
     "temperature",
     "top_p",
@@ -59,6 +60,21 @@ def from_completion(request: CompletionRequest) -> pb.GenerateRequest:
     if request.logprobs is not None:
         generate.sampling.logprob_count = request.logprobs
     return generate
+
+
+def in_openai_terms(error: MeshError) -> MeshError:
+    """An error of a worker's, whose fields are those of our own request, for a client that sent OpenAI's."""
+    if error.field is None:
+        return error
+    field = error.field.removeprefix("sampling.").removeprefix("chat.")
+    field = _OPENAI_NAMES.get(field, field)
+    return MeshError(
+        error.reason,
+        error.message.replace(error.field, field),
+        field=field,
+        code=error.code,
+        retry_after_seconds=error.retry_after_seconds,
+    )
 
 
 def _sampling(request: GenerationRequest) -> pb.SamplingParameters:

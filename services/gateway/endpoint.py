@@ -9,7 +9,7 @@ import msgspec
 from opentelemetry import trace
 from tokenloom.inference.v1 import generation_pb2 as pb
 
-from services.gateway.convert import from_chat, from_completion
+from services.gateway.convert import from_chat, from_completion, in_openai_terms
 from services.gateway.generation import Caller, Generation, Generator
 from services.gateway.http import Request, Response, while_connected
 from services.gateway.identity import Identity
@@ -79,6 +79,8 @@ class Endpoint(Generic[R]):
         ):
             try:
                 await self._answer(body, generation, renderer, response, identity)
+            except MeshError as error:
+                raise in_openai_terms(error) from error
             finally:
                 self._record(generation)
 

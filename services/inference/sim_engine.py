@@ -152,20 +152,21 @@ class SimEngine:
     def _prompt_tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
         # Text that can't fit is refused before it is tokenized, which would hold everybody up.
         if isinstance(prompt, str):
-            self._check_length(len(prompt) // sim_text.LONGEST_TOKEN)
+            self._check_length("prompt", len(prompt) // sim_text.LONGEST_TOKEN)
             return sim_text.tokenize(prompt)
         messages = [part for part in prompt if isinstance(part, ChatMessage)]
         if not messages:
             return [part for part in prompt if isinstance(part, int)]
-        self._check_length(sum(len(message.content) for message in messages) // sim_text.LONGEST_TOKEN)
+        self._check_length("messages", sum(len(message.content) for message in messages) // sim_text.LONGEST_TOKEN)
         return sim_text.render_chat(messages)
 
-    def _check_length(self, least_tokens: int) -> None:
+    def _check_length(self, field: str, least_tokens: int) -> None:
         limit = self._card.max_context_tokens
         if least_tokens >= limit:
             raise MeshError(
                 Reason.CONTEXT_LENGTH_EXCEEDED,
                 f"the model's context is {limit} tokens, and the prompt has at least {least_tokens}",
+                field=field,
             )
 
     def _check_ids(self, generation: Generation, tokens: Sequence[int]) -> None:
@@ -190,6 +191,7 @@ class SimEngine:
             raise MeshError(
                 Reason.CONTEXT_LENGTH_EXCEEDED,
                 f"the model's context is {limit} tokens; the prompt has {len(tokens)} and the output may have {least}",
+                field="messages" if generation.kind == "chat" else "prompt",
             )
         if sampling.max_tokens is not None:
             return sampling.max_tokens, FinishReason.LENGTH

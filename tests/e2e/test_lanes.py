@@ -40,12 +40,12 @@ def leases(mesh: Mesh) -> dict[str, int]:
 
 
 def running(mesh: Mesh) -> float:
-    return sum(mesh.metric(f"worker-{index}", "tokenloom_inference_running_requests") for index in range(2))
+    return sum(mesh.metric(f"worker-{index}", "tokenloom_inference_requests_running") for index in range(2))
 
 
 def accepted(mesh: Mesh) -> float:
-    """Generations that reached an engine so far."""
-    return sum(mesh.metric(f"worker-{index}", "tokenloom_inference_requests_total") for index in range(2))
+    """Generations that an engine began so far."""
+    return sum(mesh.metric(f"worker-{index}", "tokenloom_inference_time_to_first_token_seconds_count") for index in range(2))
 
 
 def test_the_openai_sdk_streams_a_chat(sim_mesh: Mesh) -> None:
@@ -148,7 +148,8 @@ def test_a_client_that_leaves_a_stream_stops_its_generation(sim_mesh: Mesh) -> N
     wait_until(lambda: running(sim_mesh) == 0, within=5)
     body = {"model": MODEL, "prompt": "long", "max_tokens": 1500, "stream": True}
     with httpx.stream("POST", f"{sim_mesh.edge}/v1/completions", json=body, headers=sim_mesh.headers) as response:
-        next(response.iter_raw())
+        chunks = response.iter_raw()
+        next(chunks)
         assert running(sim_mesh) == 1
     assert_stopped_within_100_ms(sim_mesh)
 
