@@ -9,6 +9,7 @@ import msgspec
 from opentelemetry import trace
 from tokenloom.inference.v1 import generation_pb2 as pb
 
+from services.common.errors import MeshError
 from services.gateway.convert import from_chat, from_completion, in_openai_terms
 from services.gateway.generation import Caller, Generation, Generator
 from services.gateway.http import Request, Response, while_connected
