@@ -91,6 +91,17 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         """The model of a name that is checked."""
         return next(model for model in self.models if model.name == name)
 
+    def check_folders(self, where: str) -> "MeshConfig":
+        """Checks that the folders of models are there, and returns itself. A Hugging Face id is no folder.
+
+        Raises:
+            ConfigError: one is missing.
+        """
+        for index, model in enumerate(self.models):
+            if model.path is not None and model.path.startswith("/") and not Path(model.path).is_dir():
+                raise ConfigError(f"{where}: models[{index}].path: there is no folder, got the value {model.path!r}")
+        return self
+
     def _check_pool(self, where: str, pool: PoolConfig) -> None:
         _check_unique(where, "serves", pool.serves)
         known = [model.name for model in self.models]

@@ -166,7 +166,8 @@ class _Planner:
             telemetry=_grpc(telemetry),
             otlp=self._mesh.otlp_endpoint,
         )
-        options = ("--disable-hot-restart", "--file-flush-interval-msec", "200")
+        # What it says at level info before it has read the bootstrap would not be JSON.
+        options = ("--disable-hot-restart", "--file-flush-interval-msec", "200", "--log-level", "warning")
         threads = str(min(_MOST_EDGE_THREADS, os.cpu_count() or 1))
         return ProcessPlan(
             name="envoy",

@@ -107,7 +107,7 @@ def _with_config(arguments: Namespace) -> MeshConfig:
         value = getattr(arguments, name)
         if value is not None:
             raise ConfigError(f"--{name}: not together with --config, which says it itself; got the value {value!r}")
-    return load_mesh(arguments.config)
+    return load_mesh(arguments.config).check_folders(str(arguments.config))
 
 
 def _detach(state: State) -> int:
