@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
-from opentelemetry.trace import Tracer
+from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 
 from services.common.errors import MeshError, Reason
 from services.common.rpc import MAX_MESSAGE_BYTES, metadata_of
@@ -139,6 +139,7 @@ class _Exchange:
         self._response_mode = _MODES.NONE
         self._body = bytearray()
         self._ticket: Ticket | None = None
+        self._span: Span = INVALID_SPAN
         self.is_over = False
         """Whether nothing more is to be answered."""
 
@@ -169,6 +170,7 @@ class _Exchange:
         """The request is over; its lease is free."""
         if self._ticket is not None:
             self._admission.finish(self._ticket, outcome, output_tokens=output_tokens)
+            end_span(self._span, self._ticket)
 
     @property
     def _is_grpc(self) -> bool:
@@ -263,7 +265,7 @@ class _Exchange:
         headers = self._headers or {}
         request = _request(wanted, headers, self._subset)
         traceparent = metadata_of(self._context).get("traceparent") or headers.get("traceparent")
-        span = start_span(self._tracer, "pick", str(traceparent) if traceparent else None, request)
+        span = self._span = start_span(self._tracer, "pick", str(traceparent) if traceparent else None, request)
         answered: asyncio.Future[None] | None = None
 
         def settle(ticket: Ticket) -> None:

@@ -99,14 +99,17 @@ class Scheduler:
         plain = not request.excluded and request.subset is None and context == 0
         looked_at: list[Look] = []
         out: dict[str, int] = {}
+        full, occupies = 0, request.occupies_slot
         open_to: list[Worker] = []
         predictions: list[Prediction] = []
         for worker in self._fleet.serving(request.model):
             name, why = worker.worker_id, ""
             if worker.blocked or now - worker.reported_at > STALE_SECONDS or not plain:
                 why = self._obstacle(worker, request, context, now, asked)
-            if not why and worker.full and request.occupies_slot:
-                why = _FULL
+            if not why and worker.full and occupies:
+                full += 1
+                looked_at.append((name, _FULL, _NO_PREDICTION))
+                continue
             if why:
                 out[why] = out.get(why, 0) + 1
                 looked_at.append((name, why, _NO_PREDICTION))
@@ -115,8 +118,10 @@ class Scheduler:
             looked_at.append((name, why, prediction))
             open_to.append(worker)
             predictions.append(prediction)
+        if full:
+            out[_FULL] = full
         if not open_to:
-            verdict = self._why_none(request, full=_FULL in out, now=now)
+            verdict = self._why_none(request, full=full > 0, now=now)
             return Decision(verdict=verdict, looked_at=looked_at, out=out)
         best = self._best(open_to, predictions)
         return Decision(

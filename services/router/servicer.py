@@ -99,7 +99,7 @@ class _Session:
     def __init__(self, admission: Admission, tracer: Tracer, most_answers: int) -> None:
         self._admission = admission
         self._tracer = tracer
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, tuple[Ticket, Span]] = {}
         self._closed = False
         self.is_overrun = False
         """Whether it ended because its gateway does not read."""
@@ -108,25 +108,28 @@ class _Session:
     def take(self, message: router_pb2.SessionRequest) -> None:
         """Takes a batch in. Releases come first: what they free may serve the batch's own acquires."""
         for release in message.releases:
-            ticket = self._tickets.pop(release.handle, None)
-            if ticket is not None:
-                self._admission.finish(ticket, wire.outcome(release.outcome), output_tokens=release.output_token_count)
+            self._release(release)
         for acquire in message.acquires:
             if not self._closed:
                 self._acquire(acquire)
         for release in message.releases:
             # An acquire may be given up in the batch that it came in.
-            late = self._tickets.pop(release.handle, None)
-            if late is not None:
-                self._admission.finish(late, wire.outcome(release.outcome))
+            self._release(release)
 
     def close(self) -> None:
         """The session is over, and so is all that it holds."""
         self._closed = True
         tickets, self._tickets = self._tickets, {}
-        for ticket in tickets.values():
+        for ticket, span in tickets.values():
             self._admission.finish(ticket)
+            end_span(span, ticket)
         self.outbox.close()
+
+    def _release(self, release: router_pb2.Release) -> None:
+        ticket, span = self._tickets.pop(release.handle, (None, None))
+        if ticket is not None and span is not None:
+            self._admission.finish(ticket, wire.outcome(release.outcome), output_tokens=release.output_token_count)
+            end_span(span, ticket)
 
     def _acquire(self, acquire: router_pb2.Acquire) -> None:
         handle = acquire.handle
@@ -139,7 +142,7 @@ class _Session:
             # Its answer was one too many.
             self._admission.finish(ticket)
         elif ticket.error is None:
-            self._tickets[handle] = ticket
+            self._tickets[handle] = (ticket, span)
         if ticket.is_waiting:
             position = self._admission.ahead(ticket)
             self._edit().queued.add(handle=handle, position=position)

@@ -19,17 +19,18 @@ def start_span(tracer: Tracer, name: str, traceparent: str | None, request: Requ
 
 
 def end_span(span: Span, ticket: Ticket) -> None:
-    """Says what was decided, and ends the span."""
-    if span.is_recording():
-        span.set_attribute("tokenloom.queue_seconds", ticket.queue_seconds)
-        if ticket.decision is not None:
-            span.set_attribute("tokenloom.candidates", len(ticket.decision.looked_at))
-            span.set_attribute("tokenloom.reason", ticket.decision.reason)
-            if ticket.decision.prediction is not None:
-                span.set_attribute("tokenloom.predicted_ttft_seconds", ticket.decision.prediction[0])
-        if ticket.lease is not None:
-            span.set_attribute("tokenloom.worker", ticket.lease.worker.worker_id)
-        if ticket.error is not None:
-            span.set_attribute("error.type", ticket.error.reason.value)
-            span.set_status(Status(StatusCode.ERROR, ticket.error.message))
+    """Says what was decided, if anything was, and ends the span; one that has ended stays as it is."""
+    if not span.is_recording():
+        return
+    span.set_attribute("tokenloom.queue_seconds", ticket.queue_seconds)
+    if ticket.decision is not None:
+        span.set_attribute("tokenloom.candidates", len(ticket.decision.looked_at))
+        span.set_attribute("tokenloom.reason", ticket.decision.reason)
+        if ticket.decision.prediction is not None:
+            span.set_attribute("tokenloom.predicted_ttft_seconds", ticket.decision.prediction[0])
+    if ticket.lease is not None:
+        span.set_attribute("tokenloom.worker", ticket.lease.worker.worker_id)
+    if ticket.error is not None:
+        span.set_attribute("error.type", ticket.error.reason.value)
+        span.set_status(Status(StatusCode.ERROR, ticket.error.message))
     span.end()

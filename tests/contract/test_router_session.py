@@ -221,3 +221,17 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_elses()
         assert await stuck.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await eventually(lambda: len(bench.fleet.workers[0].leases) == 1, within=1)
         await patient.granted()
+
+
+async def test_the_span_of_a_request_that_is_given_up_ends_all_the_same() -> None:
+    spans = InMemorySpanExporter()
+    async with (
+        running_router(tracer=tracer_to(spans)) as (_, to_router),
+        gateway_session(to_router) as gateway,
+    ):
+        given_up, left = await gateway.acquire(count=2)
+        await eventually(lambda: left in gateway.queued, within=1)
+        await gateway.release(given_up, outcome=router_pb2.OUTCOME_CANCELLED)
+        await eventually(lambda: len(spans.get_finished_spans()) == 1, within=1)
+        gateway.lose()
+        await eventually(lambda: len(spans.get_finished_spans()) == 2, within=1)
