@@ -142,7 +142,7 @@ class Launcher:
 
     def _greeting(self) -> str:
         model = self._mesh.pools[0].serves[0]
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "stream": true}}'
+        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 64, "stream": true}}'
         return "\n".join(
             (
                 "",
