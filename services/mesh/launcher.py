@@ -1,6 +1,8 @@
 """Runs a whole mesh on this machine."""
 
 import asyncio
+import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from time import monotonic
@@ -142,7 +144,8 @@ class Launcher:
 
     def _greeting(self) -> str:
         model = self._mesh.pools[0].serves[0]
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 64, "stream": true}}'
+        messages = [{"role": "user", "content": "Hello!"}]
+        body = json.dumps({"model": model, "messages": messages, "max_tokens": 64, "stream": True})
         return "\n".join(
             (
                 "",
@@ -151,7 +154,7 @@ class Launcher:
                 f"curl -N {self.url}/v1/chat/completions \\",
                 f"  -H 'Authorization: Bearer {self._admin_key}' \\",
                 "  -H 'Content-Type: application/json' \\",
-                f"  -d '{body}'",
+                f"  -d {shlex.quote(body)}",
                 "",
             )
         )

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from services.common.keystore import KeyStore
 __all__ = ["MeshRunningError", "State"]
 
 _KEEP_LOG_BYTES: Final = 16 << 20
+_LOCK_TRIES: Final = 5
+_LOCK_WAIT_SECONDS: Final = 0.02
 
 
 class MeshRunningError(Exception):
@@ -64,10 +67,8 @@ class State:
         """
         descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MeshRunningError(f"a mesh runs in {self.folder} already (process {self.running_pid()})") from None
+            if not _take(descriptor):
+                raise MeshRunningError(f"a mesh runs in {self.folder} already (process {self.running_pid()})")
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
             yield
@@ -122,6 +123,18 @@ class State:
     @property
     def _lock_file(self) -> Path:
         return self.folder / "lock"
+
+
+def _take(descriptor: int) -> bool:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Somebody who only asks whether a mesh runs holds the lock for an instant.
+            time.sleep(_LOCK_WAIT_SECONDS)
+        else:
+            return True
+    return False
 
 
 def write_private(path: Path, text: str) -> None:
