@@ -3,15 +3,42 @@
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-__all__ = ["Demand", "Gauges", "Outlook", "Prediction", "outlook", "predict"]
+__all__ = ["PRIOR", "Demand", "Gauges", "Outlook", "Prediction", "Rates", "better", "outlook", "predict"]
 
-# What is assumed of a worker that has measured nothing yet: a small model on a mid-range card. Hopeful on purpose,
-# since a worker is only measured once it is picked.
-PRIOR_PREFILL_TOKENS_PER_SECOND: Final = 8_000.0
-PRIOR_DECODE_STEP_SECONDS: Final = 0.020
-PRIOR_DECODE_STEP_PER_SEQUENCE_SECONDS: Final = 0.0002
 PRIOR_OUTPUT_TOKENS: Final = 128.0
 _MOST_FAILURES: Final = 0.9
+
+
+class Rates(NamedTuple):
+    """How fast a worker is."""
+
+    prefill_tokens_per_second: float
+    decode_step_seconds: float
+    """With one sequence."""
+    decode_step_per_sequence_seconds: float
+    """What each further sequence adds."""
+
+
+PRIOR: Final = Rates(8_000.0, 0.020, 0.0002)
+"""What is assumed while no worker of a model has measured anything: a small model on a mid-range card."""
+
+
+def better(one: Rates | None, prefill: float | None, step: float | None, per_sequence: float | None) -> Rates | None:
+    """The best of what is known of a model's workers, and of what one of them has measured; None while nothing is.
+
+    This is what a worker that has measured nothing is taken for: it is only measured once it is picked, and a
+    pessimist would never pick it.
+    """
+    if prefill is None and step is None:
+        return one
+    known = one or Rates(prefill or PRIOR[0], step or PRIOR[1], per_sequence if per_sequence is not None else PRIOR[2])
+    return Rates(
+        max(known.prefill_tokens_per_second, prefill or 0.0),
+        min(known.decode_step_seconds, step or known.decode_step_seconds),
+        known.decode_step_per_sequence_seconds
+        if per_sequence is None
+        else min(known.decode_step_per_sequence_seconds, per_sequence),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +110,10 @@ A plain tuple, since one is made for every worker at every decision.
 """
 
 
-def outlook(gauges: Gauges) -> Outlook:
-    """What the next request meets on a worker with these gauges."""
-    token = _decode_step(gauges) * gauges.slowdown
-    prefill_token = gauges.slowdown / (gauges.prefill_tokens_per_second or PRIOR_PREFILL_TOKENS_PER_SECOND)
+def outlook(gauges: Gauges, hope: Rates = PRIOR) -> Outlook:
+    """What the next request meets on a worker with these gauges; `hope` stands for rates that it has not measured."""
+    token = _decode_step(gauges, hope) * gauges.slowdown
+    prefill_token = gauges.slowdown / (gauges.prefill_tokens_per_second or hope.prefill_tokens_per_second)
     service = gauges.service_seconds or PRIOR_OUTPUT_TOKENS * token
     too_many = gauges.occupied - gauges.max_running + 1
     slot = too_many * service / gauges.max_running if too_many > 0 else 0.0
@@ -102,11 +129,11 @@ def outlook(gauges: Gauges) -> Outlook:
     )
 
 
-def _decode_step(gauges: Gauges) -> float:
+def _decode_step(gauges: Gauges, hope: Rates) -> float:
     base, more = gauges.decode_step_seconds, gauges.decode_step_per_sequence_seconds
     beside = min(gauges.occupied, gauges.max_running - 1)
-    return (PRIOR_DECODE_STEP_SECONDS if base is None else base) + beside * (
-        PRIOR_DECODE_STEP_PER_SEQUENCE_SECONDS if more is None else more
+    return (hope.decode_step_seconds if base is None else base) + beside * (
+        hope.decode_step_per_sequence_seconds if more is None else more
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from services.router.card import Card, Load
+from services.router.cost import PRIOR, Rates, better
 from services.router.reading import HEALTHY, Condition, worst
 from services.router.request import Request
 from services.router.worker import Lease, Outcome, Worker
@@ -31,6 +32,7 @@ class Fleet:
         self._known: OrderedDict[str, None] = OrderedDict()
         self._drained: set[str] = set()
         self._conditions: dict[str, Condition] = {}
+        self._hopes: dict[str, Rates] = {}
         self._listeners: list[Listener] = []
         self.populated_at: float | None = None
         """When the first worker came; None before."""
@@ -93,7 +95,8 @@ class Fleet:
     def report(self, worker: Worker, load: Load) -> None:
         """Takes in how a worker is."""
         if not worker.gone:
-            worker.report(load, self._clock())
+            worker.report(load, self._clock(), self._hope_of(worker))
+            self._learn(worker)
             self._changed(worker)
 
     def drain(self, worker_id: str, drained: bool) -> bool:
@@ -130,6 +133,21 @@ class Fleet:
             lease.worker.release(lease, outcome, self._clock())
             self._changed(lease.worker)
 
+    def _hope_of(self, worker: Worker) -> Rates:
+        return next((self._hopes[model] for model in worker.card.models if model in self._hopes), PRIOR)
+
+    def _learn(self, worker: Worker) -> None:
+        load = worker.load
+        for model in worker.card.models:
+            best = better(
+                self._hopes.get(model),
+                load.prefill_tokens_per_second,
+                load.decode_step_seconds,
+                load.decode_step_per_sequence_seconds,
+            )
+            if best is not None:
+                self._hopes[model] = best
+
     def _index(self) -> None:
         self._by_model, self._by_gpu, self._contexts = {}, {}, {}
         for worker in self._workers.values():
@@ -139,6 +157,7 @@ class Fleet:
                 self._known.move_to_end(model)
             for uuid in worker.card.gpu_uuids:
                 self._by_gpu.setdefault(uuid, []).append(worker)
+        self._hopes = {model: best for model, best in self._hopes.items() if model in self._by_model}
         for model, workers in self._by_model.items():
             contexts = [worker.card.models[model] for worker in workers]
             self._contexts[model] = (min(contexts), max(contexts))

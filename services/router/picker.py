@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+import msgspec
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 from opentelemetry.trace import INVALID_SPAN, Span, Tracer
@@ -263,6 +264,7 @@ class _Exchange:
 
     async def _pick(self, wanted: Wanted) -> str:
         headers = self._headers or {}
+        _check_model(wanted.model, headers.get("x-tokenloom-models"))
         request = _request(wanted, headers, self._subset)
         traceparent = metadata_of(self._context).get("traceparent") or headers.get("traceparent")
         span = self._span = start_span(self._tracer, "pick", str(traceparent) if traceparent else None, request)
@@ -286,6 +288,12 @@ class _Exchange:
 
 class _GoneError(Exception):
     """Nobody waits for the answer any more."""
+
+
+def _check_model(model: str | None, allowed: str | None) -> None:
+    # Who calls was found out before us; what they want is known here first.
+    if model is not None and allowed is not None and model not in msgspec.json.decode(allowed, type=list[str]):
+        raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use the model {model!r}", field="model")
 
 
 def _out_of_order() -> MeshError:

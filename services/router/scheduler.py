@@ -13,8 +13,8 @@ from services.router.worker import STALE_SECONDS, Worker
 
 __all__ = ["Decision", "Look", "Scheduler", "Verdict"]
 
-# Costs closer than this are equal: predictions are not better than that.
-_TIE_SHARE: Final = 1.03
+# Costs closer than this are equal: what two equal workers measure of themselves differs by as much.
+_TIE_SHARE: Final = 1.08
 _TIE_SECONDS: Final = 0.0005
 # A router that has just started does not know yet who is there.
 _SETTLING_SECONDS: Final = 1.0

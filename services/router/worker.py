@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Final
 
 from services.router.card import Card, Load, WorkerState, believable
-from services.router.cost import Gauges, Outlook, outlook
+from services.router.cost import PRIOR, Gauges, Outlook, Rates, outlook
 from services.router.reading import Condition
 from services.router.request import Request
 
@@ -69,6 +69,7 @@ class Worker:
         """Whether it takes no more work for now."""
         self.outlook: Outlook = outlook(Gauges())
         self.outlook_at = now
+        self._hope = PRIOR
         self._others = 0
         self._backlog = 0.0
         self._kv_used = 0.0
@@ -104,10 +105,14 @@ class Worker:
         """How long a request holds a slot here: as measured, or as predicted while nothing is."""
         return self._service_seconds or expected_output * self.outlook.token_seconds
 
-    def report(self, load: Load, now: float) -> None:
-        """Takes a report in. What it says of the work that we sent replaces what we guessed."""
+    def report(self, load: Load, now: float, hope: Rates = PRIOR) -> None:
+        """Takes a report in. What it says of the work that we sent replaces what we guessed.
+
+        `hope` stands for rates that the worker has not measured.
+        """
         self.load = load = believable(load, self.card)
         self.reported_at = now
+        self._hope = hope
         while self._fresh and self._fresh[0].granted_at < now - _SETTLE_SECONDS:
             self._fresh.popleft()
         on_the_way = sum(lease.request.prompt_tokens for lease in self._fresh if lease in self.leases)
@@ -197,7 +202,8 @@ class Worker:
                 service_seconds=self._service_seconds,
                 slowdown=self.condition.slowdown,
                 failure_share=self._failures(now),
-            )
+            ),
+            self._hope,
         )
 
     def _obstacle(self) -> str:

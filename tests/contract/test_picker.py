@@ -332,6 +332,19 @@ async def test_an_unknown_model_is_not_found() -> None:
         assert (error.reason, error.field) == (Reason.MODEL_NOT_FOUND, "model")
 
 
+@pytest.mark.parametrize(("models", "allowed"), [('["demo", "other"]', True), ('["other"]', False), ("[]", False)])
+async def test_a_key_gets_its_models_only(models: str, allowed: bool) -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        envoy = Envoy(to_router)
+        await envoy.headers(x_tokenloom_models=models)
+        await envoy.body(framed(HELLO))
+        if allowed:
+            assert await envoy.picked() == "127.0.0.1:5001"
+        else:
+            error = await envoy.error()
+            assert (error.reason, error.field) == (Reason.PERMISSION_DENIED, "model")
+
+
 async def test_token_ids_that_no_context_takes_are_refused() -> None:
     message = generation_pb2.GenerateRequest(model="demo", token_ids=generation_pb2.TokenIds(ids=range(200)))
     async with running_router() as (router, to_router), worker_link(router, to_router, context=100):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.router.cost import Demand, Gauges, outlook, predict
+from services.router.cost import Demand, Gauges, Rates, better, outlook, predict
 
 GAUGES = {
     "prefill_tokens_per_second": 1000.0,
@@ -60,3 +60,19 @@ def test_a_worker_that_has_measured_nothing_is_assumed_to_be_ordinary() -> None:
     ttft, tpot, _ = predict(outlook(Gauges()), Demand(800, 0, 800), 0.0)
     assert 0.01 < ttft < 1
     assert 0.001 < tpot < 0.1
+
+
+@pytest.mark.parametrize(
+    ("known", "measured", "expected"),
+    [
+        (None, (None, None, None), None),
+        (Rates(100.0, 0.01, 0.001), (None, None, None), Rates(100.0, 0.01, 0.001)),
+        (None, (100.0, 0.01, 0.001), Rates(100.0, 0.01, 0.001)),
+        (Rates(100.0, 0.01, 0.001), (200.0, 0.02, 0.0005), Rates(200.0, 0.01, 0.0005)),
+        (Rates(100.0, 0.01, 0.001), (50.0, 0.005, None), Rates(100.0, 0.005, 0.001)),
+    ],
+)
+def test_a_worker_that_measured_nothing_is_taken_for_the_best_of_its_peers(
+    known: Rates | None, measured: tuple[float | None, float | None, float | None], expected: Rates | None
+) -> None:
+    assert better(known, *measured) == expected

@@ -29,6 +29,18 @@ def test_one_lease_is_enough_to_make_a_worker_busy() -> None:
     assert first.lease.worker is not second.lease.worker
 
 
+def test_a_worker_that_has_measured_nothing_is_tried_before_a_busy_one_that_has() -> None:
+    bench = Bench()
+    busy, fresh = bench.worker("busy"), bench.worker("fresh")
+    bench.report(busy, decode_step_seconds=0.001, running=1)
+    unmeasured: dict[str, float | None] = dict.fromkeys(
+        ["prefill_tokens_per_second", "decode_step_seconds", "decode_step_per_sequence_seconds"]
+    )
+    bench.fleet.register(fresh.card)
+    bench.report(bench.fleet.get("fresh") or fresh, **unmeasured)
+    assert {bench.pick() for _ in range(20)} == {"fresh"}
+
+
 def test_a_burst_between_two_reports_spreads_over_the_workers() -> None:
     bench = Bench()
     for number in range(4):
