@@ -21,7 +21,8 @@ from tokenloom.inference.v1 import inference_pb2_grpc
 
 from tests.support.mesh import Mesh, running_mesh
 
-Attempt = Callable[[int], Awaitable[None]]
+Attempt = Callable[[int], Awaitable[float]]
+"""Runs one request to its end and returns the seconds to its first token."""
 SIM = "prefill_tokens_per_second=1000000000,decode_step_ms=1,decode_step_ms_per_sequence=0"
 
 
@@ -29,15 +30,14 @@ def typed(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> A
     """Generate over a gRPC channel, until the first delta."""
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
-    async def attempt(index: int) -> None:
+    async def attempt(index: int) -> float:
         sampling = pb.SamplingParameters(max_tokens=2, ignore_eos=True)
-        call = stub.Generate(
-            pb.GenerateRequest(model="sim", text=f"question {index}", sampling=sampling), metadata=metadata, timeout=10
-        )
-        async for event in call:
-            if event.WhichOneof("event") == "delta":
-                break
-        call.cancel()
+        request = pb.GenerateRequest(model="sim", text=f"question {index}", sampling=sampling)
+        began, first = time.perf_counter(), 0.0
+        async for event in stub.Generate(request, metadata=metadata, timeout=10):
+            if not first and event.WhichOneof("event") == "delta":
+                first = time.perf_counter() - began
+        return first
 
     return attempt
 
@@ -45,15 +45,13 @@ def typed(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> A
 def openai(client: httpx.AsyncClient, mesh: Mesh) -> Attempt:
     """A streamed completion, until the first event."""
 
-    async def attempt(index: int) -> None:
+    async def attempt(index: int) -> float:
         body = {"model": "sim", "prompt": f"question {index}", "max_tokens": 2, "stream": True, "ignore_eos": True}
+        began, first = time.perf_counter(), 0.0
         async with client.stream("POST", f"{mesh.edge}/v1/completions", json=body, headers=mesh.headers) as response:
-            chunks = response.aiter_raw()
-            await anext(chunks)
-            began_to_wait = time.perf_counter()
-            async for _ in chunks:
-                pass
-            attempt.__dict__["rest"] = time.perf_counter() - began_to_wait
+            async for _ in response.aiter_raw():
+                first = first or time.perf_counter() - began
+        return first
 
     return attempt
 
@@ -70,9 +68,7 @@ async def measure(mesh: Mesh, requests: int) -> dict[str, list[float]]:
         lanes = {"direct": typed(direct, ()), "typed": typed(edge, mesh.metadata), "openai": openai(client, mesh)}
         for index in range(requests + 20):
             for lane, attempt in lanes.items():
-                began = time.perf_counter()
-                await attempt(index)
-                took = time.perf_counter() - began - getattr(attempt, "rest", 0.0)
+                took = await attempt(index)
                 if index >= 20:
                     seconds[lane].append(took)
     return seconds
