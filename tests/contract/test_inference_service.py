@@ -157,8 +157,8 @@ BAD = [
         Reason.INVALID_REQUEST,
         "token_ids.ids",
     ),
-    (generate("word " * 20_000), Reason.CONTEXT_LENGTH_EXCEEDED, None),
-    (generate(max_tokens=8192), Reason.CONTEXT_LENGTH_EXCEEDED, None),
+    (generate("word " * 20_000), Reason.CONTEXT_LENGTH_EXCEEDED, "prompt"),
+    (generate(max_tokens=8192), Reason.CONTEXT_LENGTH_EXCEEDED, "prompt"),
 ]
 
 
