@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import httpx
+import openai
 import psutil
 import pytest
 
@@ -51,9 +52,7 @@ def test_a_killed_process_comes_back_and_the_next_request_works(mesh: Mesh, name
 
 
 async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_twice(mesh: Mesh) -> None:
-    client = mesh.async_sdk()
-
-    async def text(prompt: str) -> tuple[str, int]:
+    async def text(client: openai.AsyncOpenAI, prompt: str) -> tuple[str, int]:
         stream = await client.completions.create(
             model=MODEL,
             prompt=prompt,
@@ -72,12 +71,12 @@ async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_t
     async def all_texts(*, then_kill: str | None) -> dict[str, tuple[str, int]]:
         texts: dict[str, tuple[str, int]] = {}
 
-        async def run(prompt: str) -> None:
-            texts[prompt] = await text(prompt)
+        async def run(client: openai.AsyncOpenAI, prompt: str) -> None:
+            texts[prompt] = await text(client, prompt)
 
-        async with asyncio.TaskGroup() as tasks:
+        async with mesh.async_sdk() as client, asyncio.TaskGroup() as tasks:
             for index in range(64):
-                tasks.create_task(run(f"prompt {index}"))
+                tasks.create_task(run(client, f"prompt {index}"))
             if then_kill is not None:
                 await asyncio.sleep(0.7)  # the streams are in full flow
                 kill(mesh, then_kill)
