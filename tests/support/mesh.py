@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import httpx
 import openai
 
 from tests.support.ports import free_port
@@ -72,7 +72,9 @@ class Mesh:
 
     def metric(self, process: str, name: str) -> float:
         """The sum of a metric's series in one process; 0 when there are none."""
-        text = httpx.get(f"http://127.0.0.1:{self.process(process)['ports']['metrics']}/metrics").text
+        # Not httpx: it makes a TLS context each time, which takes longer than some of the waits that are measured here.
+        with urlopen(f"http://127.0.0.1:{self.process(process)['ports']['metrics']}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
         lines = [line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
