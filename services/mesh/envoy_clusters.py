@@ -5,10 +5,10 @@ from typing import Any, Final
 
 from services.mesh.envoy_types import any_of, socket_address
 
-__all__ = ["DESTINATION_HEADER", "clusters", "otlp_cluster"]
+__all__ = ["clusters", "otlp_cluster"]
 
-DESTINATION_HEADER: Final = "x-gateway-destination-endpoint"
-"""Where the router says which worker gets a request."""
+# Where the router says which worker gets a request: dynamic metadata, which no client can set.
+_DESTINATION: Final = {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint"}]}
 
 _BUFFER_BYTES: Final = 32 << 10
 _MANY: Final = 100_000
@@ -59,7 +59,7 @@ def _workers() -> dict[str, Any]:
         **_cluster("workers", _HTTP2),
         "type": "ORIGINAL_DST",
         "lb_policy": "CLUSTER_PROVIDED",
-        "original_dst_lb_config": {"use_http_header": True, "http_header_name": DESTINATION_HEADER},
+        "original_dst_lb_config": {"metadata_key": _DESTINATION},
         "cleanup_interval": "60s",
     }
 

@@ -8,7 +8,7 @@ from services.mesh.envoy_replies import error_body_script
 from services.mesh.envoy_types import any_of
 from services.mesh.rest import PUBLIC_SERVICES, descriptor_set
 
-__all__ = ["Right", "for_grpc", "for_rest", "http_filters"]
+__all__ = ["MAX_BODY_BYTES", "Right", "for_grpc", "for_rest", "http_filters"]
 
 # Filters run in this order on a request and in the opposite one on its answer.
 _ERROR_BODY: Final = "tokenloom.error_body"
@@ -16,11 +16,25 @@ _GRPC_WEB: Final = "envoy.filters.http.grpc_web"
 _AUTHORIZATION: Final = "envoy.filters.http.ext_authz"
 _TRANSCODER: Final = "envoy.filters.http.grpc_json_transcoder"
 _PICKER: Final = "envoy.filters.http.ext_proc"
+_BUFFER: Final = "envoy.filters.http.buffer"
+
+MAX_BODY_BYTES: Final = 4 << 20
 
 _AUTHORIZATION_TIMEOUT: Final = "2s"
 # Longer than a request may wait in the router's queue.
 _PICK_TIMEOUT: Final = "120s"
-_PICKER_READS: Final = ("content-type", "grpc-timeout", "traceparent", "x-request-id", "x-priority", "x-session-id")
+# The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
+_PICKER_READS: Final = (
+    ":path",
+    "content-type",
+    "grpc-encoding",
+    "grpc-timeout",
+    "x-request-id",
+    "x-session-id",
+    "x-tokenloom-models",
+    "x-tokenloom-priority",
+    "x-tokenloom-tenant",
+)
 
 
 class Right(StrEnum):
@@ -39,6 +53,7 @@ def http_filters() -> list[dict[str, Any]]:
         {"name": _AUTHORIZATION, "disabled": True, "typed_config": _authorization()},
         {"name": _TRANSCODER, "disabled": True, "typed_config": _transcoder()},
         {"name": _PICKER, "disabled": True, "typed_config": _picker()},
+        {"name": _BUFFER, "disabled": True, "typed_config": _buffer()},
         {
             "name": "envoy.filters.http.router",
             "typed_config": any_of("envoy.extensions.filters.http.router.v3.Router", suppress_envoy_headers=True),
@@ -52,7 +67,7 @@ def for_grpc(right: Right, *, picked: bool) -> dict[str, Any]:
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
         check_settings={"context_extensions": {"right": right.value}},
     )
-    return {_AUTHORIZATION: check, **({_PICKER: _ENABLED} if picked else {})}
+    return {_AUTHORIZATION: check, **({_PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {})}
 
 
 def for_rest(right: Right, *, picked: bool) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def _picker() -> dict[str, Any]:
         "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={"envoy_grpc": {"cluster_name": "router"}},
         processing_mode={
-            "request_header_mode": "SEND",
+            "request_header_mode": "SKIP",
             "request_body_mode": "BUFFERED",
             "request_trailer_mode": "SKIP",
             "response_header_mode": "SKIP",
@@ -111,7 +126,12 @@ def _picker() -> dict[str, Any]:
             "response_trailer_mode": "SEND",
         },
         message_timeout=_PICK_TIMEOUT,
-        mutation_rules={"allow_all_routing": True},
+        request_attributes=[f"request.headers['{name}']" for name in _PICKER_READS],
         metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb"]}},
         failure_mode_allow=True,
     )
+
+
+def _buffer() -> dict[str, Any]:
+    # The headers stay here until the body is picked for; with them alone the host would be chosen too early.
+    return any_of("envoy.extensions.filters.http.buffer.v3.Buffer", max_request_bytes=MAX_BODY_BYTES)

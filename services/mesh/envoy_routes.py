@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from services.mesh.envoy_filters import Right, for_grpc, for_rest
+from services.mesh.envoy_filters import MAX_BODY_BYTES, Right, for_grpc, for_rest
 from services.mesh.rest import INFERENCE, ROUTER_ADMIN, TELEMETRY, RestMethod, rest_methods
 
 __all__ = ["MAX_BODY_BYTES", "OPENAI_PATHS", "route_config"]
@@ -20,7 +20,6 @@ OPENAI_PATHS: Final = (
     "/v1/batches",
     "/v1/tokenize",
 )
-MAX_BODY_BYTES: Final = 4 << 20
 # Longer than a request may wait for a worker and for its first token.
 _IDLE: Final = "900s"
 

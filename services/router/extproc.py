@@ -22,6 +22,7 @@ __all__ = [
     "CONTINUE_RESPONSE_TRAILERS",
     "CONTINUE_TRAILERS",
     "DESTINATION",
+    "attributes_of",
     "body_pieces",
     "headers_of",
     "picked_in_body",
@@ -35,6 +36,9 @@ DESTINATION: Final = "x-gateway-destination-endpoint"
 _LB_NAMESPACE: Final = "envoy.lb"
 _SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
 _SUBSET_KEY: Final = "x-gateway-destination-endpoint-subset"
+_ATTRIBUTES: Final = "envoy.filters.http.ext_proc"
+_HEADER: Final = "request.headers['"
+_HEADER_NAME: Final = slice(len(_HEADER), -len("']"))
 # Envoy takes at most 64 KiB in one streamed piece.
 _PIECE_BYTES: Final = 62_000
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
@@ -52,6 +56,17 @@ def headers_of(message: Any) -> dict[str, str]:
     return {
         header.key: header.raw_value.decode(errors="replace") if header.raw_value else header.value
         for header in message.headers
+    }
+
+
+def attributes_of(message: Any) -> dict[str, str]:
+    """The request headers that a gateway shows as attributes, `request.headers['NAME']`, where it shows no headers."""
+    if _ATTRIBUTES not in message.attributes:
+        return {}
+    return {
+        expression[_HEADER_NAME]: value.string_value
+        for expression, value in message.attributes[_ATTRIBUTES].fields.items()
+        if expression.startswith(_HEADER)
     }
 
 

@@ -156,6 +156,8 @@ class _Exchange:
             if kind == "request_headers":
                 return await self._on_headers(message)
             if kind == "request_body":
+                if self._headers is None:
+                    self._start_with_body(message)
                 return await self._on_body(message.request_body)
             if kind == "request_trailers":
                 return [*await self._on_end(), extproc.CONTINUE_TRAILERS]
@@ -180,21 +182,33 @@ class _Exchange:
     async def _on_headers(self, message: Any) -> list[Any]:
         if self._headers is not None:
             raise _out_of_order()
-        self._headers = headers = extproc.headers_of(message.request_headers.headers)
-        self._subset = extproc.subset_of(message)
-        if message.HasField("protocol_config"):
-            self._mode = message.protocol_config.request_body_mode
-            self._response_mode = message.protocol_config.response_body_mode
-        path = headers.get(":path", "").partition("?")[0]
-        if self._is_grpc:
-            self._reader = GrpcBody(path, headers.get("grpc-encoding", "identity"))
-        elif not message.request_headers.end_of_stream:
-            self._reader = JsonBody()
+        self._start(message, extproc.headers_of(message.request_headers.headers))
+        if not message.request_headers.end_of_stream:
+            self._reader = self._reader or JsonBody()
         if self._reader is None or not self._reader.needed:
             return [extproc.picked_in_headers(await self._pick(Wanted(model=None, occupies_slot=False)))]
         if message.request_headers.end_of_stream:
             raise MeshError(Reason.INVALID_REQUEST, "the request has no body")
         return self._wait_for_body()
+
+    def _start_with_body(self, message: Any) -> None:
+        # What a gateway that sends no headers shows of them.
+        self._mode = _MODES.BUFFERED
+        headers = extproc.attributes_of(message)
+        if ":path" not in headers:
+            raise _out_of_order()
+        self._start(message, headers)
+        self._reader = self._reader or JsonBody()
+
+    def _start(self, message: Any, headers: dict[str, str]) -> None:
+        self._headers = headers
+        self._subset = extproc.subset_of(message)
+        if message.HasField("protocol_config"):
+            self._mode = message.protocol_config.request_body_mode
+            self._response_mode = message.protocol_config.response_body_mode
+        if self._is_grpc:
+            path = headers.get(":path", "").partition("?")[0]
+            self._reader = GrpcBody(path, headers.get("grpc-encoding", "identity"))
 
     def _wait_for_body(self) -> list[Any]:
         if self._mode == _FULL_DUPLEX:

@@ -48,6 +48,7 @@ class FarEnds:
     gateway_disconnects: int = 0
     checks: list[dict[str, str]] = field(default_factory=list)
     picks: list[dict[str, str]] = field(default_factory=list)
+    """The attributes that came with each body."""
     picks_ended: list[str] = field(default_factory=list)
     """How each pick's stream ended: "completed" or "cancelled"."""
     worker_calls: list[dict[str, str | bytes]] = field(default_factory=list)
@@ -135,11 +136,9 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         ended = "cancelled"
         try:
             async for message in request_iterator:
-                if message.HasField("request_headers"):
-                    headers = {it.key: it.raw_value.decode() for it in message.request_headers.headers.headers}
-                    self._seen.picks.append(headers)
-                    yield ext_proc.ProcessingResponse(request_headers=ext_proc.HeadersResponse())
-                elif message.HasField("request_body"):
+                if message.HasField("request_body"):
+                    shown = message.attributes["envoy.filters.http.ext_proc"].fields.items()
+                    self._seen.picks.append({name: value.string_value for name, value in shown})
                     yield self._pick(message.request_body.body)
                 elif message.HasField("response_trailers"):
                     ended = "completed"
@@ -154,9 +153,9 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         if request.model == "full":
             return _refused(MeshError(Reason.NO_CAPACITY, "the mesh is full", retry_after_seconds=2.5))
         endpoint = "" if request.model == "unplaced" else self._seen.worker_endpoint
-        destination = _option("x-gateway-destination-endpoint", endpoint, raw=True)
-        common = ext_proc.CommonResponse(header_mutation=ext_proc.HeaderMutation(set_headers=[destination]))
-        return ext_proc.ProcessingResponse(request_body=ext_proc.BodyResponse(response=common))
+        answer = ext_proc.ProcessingResponse(request_body=ext_proc.BodyResponse())
+        answer.dynamic_metadata.get_or_create_struct("envoy.lb")["x-gateway-destination-endpoint"] = endpoint
+        return answer
 
 
 def _refused(error: MeshError) -> Any:
