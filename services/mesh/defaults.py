@@ -1,16 +1,20 @@
 """The mesh that `tokenloom up` starts when it is given options and no mesh.yaml."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
 from services.common.settings import ModelSettings, SimSettings
 from services.mesh.config import DEMO_MODEL, MeshConfig, PoolConfig, WorkerConfig
 
-__all__ = ["count_gpus", "default_mesh"]
+__all__ = ["count_gpus", "default_mesh", "otlp_endpoint_of"]
 
 _NVIDIA: Final = Path("/proc/driver/nvidia/gpus")
 _MEMORY_SHARE: Final = 0.8
+_OTLP_VARIABLE: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
+_OTLP_PORT: Final = 4317
 
 
 def default_mesh(
@@ -39,6 +43,21 @@ def default_mesh(
 def count_gpus() -> int:
     """GPUs with NVIDIA's driver in this machine."""
     return len(list(_NVIDIA.iterdir())) if _NVIDIA.is_dir() else 0
+
+
+def otlp_endpoint_of(environment: Mapping[str, str]) -> str | None:
+    """Where spans go by OpenTelemetry's own variable, as `host:port`; None when it isn't set.
+
+    Raises:
+        ConfigError: it isn't the URL of a host, or asks for TLS, which the exporters here don't speak.
+    """
+    url = environment.get(_OTLP_VARIABLE, "")
+    if not url:
+        return None
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    if parts.scheme not in ("", "http") or not parts.hostname:
+        raise ConfigError(f"{_OTLP_VARIABLE}: expected http://HOST:PORT, got the value {url!r}")
+    return f"{parts.hostname}:{parts.port or _OTLP_PORT}"
 
 
 def _simulated(workers: int, model: str | None, sim: SimSettings | None) -> MeshConfig:

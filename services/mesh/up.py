@@ -15,7 +15,7 @@ import msgspec
 from services.common.config import ConfigError
 from services.common.process import run
 from services.mesh.config import MeshConfig, load_mesh, parse_sim
-from services.mesh.defaults import count_gpus, default_mesh
+from services.mesh.defaults import count_gpus, default_mesh, otlp_endpoint_of
 from services.mesh.launcher import Launcher
 from services.mesh.ports import check_free
 from services.mesh.probe import Probe, grpc_health, http_ok
@@ -87,9 +87,8 @@ def _mesh(arguments: Namespace) -> MeshConfig:
     mesh = _without_config(arguments) if arguments.config is None else _with_config(arguments)
     if arguments.edge_port is not None:
         mesh = msgspec.structs.replace(mesh, edge=msgspec.structs.replace(mesh.edge, port=arguments.edge_port))
-    if arguments.otlp_endpoint is not None:
-        mesh = msgspec.structs.replace(mesh, otlp_endpoint=arguments.otlp_endpoint)
-    return mesh
+    endpoint = arguments.otlp_endpoint or mesh.otlp_endpoint or otlp_endpoint_of(os.environ)
+    return msgspec.structs.replace(mesh, otlp_endpoint=endpoint)
 
 
 def _without_config(arguments: Namespace) -> MeshConfig:

@@ -13,7 +13,7 @@ from services.common.settings import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
 from services.mesh.config import MeshConfig, load_mesh, parse_sim
-from services.mesh.defaults import default_mesh
+from services.mesh.defaults import default_mesh, otlp_endpoint_of
 from services.mesh.plan import plan_processes
 from services.mesh.state import State
 
@@ -224,3 +224,21 @@ def test_every_container_has_its_configuration_and_workers_have_the_address_that
     [card] = services["l40-0"]["deploy"]["resources"]["reservations"]["devices"]
     assert card["device_ids"] == ["0"]
     assert msgspec.convert(yaml.safe_load(configs["mesh"]["content"]), MeshConfig).check("again")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("", None),
+        ("http://jaeger:4317", "jaeger:4317"),
+        ("http://jaeger", "jaeger:4317"),
+        ("127.0.0.1:5000", "127.0.0.1:5000"),
+    ],
+)
+def test_spans_go_where_opentelemetrys_variable_says(url: str, expected: str | None) -> None:
+    assert otlp_endpoint_of({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == expected
+
+
+def test_a_variable_that_names_no_plain_endpoint_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT: .* got the value 'https://x'"):
+        otlp_endpoint_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://x"})
