@@ -54,10 +54,15 @@ def otlp_endpoint_of(environment: Mapping[str, str]) -> str | None:
     url = environment.get(_OTLP_VARIABLE, "")
     if not url:
         return None
-    parts = urlsplit(url if "//" in url else f"//{url}")
+    wrong = ConfigError(f"{_OTLP_VARIABLE}: expected http://HOST:PORT, got the value {url!r}")
+    try:
+        parts = urlsplit(url if "//" in url else f"//{url}")
+        port = parts.port or _OTLP_PORT
+    except ValueError as error:
+        raise wrong from error
     if parts.scheme not in ("", "http") or not parts.hostname:
-        raise ConfigError(f"{_OTLP_VARIABLE}: expected http://HOST:PORT, got the value {url!r}")
-    return f"{parts.hostname}:{parts.port or _OTLP_PORT}"
+        raise wrong
+    return f"{parts.hostname}:{port}"
 
 
 def _simulated(workers: int, model: str | None, sim: SimSettings | None) -> MeshConfig:

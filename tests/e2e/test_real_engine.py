@@ -1,15 +1,19 @@
 """What `make up` starts: real vLLM behind real Envoy."""
 
 import json
+import os
+import signal
 import subprocess
 
 import grpc
 import httpx
+import psutil
 import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
 from tests.support.mesh import Mesh
+from tests.support.waiting import wait_until
 
 MODEL = "demo"
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
@@ -85,3 +89,14 @@ def test_the_launcher_prints_a_curl_that_works(vllm_mesh: Mesh) -> None:
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=True)
     assert ran.stdout.startswith("data: ")
     assert ran.stdout.endswith("data: [DONE]\n\n")
+
+
+def test_a_killed_worker_takes_its_engine_with_it_and_both_come_back(vllm_mesh: Mesh) -> None:
+    expected = chat(vllm_mesh)["choices"]
+    worker = int(vllm_mesh.process("worker-0")["pid"])
+    engines = psutil.Process(worker).children(recursive=True)
+    assert engines
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not any(engine.is_running() for engine in engines), within=5)
+    wait_until(lambda: vllm_mesh.process("worker-0")["pid"] != worker, within=90)
+    assert chat(vllm_mesh)["choices"] == expected

@@ -239,6 +239,7 @@ def test_spans_go_where_opentelemetrys_variable_says(url: str, expected: str | N
     assert otlp_endpoint_of({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == expected
 
 
-def test_a_variable_that_names_no_plain_endpoint_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT: .* got the value 'https://x'"):
-        otlp_endpoint_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://x"})
+@pytest.mark.parametrize("url", ["https://x", "http://", "http://x:port", "http://x:70000"])
+def test_a_variable_that_names_no_plain_endpoint_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"OTEL_EXPORTER_OTLP_ENDPOINT: .* got the value '{url}'"):
+        otlp_endpoint_of({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
