@@ -71,7 +71,8 @@ class RouterClient:
         for target in itertools.cycle(self._targets):
             try:
                 async with channel(target) as connection:
-                    await asyncio.wait_for(connection.channel_ready(), _CONNECT_SECONDS)
+                    async with asyncio.timeout(_CONNECT_SECONDS):
+                        await connection.channel_ready()
                     await self._talk(connection)
             except (grpc.aio.AioRpcError, TimeoutError) as error:
                 _log.debug("router session lost", extra={"router": target, "cause": repr(error)})

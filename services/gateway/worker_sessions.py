@@ -37,7 +37,8 @@ class _Session:
         """Talks to the worker until either side ends it; then every stream on it has lost its worker."""
         try:
             async with channel(self._endpoint) as connection:
-                await asyncio.wait_for(connection.channel_ready(), _CONNECT_SECONDS)
+                async with asyncio.timeout(_CONNECT_SECONDS):
+                    await connection.channel_ready()
                 call = worker_pb2_grpc.WorkerServiceStub(connection).Session(self._outbox.messages())
                 async for message in call:
                     self._apply(message)
