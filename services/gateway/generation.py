@@ -23,7 +23,9 @@ __all__ = ["Caller", "Generation", "Generator"]
 
 _log = logging.getLogger(__name__)
 # A request that has taken two workers down with it may well be the reason: it doesn't get a third.
-_MAX_LOST_WORKERS: Final = 2
+_MAX_VICTIMS: Final = 2
+# Workers that turn it away are well; but where each of so many does, another one would, too.
+_MAX_MOVES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,8 @@ class Generation:
         self._stream = Stream()
         self._run = AsyncExitStack()
         self._lease: Lease | None = None
-        self._lost_workers: list[str] = []
+        self._left_workers: list[str] = []
+        self._victims = 0
         self.started_at = monotonic()
         self.first_token_at: float | None = None
 
@@ -122,7 +125,7 @@ class Generation:
                 tenant_id=self._caller.tenant,
                 priority=self._caller.priority,
                 session_id=self._caller.session_id,
-                excluded_worker_ids=self._lost_workers,
+                excluded_worker_ids=self._left_workers,
                 traceparent=traceparent_of(span),
             )
             lease = self._lease = await self._run.enter_async_context(self._routers.lease(acquire))
@@ -132,20 +135,32 @@ class Generation:
     async def _move(self, lost: WorkerLostError) -> None:
         lease = self._lease
         assert lease is not None
-        lease.outcome = router_pb2.OUTCOME_FAILED
+        lease.outcome = router_pb2.OUTCOME_FAILED if lost.refusal is None else router_pb2.OUTCOME_REFUSED
         emitted = len(self._stream.token_ids)
         _log.warning(
-            "worker lost", extra={"worker": lease.worker_id, "request": self._caller.request_id, "emitted": emitted}
+            "worker left",
+            extra={
+                "worker": lease.worker_id,
+                "request": self._caller.request_id,
+                "emitted": emitted,
+                "cause": str(lost),
+            },
         )
         trace.get_current_span().add_event(
             "failover", {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted}
         )
         await self._run.aclose()
-        self._lost_workers.append(lease.worker_id)
-        if len(self._lost_workers) >= _MAX_LOST_WORKERS or (emitted and not self._resumes_exactly):
-            raise MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost") from lost
+        self._left_workers.append(lease.worker_id)
+        self._victims += lost.refusal is None
+        self._check_movable(lost, emitted)
         self._stream.recover()
         await self.start()
+
+    def _check_movable(self, lost: WorkerLostError, emitted: int) -> None:
+        if lost.refusal is not None and len(self._left_workers) >= _MAX_MOVES:
+            raise lost.refusal
+        if self._victims >= _MAX_VICTIMS or (emitted and not self._resumes_exactly):
+            raise MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost") from lost
 
     @property
     def _resumes_exactly(self) -> bool:

@@ -13,6 +13,11 @@ __all__ = ["Ending", "Stream", "TokenScore", "WorkerLostError"]
 class WorkerLostError(Exception):
     """The worker of a generation is gone, or doesn't take it; the generation may go on elsewhere."""
 
+    def __init__(self, message: str, *, refusal: MeshError | None = None) -> None:
+        """`refusal` is what a worker said that is well and turned the generation away: it drains, or is full."""
+        super().__init__(message)
+        self.refusal = refusal
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:

@@ -10,6 +10,7 @@ import grpc.aio
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2, worker_pb2_grpc
 
+from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.rpc import channel
 from services.common.status import error_from_status
@@ -20,6 +21,7 @@ __all__ = ["WorkerSessions"]
 _log = logging.getLogger(__name__)
 _MAX_WAITING_EDITS: Final = 10_000
 _CONNECT_SECONDS: Final = 2.0
+_TURNED_AWAY: Final = (Reason.NO_READY_WORKER, Reason.NO_CAPACITY)
 _FINISH_REASONS: Final = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
@@ -111,7 +113,7 @@ class _Session:
         if stream is None:
             return
         if end.HasField("failed"):
-            stream.fail(error_from_status(end.failed))
+            stream.fail(_failure(error_from_status(end.failed)))
         else:
             stream.end(_ending(end.completed))
 
@@ -163,6 +165,14 @@ class WorkerSessions:
 
 def _cause(error: Exception) -> str:
     return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "no connection"
+
+
+def _failure(error: MeshError) -> MeshError | WorkerLostError:
+    if error.reason in _TURNED_AWAY:
+        return WorkerLostError(error.message, refusal=error)
+    if error.reason is Reason.ENGINE_FAILED:
+        return WorkerLostError(error.message)
+    return error
 
 
 def _ending(completed: pb.Completed) -> Ending:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -155,3 +156,28 @@ async def test_many_streams_at_once_do_not_mix(client: httpx.AsyncClient) -> Non
 
     prompts = [f"prompt {index}" for index in range(60)]
     assert await asyncio.gather(*map(one, prompts)) == [expected_text(tokenize(prompt), 40) for prompt in prompts]
+
+
+async def test_a_generation_that_outlasts_a_drain_goes_on_elsewhere(tmp_path: Path) -> None:
+    async with openai_lane(tmp_path, FAST, workers=2) as lane, httpx.AsyncClient(timeout=20) as client:
+        body = {"model": "sim", "prompt": "long", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
+        url, stream = f"{lane.base_url}/v1/completions", {**body, "stream": True}
+        async with client.stream("POST", url, json=stream, headers=lane.headers) as response:
+            lane.stop_worker(int(response.headers["x-tokenloom-worker"].removeprefix("worker-")))
+            text = "".join([chunk async for chunk in response.aiter_text()])
+        *chunks, finish, done = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        said = "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+        assert said == expected_text(tokenize("long"), 1500)
+        assert json.loads(finish)["choices"][0]["finish_reason"] == "length"
+        assert done == "[DONE]"
+
+
+async def test_a_sampled_generation_that_outlasts_a_drain_ends_with_an_error(tmp_path: Path) -> None:
+    async with openai_lane(tmp_path, FAST, workers=2) as lane, httpx.AsyncClient(timeout=20) as client:
+        body = {"model": "sim", "prompt": "long", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        url = f"{lane.base_url}/v1/completions"
+        async with client.stream("POST", url, json=body, headers=lane.headers) as response:
+            lane.stop_worker(int(response.headers["x-tokenloom-worker"].removeprefix("worker-")))
+            text = "".join([chunk async for chunk in response.aiter_text()])
+        assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert "[DONE]" not in text

@@ -100,3 +100,16 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error_and_without_done(mesh: Me
         rest = [line for line in lines if line]
     assert '"error"' in rest[-1]
     assert "[DONE]" not in "".join(rest)
+
+
+def test_a_worker_that_is_asked_to_stop_finishes_its_streams_and_comes_back(mesh: Mesh) -> None:
+    wait_until(lambda: answers(mesh), within=10)
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 200, "stream": True, "temperature": 1, "ignore_eos": True}
+    with httpx.stream("POST", f"{mesh.edge}/v1/completions", json=body, headers=mesh.headers, timeout=20) as response:
+        worker = response.headers["x-tokenloom-worker"]
+        pid = int(mesh.process(worker)["pid"])
+        os.kill(pid, signal.SIGTERM)
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in lines[-2]
+    wait_until(lambda: mesh.process(worker)["pid"] != pid, within=20)

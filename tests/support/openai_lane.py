@@ -20,13 +20,16 @@ __all__ = ["Lane", "openai_lane"]
 class Lane:
     """What runs, and how to reach it."""
 
-    def __init__(self, base_url: str, *, key: str, keys: Path, workers: Sequence[str]) -> None:
+    def __init__(self, base_url: str, *, key: str, keys: Path, workers: Sequence[asyncio.Event]) -> None:
         self.base_url = base_url
         self.key = key
         self.keys = keys
         """The file of API keys."""
-        self.workers = workers
-        """Where each worker serves gRPC."""
+        self._workers = workers
+
+    def stop_worker(self, index: int) -> None:
+        """Asks a worker to stop, as SIGTERM does; it drains for a tenth of a second."""
+        self._workers[index].set()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -44,8 +47,9 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
     async with AsyncExitStack() as stack:
         router = RouterSettings(name="router", listen=router_address, metrics=_address())
         await stack.enter_async_context(_process(lambda stop: router_main(router, stop)))
-        addresses = [_address() for _ in range(workers)]
-        for index, address in enumerate(addresses):
+        stops = []
+        for index in range(workers):
+            address = _address()
             settings = WorkerSettings(
                 name=f"worker-{index}",
                 listen=address,
@@ -57,7 +61,7 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
                 sim=sim,
                 drain_seconds=0.1,
             )
-            await stack.enter_async_context(_process(Worker(settings).run))
+            stops.append(await stack.enter_async_context(_process(Worker(settings).run)))
         gateway = GatewaySettings(
             name="gateway",
             listen=_address(),
@@ -69,7 +73,7 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
             drain_seconds=1,
         )
         await stack.enter_async_context(_process(lambda stop: gateway_main(gateway, stop)))
-        lane = Lane(f"http://{http}", key=key, keys=keys, workers=addresses)
+        lane = Lane(f"http://{http}", key=key, keys=keys, workers=stops)
         async with asyncio.timeout(10), httpx.AsyncClient() as client:
             while not await _lists_a_model(client, lane):
                 await asyncio.sleep(0.02)
@@ -77,11 +81,11 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
 
 
 @asynccontextmanager
-async def _process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> AsyncIterator[None]:
+async def _process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> AsyncIterator[asyncio.Event]:
     stop = asyncio.Event()
     task = asyncio.create_task(main(stop))
     try:
-        yield
+        yield stop
     finally:
         stop.set()
         await asyncio.wait_for(task, 10)
