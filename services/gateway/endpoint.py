@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -83,7 +84,7 @@ class Endpoint(Generic[R]):
             except MeshError as error:
                 raise in_openai_terms(error) from error
             finally:
-                self._record(generation)
+                self._record(generation, body.model, response)
 
     async def _answer(
         self, body: R, generation: Generation, renderer: Renderer, response: Response, identity: Identity
@@ -112,16 +113,23 @@ class Endpoint(Generic[R]):
             }
             span.set_attributes({key: value for key, value in wanted.items() if value is not None})
 
-    def _record(self, generation: Generation) -> None:
-        ending, first_at = generation.ending, generation.first_token_at
-        span = trace.get_current_span()
+    def _record(self, generation: Generation, model: str, response: Response) -> None:
+        span, facts = trace.get_current_span(), response.facts
+        facts.update(model=model, worker=generation.worker_id)
+        ending, first_at, last_at = generation.ending, generation.first_token_at, monotonic()
         if first_at is not None:
             seconds = first_at - generation.started_at
             self._metrics.time_to_first_token.observe(seconds)
             span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
+            facts["ttft_ms"] = round(1000 * seconds, 1)
         if ending is None:
             return
         self._metrics.count_tokens(ending.prompt_tokens, ending.cached_tokens, ending.output_tokens)
+        facts.update(
+            input_tokens=ending.prompt_tokens, cached_tokens=ending.cached_tokens, output_tokens=ending.output_tokens
+        )
+        if first_at is not None and ending.output_tokens > 1:
+            facts["tpot_ms"] = round(1000 * (last_at - first_at) / (ending.output_tokens - 1), 2)
         span.set_attributes(
             {
                 "gen_ai.response.finish_reasons": [ending.finish_reason],

@@ -85,6 +85,9 @@ class Response:
         self.status = 0
         self._busy = False
         self._unfinished: _Unfinished | None = None
+        self._error: Exception | None = None
+        self.facts: dict[str, object] = {}
+        """What the request's log line tells beside its outcome."""
 
     def add_header(self, name: str, value: str) -> None:
         """Adds a header; before anything is sent."""
@@ -106,6 +109,8 @@ class Response:
 
     async def send_events(self, events: bytes) -> None:
         """Sends events; waits while the client's buffers are full."""
+        if self._error is not None:
+            raise self._error
         self._busy = True
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
@@ -125,6 +130,9 @@ class Response:
             blocker = sending.send(None)  # type: ignore[attr-defined]  # servers' send() is a coroutine function
         except StopIteration:
             return True
+        except Exception as error:  # noqa: BLE001  # it is this stream's own error, and whoever writes has others to serve
+            self._busy, self._error = True, error
+            return False
         # The buffers are full, and the server waits until they are not: the next send_events() waits with it.
         self._busy, self._unfinished = True, _Unfinished(sending, blocker)
         return True
