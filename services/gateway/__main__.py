@@ -14,7 +14,7 @@ from services.common.metrics import serve_metrics
 from services.common.rpc import serve
 from services.common.settings import GatewaySettings
 from services.gateway.app import App, Handler
-from services.gateway.authz import AuthorizationServicer
+from services.gateway.authz import AuthorizationServicer, HttpAuthorization
 from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
 from services.gateway.generation import Generator
@@ -43,6 +43,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             app = App(
                 handlers=_handlers(settings, generator, metrics),
                 authenticator=authenticator,
+                authorization=HttpAuthorization(authenticator),
                 fleet=fleet,
                 metrics=metrics,
                 is_ready=lambda: routers.connected and not stop.is_set(),

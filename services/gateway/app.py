@@ -10,6 +10,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.common.errors import MeshError, Reason
 from services.common.tracing import context_from, traceparent_of, tracer
+from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.fleet import FleetWatch, Model
 from services.gateway.generation import Caller
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
@@ -32,6 +33,7 @@ class App:
         *,
         handlers: dict[str, Handler],
         authenticator: Authenticator,
+        authorization: HttpAuthorization,
         fleet: FleetWatch,
         metrics: GatewayMetrics,
         is_ready: Callable[[], bool],
@@ -39,6 +41,7 @@ class App:
         """`handlers` answer POST requests, by path. `is_ready` tells whether /readyz should say so."""
         self._handlers = handlers
         self._authenticator = authenticator
+        self._authorization = authorization
         self._fleet = fleet
         self._metrics = metrics
         self._is_ready = is_ready
@@ -47,6 +50,9 @@ class App:
         """One ASGI connection. Only HTTP is served."""
         if scope["type"] != "http":
             raise ValueError(f"unexpected ASGI scope {scope['type']!r}")
+        if scope["path"].startswith(AUTHORIZATION_PATH):
+            await self._authorization(scope, receive, send)
+            return
         request = Request(scope, receive)
         request_id = request.header(b"x-request-id") or uuid.uuid4().hex
         response = Response(send, request_id)
@@ -92,6 +98,7 @@ class App:
                     "outcome": outcome,
                     "status": response.status or 499,
                     "duration_ms": round(seconds * 1000, 1),
+                    **response.facts,
                 },
             )
 
@@ -100,6 +107,7 @@ class App:
         handler = self._handlers.get(request.path)
         if handler is not None:
             _require_method(request, response, "POST")
+            response.facts["tenant"] = identity.tenant
             await handler(request, response, identity, _caller(request, request_id, identity, span))
         elif request.path == "/v1/models" or request.path.startswith(_MODEL_PREFIX):
             _require_method(request, response, "GET")

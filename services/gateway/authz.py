@@ -2,6 +2,9 @@
 
 import base64
 import json
+from collections.abc import MutableMapping
+from functools import lru_cache
+from typing import Any, Final
 
 import grpc.aio
 from envoy.config.core.v3 import base_pb2
@@ -11,9 +14,18 @@ from google.rpc import status_pb2
 
 from services.common.errors import MeshError
 from services.common.status import DETAILS_KEY, status_from_error
+from services.gateway.http import Receive, Request, Send
 from services.gateway.identity import Authenticator, Identity
 
-__all__ = ["AuthorizationServicer"]
+__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization"]
+
+AUTHORIZATION_PATH: Final = "/authz/"
+"""Where checks over HTTP come in; what follows is the path that the client asked for."""
+_RIGHT: Final = b"x-tokenloom-right"
+_FORM: Final = b"x-tokenloom-form"
+_REMOVED: Final = (b"x-envoy-auth-headers-to-remove", b"authorization")
+_EMPTY: Final = (b"content-length", b"0")
+_Headers = list[tuple[bytes, bytes]]
 
 
 class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
@@ -32,17 +44,72 @@ class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
     ) -> external_auth_pb2.CheckResponse:
         """Answers one check."""
         http = request.attributes.request.http
+        right = request.attributes.context_extensions.get("right", "")
         try:
-            identity = self._authenticator.identify(http.headers.get("authorization"))
-            if request.attributes.context_extensions.get("right") == "admin":
-                identity.check_admin()
+            identity = _check(self._authenticator, http.headers.get("authorization"), right)
         except MeshError as error:
             is_grpc = http.headers.get("content-type", "").startswith("application/grpc")
             return _denied(error, is_grpc=is_grpc)
         return _allowed(identity)
 
 
+class HttpAuthorization:
+    """The same checks over HTTP, for an Envoy that asks with `http_service`: a quarter of what gRPC costs here.
+
+    Envoy says in headers of its own what it asks for: `x-tokenloom-right`, and `x-tokenloom-form` ("grpc" or "rest"),
+    which the refusal has.
+    """
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answers one check: 200 with the headers to add, or the refusal that the client is to get."""
+        asked = Request(scope, receive)
+        try:
+            # Who does not say what it is for gets nothing that a stranger might have asked for.
+            right = asked.header(_RIGHT) or "admin"
+            identity = _check(self._authenticator, asked.header(b"authorization"), right)
+        except MeshError as error:
+            is_grpc = asked.header(_FORM) == "grpc"
+            status, headers, body = _refusal(error, is_grpc=is_grpc)
+        else:
+            status, headers, body = 200, _passed(identity), b""
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _check(authenticator: Authenticator, authorization: str | None, right: str) -> Identity:
+    identity = authenticator.identify(authorization)
+    if right == "admin":
+        identity.check_admin()
+    return identity
+
+
+@lru_cache(maxsize=1024)
+def _passed(identity: Identity) -> _Headers:
+    return [_EMPTY, _REMOVED, *((name.encode(), value.encode()) for name, value in _headers(identity).items())]
+
+
+def _refusal(error: MeshError, *, is_grpc: bool) -> tuple[int, _Headers, bytes]:
+    body = error.message.encode() if is_grpc else json.dumps(error.http_body()).encode()
+    extra = (DETAILS_KEY.encode(), _details(error).encode()) if is_grpc else (b"content-type", b"application/json")
+    return error.row.http, [(b"content-length", str(len(body)).encode()), extra], body
+
+
+@lru_cache(maxsize=1024)
 def _allowed(identity: Identity) -> external_auth_pb2.CheckResponse:
+    return external_auth_pb2.CheckResponse(
+        status=status_pb2.Status(code=0),
+        ok_response=external_auth_pb2.OkHttpResponse(
+            headers=[_header(name, value) for name, value in _headers(identity).items()],
+            # Nobody behind the edge needs the key itself.
+            headers_to_remove=["authorization"],
+        ),
+    )
+
+
+def _headers(identity: Identity) -> dict[str, str]:
     headers = {
         "x-tokenloom-tenant": identity.tenant,
         "x-tokenloom-key": identity.key_id,
@@ -52,14 +119,7 @@ def _allowed(identity: Identity) -> external_auth_pb2.CheckResponse:
         headers["x-tokenloom-models"] = json.dumps(sorted(identity.models))
     if identity.debug:
         headers["x-tokenloom-debug"] = "1"
-    return external_auth_pb2.CheckResponse(
-        status=status_pb2.Status(code=0),
-        ok_response=external_auth_pb2.OkHttpResponse(
-            headers=[_header(name, value) for name, value in headers.items()],
-            # Nobody behind the edge needs the key itself.
-            headers_to_remove=["authorization"],
-        ),
-    )
+    return headers
 
 
 def _denied(error: MeshError, *, is_grpc: bool) -> external_auth_pb2.CheckResponse:
@@ -68,12 +128,16 @@ def _denied(error: MeshError, *, is_grpc: bool) -> external_auth_pb2.CheckRespon
     if is_grpc:
         # Envoy makes the gRPC status out of the HTTP one, and the message out of the body; the details go beside it.
         denied.body = error.message
-        details = base64.b64encode(status.SerializeToString()).rstrip(b"=").decode()
-        denied.headers.append(_header(DETAILS_KEY, details))
+        denied.headers.append(_header(DETAILS_KEY, _details(error)))
     else:
         denied.body = json.dumps(error.http_body())
         denied.headers.append(_header("content-type", "application/json"))
     return external_auth_pb2.CheckResponse(status=status, denied_response=denied)
+
+
+def _details(error: MeshError) -> str:
+    # Binary metadata travels as base64 without padding.
+    return base64.b64encode(status_from_error(error).SerializeToString()).rstrip(b"=").decode()
 
 
 def _header(name: str, value: str) -> base_pb2.HeaderValueOption:

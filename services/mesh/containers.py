@@ -58,7 +58,6 @@ def edge_of(mesh: MeshConfig) -> Edge:
         listen=f"{_ANY}:{mesh.edge.port}",
         admin=f"127.0.0.1:{mesh.edge.admin_port or _ADMIN}",
         gateway=f"gateway:{_HTTP}",
-        authorization=f"gateway:{_GRPC}",
         router=f"router:{_GRPC}",
         telemetry=f"telemetry:{_GRPC}",
         otlp=mesh.otlp_endpoint,

@@ -27,8 +27,6 @@ class Edge:
     admin: str
     gateway: str
     """The gateway's HTTP side."""
-    authorization: str
-    """The gateway's gRPC side."""
     router: str
     telemetry: str
     otlp: str | None = None
@@ -49,7 +47,6 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
             "clusters": [
                 *clusters(
                     gateway=edge.gateway,
-                    authorization=edge.authorization,
                     router=edge.router,
                     telemetry=edge.telemetry,
                 ),

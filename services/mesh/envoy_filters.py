@@ -2,8 +2,9 @@
 
 from base64 import b64encode
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from services.common.status import DETAILS_KEY
 from services.mesh.envoy_replies import error_body_script
 from services.mesh.envoy_types import any_of
 from services.mesh.rest import PUBLIC_SERVICES, descriptor_set
@@ -20,6 +21,11 @@ _BUFFER: Final = "envoy.filters.http.buffer"
 
 MAX_BODY_BYTES: Final = 4 << 20
 
+# Every route says in its metadata which right it needs, and which form its errors have.
+_NAMESPACE: Final = "tokenloom"
+_CHECK_HEADERS: Final = [
+    {"key": f"x-tokenloom-{key}", "value": f"%METADATA(ROUTE:{_NAMESPACE}:{key})%"} for key in ("right", "form")
+]
 _AUTHORIZATION_TIMEOUT: Final = "2s"
 # Longer than a request may wait in the router's queue.
 _PICK_TIMEOUT: Final = "120s"
@@ -38,11 +44,15 @@ _PICKER_READS: Final = (
 
 
 class Right(StrEnum):
-    """What a key must allow; the gateway reads it as the check's context extension `right`."""
+    """What a key must allow."""
 
     INFERENCE = "inference"
     TELEMETRY = "telemetry"
     ADMIN = "admin"
+
+    def metadata(self, form: Literal["grpc", "rest"]) -> dict[str, Any]:
+        """The metadata of a route that needs it."""
+        return {"filter_metadata": {_NAMESPACE: {"right": self.value, "form": form}}}
 
 
 def http_filters() -> list[dict[str, Any]]:
@@ -61,18 +71,14 @@ def http_filters() -> list[dict[str, Any]]:
     ]
 
 
-def for_grpc(right: Right, *, picked: bool) -> dict[str, Any]:
+def for_grpc(*, picked: bool) -> dict[str, Any]:
     """The filters of a gRPC route."""
-    check = any_of(
-        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute",
-        check_settings={"context_extensions": {"right": right.value}},
-    )
-    return {_AUTHORIZATION: check, **({_PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {})}
+    return {_AUTHORIZATION: _ENABLED, **({_PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {})}
 
 
-def for_rest(right: Right, *, picked: bool) -> dict[str, Any]:
+def for_rest(*, picked: bool) -> dict[str, Any]:
     """The filters of a REST route of a gRPC service."""
-    return {**for_grpc(right, picked=picked), _TRANSCODER: _ENABLED, _ERROR_BODY: _ENABLED}
+    return {**for_grpc(picked=picked), _TRANSCODER: _ENABLED, _ERROR_BODY: _ENABLED}
 
 
 _ENABLED: Final = any_of("envoy.config.route.v3.FilterConfig", config={})
@@ -88,8 +94,18 @@ def _authorization() -> dict[str, Any]:
     return any_of(
         "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
         transport_api_version="V3",
-        grpc_service={"envoy_grpc": {"cluster_name": "authorization"}, "timeout": _AUTHORIZATION_TIMEOUT},
-        allowed_headers={"patterns": [{"exact": "authorization"}, {"exact": "content-type"}]},
+        http_service={
+            "server_uri": {"uri": "http://gateway", "cluster": "gateway", "timeout": _AUTHORIZATION_TIMEOUT},
+            "path_prefix": "/authz",
+            "authorization_request": {"headers_to_add": _CHECK_HEADERS},
+            "authorization_response": {
+                "allowed_upstream_headers": {"patterns": [{"prefix": "x-tokenloom-"}]},
+                "allowed_client_headers": {"patterns": [{"exact": "content-type"}, {"exact": DETAILS_KEY}]},
+            },
+        },
+        # Never the content type: to a check of type application/grpc Envoy itself would answer that the gateway is away
+        # with HTTP 200 and a gRPC status, and take that for a yes.
+        allowed_headers={"patterns": [{"exact": "authorization"}]},
         # The gateway being away is no verdict on the key.
         status_on_error={"code": "ServiceUnavailable"},
         failure_mode_allow=False,

@@ -55,8 +55,9 @@ def _service(
         "name": service.name,
         "match": {"prefix": prefix, "headers": [_IS_GRPC]},
         "route": _to(cluster),
+        "metadata": right.metadata("grpc"),
         "request_body_buffer_limit": MAX_BODY_BYTES,
-        "typed_per_filter_config": for_grpc(right, picked=picked),
+        "typed_per_filter_config": for_grpc(picked=picked),
     }
     yield {"name": "not-grpc", "match": {"prefix": prefix}, "direct_response": {"status": 415}}
     methods = list(rest_methods(service))
@@ -65,8 +66,9 @@ def _service(
             "name": service.name,
             "match": {**_path(method), "headers": [{"name": ":method", "string_match": {"exact": method.verb}}]},
             "route": _to(cluster),
+            "metadata": right.metadata("rest"),
             "request_body_buffer_limit": MAX_BODY_BYTES,
-            "typed_per_filter_config": for_rest(right, picked=picked),
+            "typed_per_filter_config": for_rest(picked=picked),
         }
     for method in methods:
         yield {

@@ -161,7 +161,6 @@ class _Planner:
             listen=f"{self._mesh.edge.host}:{ports['http']}",
             admin=f"{_HOST}:{ports['admin']}",
             gateway=f"{_HOST}:{gateway.ports['http']}",
-            authorization=_grpc(gateway),
             router=_grpc(router),
             telemetry=_grpc(telemetry),
             otlp=self._mesh.otlp_endpoint,

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
+import grpc.aio
 import msgspec
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
@@ -55,19 +56,20 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
             if exchange.is_picked:
                 call.cancel()
 
-    async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
         """One HTTP request. When the stream ends, however it ends, its lease is free."""
-        inbox = _Inbox(request_iterator)
+        # Read and written through the context, which costs less than an iterator and a generator do.
+        del request_iterator
+        inbox = _Inbox(context)
         exchange = _Exchange(self._admission, self._tracer, inbox, context)
         call = asyncio.current_task()
         assert call is not None
         self._calls[exchange] = call
-        # The stream may end while its generator is parked in a write; this is called all the same, and at once.
         context.add_done_callback(lambda _: exchange.close())
         try:
             while not exchange.is_over and (message := await inbox.next()) is not None:
                 for response in await exchange.take(message):
-                    yield response
+                    await context.write(response)
         except asyncio.CancelledError:
             # Our own call for attention, and cheaper than listening for two things all the time: the stream ends with
             # OK. An error would have Envoy break a response that is on its way.
@@ -83,8 +85,8 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
 class _Inbox:
     """The messages of a stream. A read is never abandoned, since the next one would miss what it had got."""
 
-    def __init__(self, stream: AsyncIterator[Any]) -> None:
-        self._stream = stream
+    def __init__(self, context: Any) -> None:
+        self._context = context
         self._reading: asyncio.Task[Any] | None = None
         self._early: list[Any] = []
 
@@ -93,7 +95,7 @@ class _Inbox:
         if self._early:
             return self._early.pop(0)
         if self._reading is None:
-            return await anext(self._stream, None)
+            return await self._receive()
         reading, self._reading = self._reading, None
         return await reading
 
@@ -122,7 +124,8 @@ class _Inbox:
         return True
 
     async def _receive(self) -> Any | None:
-        return await anext(self._stream, None)
+        message = await self._context.read()
+        return None if message is grpc.aio.EOF else message
 
 
 class _Exchange:
@@ -269,6 +272,7 @@ class _Exchange:
             return [extproc.CONTINUE_RESPONSE_BODY]
         if kind == "response_trailers":
             self._settle(extproc.headers_of(message.response_trailers.trailers))
+            self.is_over = True
             return [extproc.CONTINUE_RESPONSE_TRAILERS]
         raise _out_of_order()
 

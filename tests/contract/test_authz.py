@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc.aio
+import httpx
 import pytest
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 
 from services.common.keystore import KeyStore
 from services.common.rpc import channel, serve
 from services.common.status import DETAILS_KEY
-from services.gateway.authz import AuthorizationServicer
+from services.gateway.authz import AuthorizationServicer, HttpAuthorization
 from services.gateway.identity import Authenticator
 
 
@@ -78,3 +79,48 @@ async def test_a_grpc_client_gets_the_details_beside_the_message(store: KeyStore
     headers = {option.header.key: option.header.value for option in answer.denied_response.headers}
     assert DETAILS_KEY in headers
     assert answer.denied_response.body == "this API key is not valid"
+
+
+async def http_check(store: KeyStore, *headers: tuple[str, str], right: str | None = "inference") -> httpx.Response:
+    """One check over HTTP, as Envoy sends it."""
+    app = HttpAuthorization(Authenticator(store))
+    if right is not None:
+        headers = (*headers, ("x-tokenloom-right", right))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        answer = await client.post("/authz/api/v1/generate", headers=list(headers))
+    store.close()
+    return answer
+
+
+async def test_over_http_a_valid_key_passes_and_its_owner_is_handed_on(store: KeyStore) -> None:
+    _, key = store.create("team", priority=2, models=["b", "a"])
+    answer = await http_check(store, ("authorization", f"Bearer {key}"))
+    assert answer.status_code == 200
+    assert answer.headers["x-tokenloom-tenant"] == "team"
+    assert answer.headers["x-tokenloom-priority"] == "2"
+    assert json.loads(answer.headers["x-tokenloom-models"]) == ["a", "b"]
+    assert answer.headers["x-envoy-auth-headers-to-remove"] == "authorization"
+
+
+@pytest.mark.parametrize(
+    ("admin", "right", "status"),
+    [(False, "admin", 403), (False, None, 403), (True, "admin", 200), (True, None, 200), (False, "telemetry", 200)],
+)
+async def test_over_http_the_right_is_the_routes_and_without_one_it_is_the_highest(
+    store: KeyStore, admin: bool, right: str | None, status: int
+) -> None:
+    _, key = store.create("team", admin=admin)
+    answer = await http_check(store, ("authorization", f"Bearer {key}"), right=right)
+    assert answer.status_code == status
+
+
+async def test_over_http_two_keys_are_none(store: KeyStore) -> None:
+    _, key = store.create("team")
+    answer = await http_check(store, ("authorization", "Bearer no"), ("authorization", f"Bearer {key}"))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+async def test_over_http_a_grpc_client_gets_the_details_beside_the_message(store: KeyStore) -> None:
+    answer = await http_check(store, ("authorization", "Bearer no"), ("x-tokenloom-form", "grpc"))
+    assert (answer.status_code, answer.text) == (401, "this API key is not valid")
+    assert DETAILS_KEY in answer.headers

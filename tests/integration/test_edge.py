@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import status_pb2
 from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
+from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.errors import MeshError, Reason
 from services.common.status import DETAILS_KEY, error_from_call, error_from_status
@@ -128,6 +129,8 @@ async def test_inside_services_are_not_routed(edge: RunningEdge, method: str) ->
 async def test_what_a_client_says_about_itself_is_dropped(edge: RunningEdge, client: httpx.AsyncClient) -> None:
     forged = {
         "x-tokenloom-tenant": "root",
+        "x-tokenloom-models": "[]",
+        "x-tokenloom-right": "inference",
         "x-tokenloom-anything": "1",
         "x-gateway-destination-endpoint": "10.0.0.1:1",
         "x-gateway-destination-endpoint-subset": "10.0.0.1:1",
@@ -397,7 +400,7 @@ async def test_without_a_gateway_both_lanes_say_not_ready(tmp_path_factory: pyte
     nowhere = f"127.0.0.1:{free_port()}"
     folder = tmp_path_factory.mktemp("gatewayless")
     async with (
-        running_edge(folder, gateway=nowhere, authorization=nowhere) as edge,
+        running_edge(folder, gateway=nowhere) as edge,
         httpx.AsyncClient(base_url=edge.url, headers=USER) as client,
         grpc.aio.insecure_channel(edge.target) as channel,
     ):
@@ -405,12 +408,15 @@ async def test_without_a_gateway_both_lanes_say_not_ready(tmp_path_factory: pyte
             answer = await client.post(path, json=body())
             assert (answer.status_code, error_of(answer)["code"]) == (503, "no_ready_worker")
             assert answer.headers["retry-after"] == "1"
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await inference_pb2_grpc.InferenceServiceStub(channel).Tokenize(
-                inference_pb2.TokenizeRequest(), metadata=METADATA
-            )
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert rich(caught.value).retry_after_seconds == 1
+        calls: Any = (
+            (inference_pb2_grpc.InferenceServiceStub(channel).Tokenize, inference_pb2.TokenizeRequest()),
+            (admin_pb2_grpc.RouterAdminServiceStub(channel).ListWorkers, admin_pb2.ListWorkersRequest()),
+        )
+        for call, sent in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(sent, metadata=METADATA)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert rich(caught.value).retry_after_seconds == 1
         # The edge itself is alive all the same.
         assert (await client.get("/healthz")).status_code == 200
 

@@ -14,11 +14,9 @@ import grpc.aio
 import httpx
 import uvicorn
 from envoy.config.core.v3 import base_pb2
-from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 from envoy.type.v3 import http_status_pb2
-from google.rpc import status_pb2
 from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
@@ -64,6 +62,9 @@ class Gateway:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One ASGI request."""
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        if scope["path"].startswith("/authz/"):
+            await self._check(headers, send)
+            return
         body = b""
         while True:
             message = await receive()
@@ -76,6 +77,12 @@ class Gateway:
             await self._stream(receive, send)
         else:
             await _send_json(send, request)
+
+    async def _check(self, headers: dict[str, str], send: Any) -> None:
+        right = headers["x-tokenloom-right"]
+        self._seen.checks.append({"right": right, **headers})
+        is_grpc = headers["x-tokenloom-form"] == "grpc"
+        await _send_check(send, _check(right, headers), is_grpc=is_grpc)
 
     async def _stream(self, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
@@ -95,34 +102,26 @@ async def _send_json(send: Any, body: Any) -> None:
     await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
 
-class Authorization(external_auth_pb2_grpc.AuthorizationServicer):
+def _check(right: str, headers: dict[str, str]) -> MeshError | None:
     """Knows two keys."""
-
-    def __init__(self, seen: FarEnds) -> None:
-        self._seen = seen
-
-    async def Check(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
-        """Answers a check."""
-        right = request.attributes.context_extensions["right"]
-        headers = dict(request.attributes.request.http.headers)
-        self._seen.checks.append({"right": right, **headers})
-        key = headers.get("authorization", "").removeprefix("Bearer ")
-        if key not in (USER_KEY, ADMIN_KEY):
-            return _denied(MeshError(Reason.INVALID_API_KEY, "this API key is not valid"), headers)
-        if right == "admin" and key != ADMIN_KEY:
-            return _denied(MeshError(Reason.PERMISSION_DENIED, "this key does not have the admin right"), headers)
-        tenant = _option("x-tokenloom-tenant", "ada")
-        allowed = external_auth_pb2.OkHttpResponse(headers=[tenant], headers_to_remove=["authorization"])
-        return external_auth_pb2.CheckResponse(status=status_pb2.Status(), ok_response=allowed)
+    key = headers.get("authorization", "").removeprefix("Bearer ")
+    if key not in (USER_KEY, ADMIN_KEY):
+        return MeshError(Reason.INVALID_API_KEY, "this API key is not valid")
+    if right == "admin" and key != ADMIN_KEY:
+        return MeshError(Reason.PERMISSION_DENIED, "this key does not have the admin right")
+    return None
 
 
-def _denied(error: MeshError, headers: dict[str, str]) -> Any:
-    is_grpc = headers.get("content-type", "").startswith("application/grpc")
-    body = error.message if is_grpc else json.dumps(error.http_body())
-    denied = external_auth_pb2.DeniedHttpResponse(status=http_status_pb2.HttpStatus(code=error.row.http), body=body)
-    if not is_grpc:
-        denied.headers.append(_option("content-type", "application/json"))
-    return external_auth_pb2.CheckResponse(status=status_pb2.Status(code=7), denied_response=denied)
+async def _send_check(send: Any, error: MeshError | None, *, is_grpc: bool) -> None:
+    headers = [(b"x-tokenloom-tenant", b"ada"), (b"x-envoy-auth-headers-to-remove", b"authorization")]
+    body = b""
+    if error is not None:
+        body = error.message.encode() if is_grpc else json.dumps(error.http_body()).encode()
+        headers = [] if is_grpc else [(b"content-type", b"application/json")]
+    headers.append((b"content-length", str(len(body)).encode()))
+    status = 200 if error is None else error.row.http
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
@@ -166,18 +165,15 @@ def _refused(error: MeshError) -> Any:
         details=error.reason.value.lower(),
     )
     refusal.headers.set_headers.append(
-        _option(DETAILS_KEY, b64encode(status_from_error(error).SerializeToString()).decode(), raw=True)
+        _option(DETAILS_KEY, b64encode(status_from_error(error).SerializeToString()).decode())
     )
     if error.retry_after_seconds is not None:
-        refusal.headers.set_headers.append(_option("retry-after", f"{error.retry_after_seconds:.0f}", raw=True))
+        refusal.headers.set_headers.append(_option("retry-after", f"{error.retry_after_seconds:.0f}"))
     return ext_proc.ProcessingResponse(immediate_response=refusal)
 
 
-def _option(name: str, value: str, *, raw: bool = False) -> Any:
-    # The picker's headers are bytes to Envoy, the authorization's are text.
-    header = (
-        base_pb2.HeaderValue(key=name, raw_value=value.encode()) if raw else base_pb2.HeaderValue(key=name, value=value)
-    )
+def _option(name: str, value: str) -> Any:
+    header = base_pb2.HeaderValue(key=name, raw_value=value.encode())
     return base_pb2.HeaderValueOption(
         header=header,
         append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
@@ -337,9 +333,6 @@ async def running_edge(folder: Path, **changes: str) -> AsyncIterator[RunningEdg
             "listen": f"127.0.0.1:{free_port()}",
             "admin": f"127.0.0.1:{free_port()}",
             "gateway": f"127.0.0.1:{gateway}",
-            "authorization": await stack.enter_async_context(
-                _grpc(external_auth_pb2_grpc.add_AuthorizationServicer_to_server, Authorization(seen), "authorization")
-            ),
             "router": await router.enter_async_context(_grpc(_add_router, (Picker(seen), Admin()), "router")),
             "telemetry": await stack.enter_async_context(
                 _grpc(telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, Telemetry(), "telemetry")

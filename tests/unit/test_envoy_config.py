@@ -21,7 +21,6 @@ LOCAL = Edge(
     listen="127.0.0.1:8080",
     admin="127.0.0.1:9901",
     gateway="127.0.0.1:8000",
-    authorization="127.0.0.1:8001",
     router="127.0.0.1:8002",
     telemetry="127.0.0.1:8003",
 )
@@ -39,7 +38,6 @@ def traced(otlp: str) -> Edge:
         listen=LOCAL.listen,
         admin=LOCAL.admin,
         gateway=LOCAL.gateway,
-        authorization=LOCAL.authorization,
         router=LOCAL.router,
         telemetry=LOCAL.telemetry,
         otlp=otlp,
@@ -77,8 +75,9 @@ def test_every_route_of_a_service_asks_for_its_right(service: Any, right: str, c
     assert len(own) == 1 + len(list(rest_methods(service)))
     for route in own:
         filters = route["typed_per_filter_config"]
-        check = filters["envoy.filters.http.ext_authz"]["check_settings"]
-        assert check["context_extensions"] == {"right": right}
+        assert "envoy.filters.http.ext_authz" in filters
+        form = "grpc" if route is own[0] else "rest"
+        assert route["metadata"]["filter_metadata"] == {"tokenloom": {"right": right, "form": form}}
         assert route["route"]["cluster"] == cluster
         assert ("envoy.filters.http.ext_proc" in filters) == (cluster == "workers")
 
