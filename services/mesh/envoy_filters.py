@@ -9,7 +9,7 @@ from services.mesh.envoy_replies import error_body_script
 from services.mesh.envoy_types import any_of
 from services.mesh.rest import PUBLIC_SERVICES, descriptor_set
 
-__all__ = ["MAX_BODY_BYTES", "Right", "for_grpc", "for_rest", "http_filters"]
+__all__ = ["MAX_BODY_BYTES", "SHOWN_TO_PICKER", "Right", "for_grpc", "for_rest", "http_filters"]
 
 # Filters run in this order on a request and in the opposite one on its answer.
 _ERROR_BODY: Final = "tokenloom.error_body"
@@ -30,13 +30,12 @@ _AUTHORIZATION_TIMEOUT: Final = "2s"
 # Longer than a request may wait in the router's queue.
 _PICK_TIMEOUT: Final = "120s"
 # The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
+SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id")
+"""The headers among them that clients set."""
 _PICKER_READS: Final = (
     ":path",
-    "content-type",
-    "grpc-encoding",
-    "grpc-timeout",
+    *SHOWN_TO_PICKER,
     "x-request-id",
-    "x-session-id",
     "x-tokenloom-models",
     "x-tokenloom-priority",
     "x-tokenloom-tenant",

@@ -41,6 +41,8 @@ class _Reply:
     error: MeshError
     grpc_error: MeshError | None = None
     """What gRPC clients are told, where that differs."""
+    only: str = "true"
+    """What else must be the case, in CEL."""
     adds_reason: bool = False
     """Whether Envoy's own words follow."""
 
@@ -54,7 +56,10 @@ def _reply(status: int, reason: Reason, message: str, *, code: str | None = None
 
 _NO_METHOD: Final = MeshError(Reason.UNIMPLEMENTED, "there is no such method here")
 _NOT_READY: Final = "this part of the mesh is not ready: try again"
+# Only a body is picked for: without one no worker was named.
+_NO_BODY: Final = 'response.code_details == "no_healthy_upstream" && request.size == 0 && ' + _IS_GRPC
 _REPLIES: Final = (
+    _Reply(status=503, only=_NO_BODY, error=MeshError(Reason.INVALID_REQUEST, "the request has no body")),
     _Reply(status=400, error=MeshError(Reason.INVALID_REQUEST, "malformed request"), adds_reason=True),
     _Reply(
         status=404,
@@ -91,7 +96,7 @@ def _for_grpc(reply: _Reply) -> dict[str, Any]:
     error = reply.grpc_error or reply.error
     details = b64encode(status_from_error(error).SerializeToString()).rstrip(b"=").decode()
     return {
-        "filter": _cel(f"response.code == {reply.status} && {_IS_GRPC}"),
+        "filter": _cel(f"response.code == {reply.status} && {reply.only} && {_IS_GRPC}"),
         "body": {"inline_string": error.message},
         "headers_to_add": [
             _header("grpc-status", str(grpc_code(error).value[0])),
@@ -106,7 +111,7 @@ def _for_http(reply: _Reply) -> dict[str, Any]:
         body["error"]["message"] = f"{reply.error.message}: %LOCAL_REPLY_BODY%"
     retry = reply.error.retry_after_seconds
     return {
-        "filter": _cel(f"response.code == {reply.status}"),
+        "filter": _cel(f"response.code == {reply.status} && {reply.only}"),
         "body_format_override": {"json_format": body},
         "headers_to_add": [] if retry is None else [_header("retry-after", f"{retry:g}")],
     }

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from services.mesh.envoy_filters import MAX_BODY_BYTES, Right, for_grpc, for_rest
+from services.mesh.envoy_filters import MAX_BODY_BYTES, SHOWN_TO_PICKER, Right, for_grpc, for_rest
 from services.mesh.rest import INFERENCE, ROUTER_ADMIN, TELEMETRY, RestMethod, rest_methods
 
 __all__ = ["MAX_BODY_BYTES", "OPENAI_PATHS", "route_config"]
@@ -40,6 +40,12 @@ def _routes() -> Iterator[dict[str, Any]]:
             "name": "openai",
             "match": {"path_separated_prefix": path},
             "route": _to("gateway"),
+        }
+    for header in SHOWN_TO_PICKER:
+        yield {
+            "name": "malformed",
+            "match": {"prefix": "/", "headers": [_no_text(header)]},
+            "direct_response": _BAD_HEADER,
         }
     yield from _service(INFERENCE, "workers", Right.INFERENCE, picked=True)
     yield from _service(TELEMETRY, "telemetry", Right.TELEMETRY)
@@ -98,6 +104,18 @@ def _json(status: int, body: str) -> dict[str, Any]:
     return {"status": status, "body": {"inline_string": body}}
 
 
+def _no_text(header: str) -> dict[str, Any]:
+    return {"name": header, "string_match": {"safe_regex": {"regex": _UTF8}}, "invert_match": True}
+
+
+# Envoy's regular expressions see bytes.
+_UTF8: Final = (
+    r"([\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]"
+    r"|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]"
+    r"|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2})*"
+)
+# Attributes are protobuf strings: with a value that is not UTF-8 the router could not read a request at all.
+_BAD_HEADER: Final = {"status": 400, "body": {"inline_string": "a header is not UTF-8"}}
 _IS_GRPC: Final = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
 # Only what never left the edge is tried again: a process that starts again is back within a second.
 _RETRY_UNSENT: Final = {

@@ -202,6 +202,8 @@ class _Exchange:
             raise _out_of_order()
         self._start(message, headers)
         self._reader = self._reader or JsonBody()
+        if self._mode not in _BUFFERED:
+            raise _out_of_order()
 
     def _start(self, message: Any, headers: dict[str, str]) -> None:
         self._headers = headers

@@ -95,6 +95,54 @@ async def test_a_buffered_body_is_picked_for_in_its_own_answer() -> None:
         assert await envoy.picked() == "127.0.0.1:5001"
 
 
+async def test_a_body_that_comes_first_brings_what_there_is_to_know_of_the_headers() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        envoy = Envoy(to_router, mode=BUFFERED)
+        await envoy.body_alone(
+            "Generate", framed(HELLO), x_request_id="r1", x_tokenloom_tenant="acme", x_session_id="s", grpc_timeout="5S"
+        )
+        assert await envoy.picked() == "127.0.0.1:5001"
+        (lease,) = router.fleet.workers[0].leases
+        await envoy.send_response(grpc_status="0")
+        await eventually(lambda: leases(router) == 0, within=1)
+    request = lease.request
+    assert (request.request_id, request.tenant, request.session, request.timeout_seconds) == ("r1", "acme", "s", 5)
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "headers", "reason"),
+    [
+        ("Generate", framed(HELLO), {"x_tokenloom_models": '["other"]'}, Reason.PERMISSION_DENIED),
+        ("Generate", b"", {}, Reason.INVALID_REQUEST),
+        ("Generate", framed(generation_pb2.GenerateRequest(model="nope")), {}, Reason.MODEL_NOT_FOUND),
+        ("Nonsense", framed(HELLO), {}, Reason.UNIMPLEMENTED),
+    ],
+)
+async def test_a_body_that_comes_first_is_refused_like_any_other(
+    method: str, body: bytes, headers: dict[str, str], reason: Reason
+) -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        envoy = Envoy(to_router, mode=BUFFERED)
+        await envoy.body_alone(method, body, **headers)  # type: ignore[arg-type]  # of a table
+        assert (await envoy.error()).reason is reason
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_a_body_that_comes_first_for_a_method_without_a_model_goes_anywhere(ended: bool) -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router, max_running=1):
+        envoy = Envoy(to_router, mode=BUFFERED)
+        await envoy.body_alone("ListModels", framed(inference_pb2.ListModelsRequest()), ended=ended)
+        assert await envoy.picked() == "127.0.0.1:5001"
+        assert leases(router) == 0
+
+
+async def test_a_streamed_body_cannot_come_first() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        envoy = Envoy(to_router, mode=FULL_DUPLEX)
+        await envoy.body_alone("Generate", framed(HELLO))
+        assert (await envoy.error()).reason is Reason.INVALID_REQUEST
+
+
 @pytest.mark.parametrize("mode", [FULL_DUPLEX, BUFFERED])
 async def test_a_method_without_a_model_goes_anywhere_without_its_body(mode: int) -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router, max_running=1):

@@ -313,6 +313,22 @@ def rich(error: grpc.aio.AioRpcError) -> MeshError:
     return error_from_status(status_pb2.Status.FromString(found))
 
 
+@pytest.mark.parametrize("method", ["Generate", "ListModels"])
+async def test_a_call_without_a_message_is_the_clients_fault(client: httpx.AsyncClient, method: str) -> None:
+    path = f"/tokenloom.inference.v1.InferenceService/{method}"
+    answer = await client.post(path, headers={"content-type": "application/grpc"})
+    assert answer.headers["grpc-status"] == str(grpc.StatusCode.INVALID_ARGUMENT.value[0])
+    assert answer.headers["grpc-message"] == "the request has no body"
+
+
+@pytest.mark.parametrize("name", ["x-session-id", "grpc-timeout"])
+async def test_a_header_that_the_picker_is_shown_has_to_be_text(client: httpx.AsyncClient, name: str) -> None:
+    odd = await client.post(GENERATE, json=body(), headers=[(name.encode(), b"\xff\xfe")])
+    assert (odd.status_code, error_of(odd)["code"]) == (400, "invalid_value")
+    well = await client.post(GENERATE, json=body(), headers=[(b"x-session-id", "zoë".encode())])
+    assert well.status_code == 200
+
+
 async def test_a_deadline_is_kept(stub: inference_pb2_grpc.InferenceServiceAsyncStub, edge: RunningEdge) -> None:
     cancelled = edge.seen.worker_cancels
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -52,6 +52,19 @@ class Envoy:
             hint[f"{DESTINATION}-subset"] = subset
         await self.call.write(message)
 
+    async def body_alone(self, method: str, body: bytes, *, ended: bool = True, **headers: str) -> None:
+        """Sends the request's body as the first message, with the headers that the picker reads as attributes."""
+        named = {":path": _SERVICE + method, "content-type": "application/grpc"}
+        named |= {key.replace("_", "-"): value for key, value in headers.items()}
+        message = ext_proc.ProcessingRequest(
+            request_body=ext_proc.HttpBody(body=body, end_of_stream=ended),
+            protocol_config=ext_proc.ProtocolConfiguration(request_body_mode=self._mode),
+        )
+        for name, value in named.items():
+            shown = message.attributes["envoy.filters.http.ext_proc"].fields[f"request.headers['{name}']"]
+            shown.string_value = value
+        await self.call.write(message)
+
     async def body(self, body: bytes, *, ended: bool = True) -> None:
         """Sends a piece of the request's body."""
         await self.send(request_body=ext_proc.HttpBody(body=body, end_of_stream=ended))
