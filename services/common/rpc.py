@@ -111,11 +111,20 @@ async def serve(
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns what servicers raise into rich statuses."""
 
+    def __init__(self) -> None:
+        # By method; gRPC asks for each call, and knows a method that is served by one handler all the time.
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         handler = await continuation(handler_call_details)
-        return None if handler is None else _wrap(handler)
+        if handler is None:
+            return None
+        known = self._wrapped.get(handler_call_details.method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[handler_call_details.method] = (handler, _wrap(handler))
+        return known[1]
 
 
 def _wrap(handler: Any) -> Any:
