@@ -220,9 +220,13 @@ def test_a_bad_request_gets_its_error_at_once_and_reaches_no_engine(
     before = accepted(sim_mesh)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     headers = {**sim_mesh.headers, "content-type": "application/json"}
-    began = time.monotonic()
-    response = client.post(f"{sim_mesh.edge}{path}", content=content, headers=headers)
-    assert time.monotonic() - began < 0.1
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        response = client.post(f"{sim_mesh.edge}{path}", content=content, headers=headers)
+        took.append(time.monotonic() - began)
+    # The middle one: this machine may have had something else to do during one of them.
+    assert sorted(took)[1] < 0.1
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
