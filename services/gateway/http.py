@@ -85,6 +85,8 @@ class Response:
         self.status = 0
         self._busy = False
         self._unfinished: _Unfinished | None = None
+        # Used again and again: a message is done with when send() returns, and while it doesn't we are busy.
+        self._message: Message = {"type": "http.response.body", "body": b"", "more_body": True}
         self._error: Exception | None = None
         self.facts: dict[str, object] = {}
         """What the request's log line tells beside its outcome."""
@@ -125,7 +127,9 @@ class Response:
         """
         if self._busy:
             return False
-        sending = self._send({"type": "http.response.body", "body": events, "more_body": True})
+        message = self._message
+        message["body"] = events
+        sending = self._send(message)
         try:
             blocker = sending.send(None)  # type: ignore[attr-defined]  # servers' send() is a coroutine function
         except StopIteration:

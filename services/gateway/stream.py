@@ -69,6 +69,14 @@ class Stream:
         self.texts.append(text)
         self.wake()
 
+    def push_one(self, text: str, token_id: int) -> None:
+        """Adds a delta of one token, the way nearly all of them come."""
+        self.token_ids.append(token_id)
+        writer = self.writer
+        if writer is None or self.texts or not writer(text):
+            self.texts.append(text)
+            self.wake()
+
     def end(self, ending: Ending) -> None:
         """Marks the generation complete."""
         self.ending = ending

@@ -93,7 +93,7 @@ class _Session:
             for handle, text, token_id in zip(message.handles, message.texts, token_ids, strict=True):
                 stream = find(handle)
                 if stream is not None:
-                    stream.push(text, (token_id,))
+                    stream.push_one(text, token_id)
             return
         position = 0
         for handle, text, count in zip(message.handles, message.texts, counts, strict=True):
