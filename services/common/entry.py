@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import gc
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -32,14 +31,5 @@ def start(service: str, shape: type[S], main: Callable[[S, asyncio.Event], Await
         sys.stderr.write(f"{error}\n")
         return 2
     logs.setup(service, level=settings.log_level)
-    _tune_garbage_collection()
     with tracing.provider(service, endpoint=settings.otlp_endpoint, instance=settings.name):
         return run(lambda stop: main(settings, stop))
-
-
-def _tune_garbage_collection() -> None:
-    # What was imported stays, and needn't be looked at again; and a request makes more objects than the default
-    # threshold, so that each would pay for a collection that finds nothing.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)

@@ -4,6 +4,7 @@ vLLM calls register() in every process of its own that isn't a copy of one where
 come here through fork handlers. Neither happens outside a tokenloom worker.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -50,6 +51,8 @@ def _after_fork() -> None:
     if worker is None:
         return
     _tie(int(worker))
+    # What was inherited stays as it is: its finalizers are the worker's to run, and looking at it would copy its pages.
+    gc.freeze()
     # Else a signal to this process would be read by the worker's event loop as a signal to the worker.
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
