@@ -107,7 +107,7 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
 
 
 class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """services.gateway. `listen` serves Envoy's ext_authz; `http` serves the OpenAI API."""
+    """services.gateway. `http` serves the OpenAI API and the edge's checks of keys, `listen` these checks over gRPC."""
 
     http: Address
     routers: list[Address]

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -78,9 +78,3 @@ def traceparent_of(span: Span) -> str:
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, trace.set_span_in_context(span))
     return carrier.get("traceparent", "")
-
-
-def metadata_traceparent(metadata: Mapping[str, str | bytes]) -> str | None:
-    """The `traceparent` among a call's metadata."""
-    value = metadata.get("traceparent")
-    return value if isinstance(value, str) else None

@@ -50,12 +50,14 @@ async def test_a_lease_lasts_as_long_as_its_block() -> None:
 
 
 async def test_a_refusal_is_raised_with_its_reason() -> None:
-    async with running_router() as (router, to_router), worker_link(router, to_router):
-        await asyncio.sleep(1.1)  # the router knows by then who is there
-        async with connected(f"127.0.0.1:{router.port}") as client:
-            with pytest.raises(MeshError) as caught:
-                async with client.lease(acquire("nonsense")):
-                    pass
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router),
+        connected(f"127.0.0.1:{router.port}") as client,
+    ):
+        with pytest.raises(MeshError) as caught:
+            async with client.lease(acquire("nonsense")):
+                pass
     assert (caught.value.reason, caught.value.field) == (Reason.MODEL_NOT_FOUND, "model")
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.support.mesh import Mesh, running_mesh
-from tests.support.waiting import wait_until
+from tests.support.waiting import eventually, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 MODEL = "sim"
@@ -52,6 +52,8 @@ def test_a_killed_process_comes_back_and_the_next_request_works(mesh: Mesh, name
 
 
 async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_twice(mesh: Mesh) -> None:
+    flowing: set[str] = set()
+
     async def text(client: openai.AsyncOpenAI, prompt: str) -> tuple[str, int]:
         stream = await client.completions.create(
             model=MODEL,
@@ -64,12 +66,14 @@ async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_t
         )
         parts, tokens = [], 0
         async for chunk in stream:
+            flowing.add(prompt)
             parts += [choice.text for choice in chunk.choices]
             tokens = chunk.usage.completion_tokens if chunk.usage else tokens
         return "".join(parts), tokens
 
     async def all_texts(*, then_kill: str | None) -> dict[str, tuple[str, int]]:
         texts: dict[str, tuple[str, int]] = {}
+        flowing.clear()
 
         async def run(client: openai.AsyncOpenAI, prompt: str) -> None:
             texts[prompt] = await text(client, prompt)
@@ -78,7 +82,7 @@ async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_t
             for index in range(64):
                 tasks.create_task(run(client, f"prompt {index}"))
             if then_kill is not None:
-                await asyncio.sleep(0.7)  # the streams are in full flow
+                await eventually(lambda: len(flowing) == 64, within=10)
                 kill(mesh, then_kill)
         return texts
 
