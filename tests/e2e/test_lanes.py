@@ -281,5 +281,6 @@ def test_an_sdk_gets_the_error_class_it_knows(sim_mesh: Mesh) -> None:
         client.completions.create(model="nope", prompt="x")
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL, prompt="x", temperature=7)
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{sim_mesh.edge}/v1", api_key="tl-nope", max_retries=0).models.list()
+    stranger = openai.OpenAI(base_url=f"{sim_mesh.edge}/v1", api_key="tl-nope", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -25,6 +25,8 @@ class Mesh:
     """A mesh that is up."""
 
     state_dir: Path
+    clients: ExitStack = field(default_factory=ExitStack)
+    """What sdk() has made, closed with the mesh: a connection that nobody closes is a warning in whoever comes next."""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -63,11 +65,12 @@ class Mesh:
         return found
 
     def sdk(self, **options: Any) -> openai.OpenAI:
-        """The official SDK, pointed at the edge."""
-        return openai.OpenAI(base_url=f"{self.edge}/v1", api_key=self.key, **{"max_retries": 0, **options})
+        """The official SDK, pointed at the edge; closed with the mesh."""
+        client = openai.OpenAI(base_url=f"{self.edge}/v1", api_key=self.key, **{"max_retries": 0, **options})
+        return self.clients.enter_context(client)
 
     def async_sdk(self, **options: Any) -> openai.AsyncOpenAI:
-        """The official SDK's async client, pointed at the edge."""
+        """The official SDK's async client, pointed at the edge; the caller closes it."""
         return openai.AsyncOpenAI(base_url=f"{self.edge}/v1", api_key=self.key, **{"max_retries": 0, **options})
 
     def metric(self, process: str, name: str) -> float:
@@ -89,7 +92,8 @@ def running_mesh(state_dir: Path, *arguments: str, within: float = 60.0) -> Iter
     mesh = Mesh(state_dir=state_dir)
     try:
         _wait((state_dir / "mesh.json").exists, launcher, log.name, within)
-        yield mesh
+        with mesh.clients:
+            yield mesh
     finally:
         launcher.send_signal(signal.SIGTERM)
         try:
