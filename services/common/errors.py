@@ -18,6 +18,8 @@ class Reason(StrEnum):
     PERMISSION_DENIED = "PERMISSION_DENIED"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
     UNSUPPORTED_MEDIA_TYPE = "UNSUPPORTED_MEDIA_TYPE"
@@ -50,6 +52,8 @@ TABLE: Final[dict[Reason, ReasonRow]] = {
     Reason.PERMISSION_DENIED: ReasonRow("PERMISSION_DENIED", 403, "permission_error", "permission_denied"),
     Reason.MODEL_NOT_FOUND: ReasonRow("NOT_FOUND", 404, "invalid_request_error", "model_not_found"),
     Reason.NOT_FOUND: ReasonRow("NOT_FOUND", 404, "invalid_request_error", "not_found"),
+    Reason.ALREADY_EXISTS: ReasonRow("ALREADY_EXISTS", 409, "invalid_request_error", "already_exists"),
+    Reason.FAILED_PRECONDITION: ReasonRow("FAILED_PRECONDITION", 409, "invalid_request_error", "failed_precondition"),
     Reason.METHOD_NOT_ALLOWED: ReasonRow("UNIMPLEMENTED", 405, "invalid_request_error", "method_not_allowed"),
     Reason.REQUEST_TOO_LARGE: ReasonRow("RESOURCE_EXHAUSTED", 413, "invalid_request_error", "request_too_large"),
     Reason.UNSUPPORTED_MEDIA_TYPE: ReasonRow(

@@ -29,6 +29,7 @@ class FinishReason(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 class Capability(Enum):
@@ -37,6 +38,31 @@ class Capability(Enum):
     GENERATE = "generate"
     CHAT = "chat"
     EMBED = "embed"
+    SCORE = "score"
+    TOOLS = "tools"
+    REASONING = "reasoning"
+    STRUCTURED_OUTPUT = "structured_output"
+    IMAGES = "images"
+    AUDIO = "audio"
+    LOGPROBS = "logprobs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Media:
+    """Something that is not text, sent along."""
+
+    kind: Literal["image", "audio"]
+    mime_type: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a function."""
+
+    id: str
+    name: str
+    arguments_json: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +72,45 @@ class ChatMessage:
     role: str
     content: str
     name: str = ""
+    parts: Sequence[str | Media] = ()
+    """Content that is not only text; `content` is empty then."""
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str = ""
+    reasoning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that a model may call."""
+
+    name: str
+    description: str
+    parameters_json: str
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How to render a conversation, beyond its messages."""
+
+    tools: Sequence[Tool] = ()
+    tool_choice: Literal["auto", "none", "required", "function"] = "auto"
+    function_name: str = ""
+    """The function, when the choice is "function"."""
+    single_tool_call: bool = False
+    template_arguments: Mapping[str, object] = field(default_factory=dict)
+    generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """A form that the output must have."""
+
+    kind: Literal["json_schema", "json_object", "regex", "grammar", "choice"]
+    value: str = ""
+    """The schema, expression or grammar."""
+    choices: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +134,11 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprob_count: int | None = None
     """Alternatives to report for each output token; None reports no log-probabilities at all."""
+    prompt_logprob_count: int | None = None
+    bad_words: Sequence[str] = ()
+    allowed_token_ids: Sequence[int] = ()
+    keep_special_tokens: bool = False
+    include_stop_string: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +152,14 @@ class Generation:
     """Text, token ids, or a conversation to render with the model's chat template."""
     kind: Literal["text", "tokens", "chat"]
     sampling: Sampling
+    chat: ChatOptions = ChatOptions()
+    """How to render a prompt of the kind "chat"."""
+    structured_output: StructuredOutput | None = None
+    choices: int = 1
+    echo: bool = False
+    cache_salt: str = ""
+    prompt_token_limit: int | None = None
+    add_special_tokens: bool = True
     emitted_token_ids: Sequence[int] = ()
     """Output tokens that the client has already."""
     priority: int = 0
@@ -95,6 +173,8 @@ class Usage:
     prompt: int
     cached: int
     output: int
+    reasoning: int = 0
+    """How many of the output's tokens were thinking."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +193,8 @@ class TokenLogprob:
     token_id: int
     token: str
     logprob: float
+    rank: int = 0
+    """Among all tokens, from 1; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             token_ids=token_ids, max_context_token_count=engine.card.max_context_tokens
         )
 
+    async def Detokenize(
+        self,
+        request: inference_pb2.DetokenizeRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> inference_pb2.DetokenizeResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "tokens can't be turned into text yet")
+
+    async def Score(
+        self,
+        request: inference_pb2.ScoreRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> inference_pb2.ScoreResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "texts can't be scored yet")
+
     async def ListModels(
         self,
         request: inference_pb2.ListModelsRequest,  # noqa: ARG002  # gRPC's signature
@@ -130,6 +146,46 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             await session.run(request_iterator, context.write)
         finally:
             self._sessions.discard(session)
+
+    async def LoadAdapter(
+        self,
+        request: worker_pb2.LoadAdapterRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> worker_pb2.LoadAdapterResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "adapters can't be loaded yet")
+
+    async def UnloadAdapter(
+        self,
+        request: worker_pb2.UnloadAdapterRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> worker_pb2.UnloadAdapterResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "adapters can't be unloaded yet")
+
+    async def Sleep(
+        self,
+        request: worker_pb2.SleepRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> worker_pb2.SleepResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "this engine can't sleep yet")
+
+    async def Wake(
+        self,
+        request: worker_pb2.WakeRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> worker_pb2.WakeResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "this engine can't sleep yet")
+
+    async def ReloadWeights(
+        self,
+        request: worker_pb2.ReloadWeightsRequest,  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+    ) -> worker_pb2.ReloadWeightsResponse:
+        """Refuses: not there yet."""
+        raise MeshError(Reason.UNIMPLEMENTED, "weights can't be reloaded yet")
 
     def close(self) -> None:
         """Ends every session once what is waiting is written, and takes no new one."""

@@ -71,6 +71,23 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         self._drain(request.worker_id, drained=False)
         return admin_pb2.UndrainWorkerResponse()
 
+    async def CordonWorker(
+        self, request: admin_pb2.CordonWorkerRequest, context: Any
+    ) -> admin_pb2.CordonWorkerResponse:
+        """Refuses: not there yet."""
+        del request, context
+        raise MeshError(Reason.UNIMPLEMENTED, "workers can't be cordoned yet")
+
+    async def GetPolicy(self, request: admin_pb2.GetPolicyRequest, context: Any) -> admin_pb2.GetPolicyResponse:
+        """Refuses: not there yet."""
+        del request, context
+        raise MeshError(Reason.UNIMPLEMENTED, "there is no routing policy yet")
+
+    async def SetPolicy(self, request: admin_pb2.SetPolicyRequest, context: Any) -> admin_pb2.SetPolicyResponse:
+        """Refuses: not there yet."""
+        del request, context
+        raise MeshError(Reason.UNIMPLEMENTED, "there is no routing policy yet")
+
     async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:
         """The decisions of a request, oldest first."""
         del context

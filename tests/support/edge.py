@@ -222,6 +222,14 @@ class Worker(inference_pb2_grpc.InferenceServiceServicer):
         """Can't."""
         raise MeshError(Reason.UNIMPLEMENTED, "this model does not embed")
 
+    async def Detokenize(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Counts back."""
+        return inference_pb2.DetokenizeResponse(text=f"{len(request.token_ids)} tokens")
+
+    async def Score(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Can't."""
+        raise MeshError(Reason.UNIMPLEMENTED, "this model does not score")
+
     async def ListModels(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
         """Lists."""
         return inference_pb2.ListModelsResponse(models=[inference_pb2.ModelCard(name="demo")])
@@ -261,6 +269,18 @@ class Admin(admin_pb2_grpc.RouterAdminServiceServicer):
     async def WatchFleet(self, request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ARG002
         """Streams one."""
         yield admin_pb2.WatchFleetResponse(waiting_count=1)
+
+    async def CordonWorker(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Cordons."""
+        return admin_pb2.CordonWorkerResponse()
+
+    async def GetPolicy(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Has the first one."""
+        return admin_pb2.GetPolicyResponse(policy_json="{}", version=1)
+
+    async def SetPolicy(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Takes any."""
+        return admin_pb2.SetPolicyResponse(version=2)
 
     async def Explain(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
         """Explains."""

@@ -16,6 +16,8 @@ ROWS = [
     ("PERMISSION_DENIED", "PERMISSION_DENIED", 403, "permission_error", "permission_denied"),
     ("MODEL_NOT_FOUND", "NOT_FOUND", 404, "invalid_request_error", "model_not_found"),
     ("NOT_FOUND", "NOT_FOUND", 404, "invalid_request_error", "not_found"),
+    ("ALREADY_EXISTS", "ALREADY_EXISTS", 409, "invalid_request_error", "already_exists"),
+    ("FAILED_PRECONDITION", "FAILED_PRECONDITION", 409, "invalid_request_error", "failed_precondition"),
     ("METHOD_NOT_ALLOWED", "UNIMPLEMENTED", 405, "invalid_request_error", "method_not_allowed"),
     ("REQUEST_TOO_LARGE", "RESOURCE_EXHAUSTED", 413, "invalid_request_error", "request_too_large"),
     ("UNSUPPORTED_MEDIA_TYPE", "INVALID_ARGUMENT", 415, "invalid_request_error", "unsupported_media_type"),

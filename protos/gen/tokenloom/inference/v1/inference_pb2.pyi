@@ -34,6 +34,20 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """It has a chat template."""
     CAPABILITY_EMBED: _Capability.ValueType  # 3
     """It embeds text."""
+    CAPABILITY_SCORE: _Capability.ValueType  # 4
+    """It scores texts against a query."""
+    CAPABILITY_TOOLS: _Capability.ValueType  # 5
+    """It calls functions, streamed as tool calls."""
+    CAPABILITY_REASONING: _Capability.ValueType  # 6
+    """Its thinking is told from its answer."""
+    CAPABILITY_STRUCTURED_OUTPUT: _Capability.ValueType  # 7
+    """Its output can be held to a schema, a grammar or a choice."""
+    CAPABILITY_IMAGES: _Capability.ValueType  # 8
+    """It takes images."""
+    CAPABILITY_AUDIO: _Capability.ValueType  # 9
+    """It takes sound."""
+    CAPABILITY_LOGPROBS: _Capability.ValueType  # 10
+    """It reports log-probabilities."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Something that a model can do."""
@@ -46,6 +60,20 @@ CAPABILITY_CHAT: Capability.ValueType  # 2
 """It has a chat template."""
 CAPABILITY_EMBED: Capability.ValueType  # 3
 """It embeds text."""
+CAPABILITY_SCORE: Capability.ValueType  # 4
+"""It scores texts against a query."""
+CAPABILITY_TOOLS: Capability.ValueType  # 5
+"""It calls functions, streamed as tool calls."""
+CAPABILITY_REASONING: Capability.ValueType  # 6
+"""Its thinking is told from its answer."""
+CAPABILITY_STRUCTURED_OUTPUT: Capability.ValueType  # 7
+"""Its output can be held to a schema, a grammar or a choice."""
+CAPABILITY_IMAGES: Capability.ValueType  # 8
+"""It takes images."""
+CAPABILITY_AUDIO: Capability.ValueType  # 9
+"""It takes sound."""
+CAPABILITY_LOGPROBS: Capability.ValueType  # 10
+"""It reports log-probabilities."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -56,23 +84,44 @@ class EmbedRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    DIMENSION_COUNT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model to use. Required."""
+    dimension_count: _builtins.int
+    """Components to keep of each embedding, for models that were trained to be shortened. Absent: all."""
+    prompt_token_limit: _builtins.int
+    """Keep only this many tokens of each text's end. Absent: a text that is too long is refused."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, at most 256."""
+        """The texts, 1 to 256 of them. Not together with `token_ids`."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenIds]:
+        """Texts that are tokenized already, 1 to 256 of them."""
 
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_ids: _abc.Iterable[_generation_pb2.TokenIds] | None = ...,
+        dimension_count: _builtins.int | None = ...,
+        prompt_token_limit: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count", "_prompt_token_limit", b"_prompt_token_limit", "dimension_count", b"dimension_count", "prompt_token_limit", b"prompt_token_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count", "_prompt_token_limit", b"_prompt_token_limit", "dimension_count", b"dimension_count", "model", b"model", "prompt_token_limit", b"prompt_token_limit", "texts", b"texts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dimension_count: _TypeAlias = _typing.Literal["dimension_count"]  # noqa: Y015
+    _WhichOneofArgType__dimension_count: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_token_limit: _TypeAlias = _typing.Literal["prompt_token_limit"]  # noqa: Y015
+    _WhichOneofArgType__prompt_token_limit: _TypeAlias = _typing.Literal["_prompt_token_limit", b"_prompt_token_limit"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dimension_count) -> _WhichOneofReturnType__dimension_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_token_limit) -> _WhichOneofReturnType__prompt_token_limit | None: ...
 
 Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
 
@@ -131,6 +180,124 @@ class Embedding(_message.Message):
 Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
 
 @_typing.final
+class DetokenizeRequest(_message.Message):
+    """Tokens to turn back into text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model whose tokenizer to use. Required."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens, at most what the model's context takes."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeRequest: _TypeAlias = DetokenizeRequest  # noqa: Y015
+
+@_typing.final
+class DetokenizeResponse(_message.Message):
+    """The text of tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text, with U+FFFD where the tokens end inside a character."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class ScoreRequest(_message.Message):
+    """A query and texts to compare with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model to use. Required."""
+    query: _builtins.str
+    """What to compare with. Required."""
+    prompt_token_limit: _builtins.int
+    """Keep only this many tokens of query and text together. Absent: what is too long is refused."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts, 1 to 256 of them."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        query: _builtins.str = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_token_limit: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_token_limit", b"_prompt_token_limit", "prompt_token_limit", b"prompt_token_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_token_limit", b"_prompt_token_limit", "model", b"model", "prompt_token_limit", b"prompt_token_limit", "query", b"query", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prompt_token_limit: _TypeAlias = _typing.Literal["prompt_token_limit"]  # noqa: Y015
+    _WhichOneofArgType__prompt_token_limit: _TypeAlias = _typing.Literal["_prompt_token_limit", b"_prompt_token_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_token_limit) -> _WhichOneofReturnType__prompt_token_limit | None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class ScoreResponse(_message.Message):
+    """One score a text, in the request's order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORES_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The scores: higher fits better. 0 to 1 of a cross-encoder, -1 to 1 of an embedding model (cosine similarity)."""
+
+    @_builtins.property
+    def usage(self) -> _generation_pb2.Usage:
+        """What it cost; no output tokens."""
+
+    def __init__(
+        self,
+        *,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        usage: _generation_pb2.Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
+
+@_typing.final
 class TokenizeRequest(_message.Message):
     """A text or conversation to tokenize."""
 
@@ -139,10 +306,16 @@ class TokenizeRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    WITHOUT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    WITH_TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model whose tokenizer to use. Required."""
     text: _builtins.str
     """Plain text."""
+    without_special_tokens: _builtins.bool
+    """Leave out the special tokens that the tokenizer adds at the beginning. Text only."""
+    with_token_texts: _builtins.bool
+    """Return the text of each token, too."""
     @_builtins.property
     def chat(self) -> _generation_pb2.ChatPrompt:
         """A conversation, rendered with the model's chat template first."""
@@ -153,10 +326,12 @@ class TokenizeRequest(_message.Message):
         model: _builtins.str = ...,
         text: _builtins.str = ...,
         chat: _generation_pb2.ChatPrompt | None = ...,
+        without_special_tokens: _builtins.bool = ...,
+        with_token_texts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "text", b"text", "with_token_texts", b"with_token_texts", "without_special_tokens", b"without_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -172,21 +347,27 @@ class TokenizeResponse(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
     max_context_token_count: _builtins.int
     """Longest sequence, prompt and output together, that the model takes, in tokens."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its tokens."""
 
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The text of each token on its own, where they were asked for."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         max_context_token_count: _builtins.int = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_token_count", b"max_context_token_count", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_token_count", b"max_context_token_count", "token_ids", b"token_ids", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -243,12 +424,18 @@ class ModelCard(_message.Message):
     MAX_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    EMBEDDING_DIMENSION_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     max_context_token_count: _builtins.int
     """Longest sequence, prompt and output together, in tokens."""
     vocabulary_size: _builtins.int
     """Size of the vocabulary: token ids are below it."""
+    base_model: _builtins.str
+    """The model that this one adapts, for a LoRA adapter; else empty."""
+    embedding_dimension_count: _builtins.int
+    """Length of its embeddings; 0 where it does not embed."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___Capability.ValueType]:
         """What it can do."""
@@ -260,10 +447,12 @@ class ModelCard(_message.Message):
         max_context_token_count: _builtins.int = ...,
         capabilities: _abc.Iterable[Global___Capability.ValueType] | None = ...,
         vocabulary_size: _builtins.int = ...,
+        base_model: _builtins.str = ...,
+        embedding_dimension_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "max_context_token_count", b"max_context_token_count", "name", b"name", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "capabilities", b"capabilities", "embedding_dimension_count", b"embedding_dimension_count", "max_context_token_count", b"max_context_token_count", "name", b"name", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

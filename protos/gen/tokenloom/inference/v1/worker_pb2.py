@@ -25,27 +25,50 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from tokenloom.inference.v1 import generation_pb2 as tokenloom_dot_inference_dot_v1_dot_generation__pb2
+from tokenloom.inference.v1 import inference_pb2 as tokenloom_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tokenloom/inference/v1/worker.proto\x12\x16tokenloom.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\'tokenloom/inference/v1/generation.proto\"b\n\x0eSessionRequest\x12\x37\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\".tokenloom.inference.v1.Submission\x12\x17\n\x0f\x61\x62orted_handles\x18\x02 \x03(\x04\"\xbd\x01\n\nSubmission\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x38\n\x07request\x18\x03 \x01(\x0b\x32\'.tokenloom.inference.v1.GenerateRequest\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12*\n\x07timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x06 \x01(\x05\"\x85\x02\n\x0fSessionResponse\x12\x39\n\x06starts\x18\x01 \x03(\x0b\x32).tokenloom.inference.v1.StartedGeneration\x12\x0f\n\x07handles\x18\x02 \x03(\x04\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x14\n\x0ctoken_counts\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x37\n\x06\x64\x65ltas\x18\x06 \x03(\x0b\x32\'.tokenloom.inference.v1.GenerationDelta\x12\x35\n\x04\x65nds\x18\x07 \x03(\x0b\x32\'.tokenloom.inference.v1.EndedGeneration\"U\n\x11StartedGeneration\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x30\n\x07started\x18\x02 \x01(\x0b\x32\x1f.tokenloom.inference.v1.Started\"O\n\x0fGenerationDelta\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.tokenloom.inference.v1.Delta\"\x8a\x01\n\x0f\x45ndedGeneration\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x36\n\tcompleted\x18\x02 \x01(\x0b\x32!.tokenloom.inference.v1.CompletedH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome2o\n\rWorkerService\x12^\n\x07Session\x12&.tokenloom.inference.v1.SessionRequest\x1a\'.tokenloom.inference.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tokenloom/inference/v1/worker.proto\x12\x16tokenloom.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\'tokenloom/inference/v1/generation.proto\x1a&tokenloom/inference/v1/inference.proto\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"G\n\x13LoadAdapterResponse\x12\x30\n\x05model\x18\x01 \x01(\x0b\x32!.tokenloom.inference.v1.ModelCard\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x1d\n\x0cSleepRequest\x12\r\n\x05level\x18\x01 \x01(\r\"\x0f\n\rSleepResponse\"\r\n\x0bWakeRequest\"\x0e\n\x0cWakeResponse\"$\n\x14ReloadWeightsRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x17\n\x15ReloadWeightsResponse\"b\n\x0eSessionRequest\x12\x37\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\".tokenloom.inference.v1.Submission\x12\x17\n\x0f\x61\x62orted_handles\x18\x02 \x03(\x04\"\xbd\x01\n\nSubmission\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x38\n\x07request\x18\x03 \x01(\x0b\x32\'.tokenloom.inference.v1.GenerateRequest\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12*\n\x07timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x06 \x01(\x05\"\xbf\x02\n\x0fSessionResponse\x12\x39\n\x06starts\x18\x01 \x03(\x0b\x32).tokenloom.inference.v1.StartedGeneration\x12\x0f\n\x07handles\x18\x02 \x03(\x04\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x14\n\x0ctoken_counts\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x37\n\x06\x64\x65ltas\x18\x06 \x03(\x0b\x32\'.tokenloom.inference.v1.GenerationDelta\x12\x35\n\x04\x65nds\x18\x07 \x03(\x0b\x32\'.tokenloom.inference.v1.EndedGeneration\x12\x38\n\x0b\x63hoice_ends\x18\x08 \x03(\x0b\x32#.tokenloom.inference.v1.EndedChoice\"Q\n\x0b\x45ndedChoice\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x32\n\x05\x65nded\x18\x02 \x01(\x0b\x32#.tokenloom.inference.v1.ChoiceEnded\"U\n\x11StartedGeneration\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x30\n\x07started\x18\x02 \x01(\x0b\x32\x1f.tokenloom.inference.v1.Started\"O\n\x0fGenerationDelta\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.tokenloom.inference.v1.Delta\"\x8a\x01\n\x0f\x45ndedGeneration\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x36\n\tcompleted\x18\x02 \x01(\x0b\x32!.tokenloom.inference.v1.CompletedH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome2\xdc\x04\n\rWorkerService\x12^\n\x07Session\x12&.tokenloom.inference.v1.SessionRequest\x1a\'.tokenloom.inference.v1.SessionResponse(\x01\x30\x01\x12\x66\n\x0bLoadAdapter\x12*.tokenloom.inference.v1.LoadAdapterRequest\x1a+.tokenloom.inference.v1.LoadAdapterResponse\x12l\n\rUnloadAdapter\x12,.tokenloom.inference.v1.UnloadAdapterRequest\x1a-.tokenloom.inference.v1.UnloadAdapterResponse\x12T\n\x05Sleep\x12$.tokenloom.inference.v1.SleepRequest\x1a%.tokenloom.inference.v1.SleepResponse\x12Q\n\x04Wake\x12#.tokenloom.inference.v1.WakeRequest\x1a$.tokenloom.inference.v1.WakeResponse\x12l\n\rReloadWeights\x12,.tokenloom.inference.v1.ReloadWeightsRequest\x1a-.tokenloom.inference.v1.ReloadWeightsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tokenloom.inference.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONREQUEST']._serialized_start=161
-  _globals['_SESSIONREQUEST']._serialized_end=259
-  _globals['_SUBMISSION']._serialized_start=262
-  _globals['_SUBMISSION']._serialized_end=451
-  _globals['_SESSIONRESPONSE']._serialized_start=454
-  _globals['_SESSIONRESPONSE']._serialized_end=715
-  _globals['_STARTEDGENERATION']._serialized_start=717
-  _globals['_STARTEDGENERATION']._serialized_end=802
-  _globals['_GENERATIONDELTA']._serialized_start=804
-  _globals['_GENERATIONDELTA']._serialized_end=883
-  _globals['_ENDEDGENERATION']._serialized_start=886
-  _globals['_ENDEDGENERATION']._serialized_end=1024
-  _globals['_WORKERSERVICE']._serialized_start=1026
-  _globals['_WORKERSERVICE']._serialized_end=1137
+  _globals['_LOADADAPTERREQUEST']._serialized_start=201
+  _globals['_LOADADAPTERREQUEST']._serialized_end=249
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=251
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=322
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=324
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=360
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=362
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=385
+  _globals['_SLEEPREQUEST']._serialized_start=387
+  _globals['_SLEEPREQUEST']._serialized_end=416
+  _globals['_SLEEPRESPONSE']._serialized_start=418
+  _globals['_SLEEPRESPONSE']._serialized_end=433
+  _globals['_WAKEREQUEST']._serialized_start=435
+  _globals['_WAKEREQUEST']._serialized_end=448
+  _globals['_WAKERESPONSE']._serialized_start=450
+  _globals['_WAKERESPONSE']._serialized_end=464
+  _globals['_RELOADWEIGHTSREQUEST']._serialized_start=466
+  _globals['_RELOADWEIGHTSREQUEST']._serialized_end=502
+  _globals['_RELOADWEIGHTSRESPONSE']._serialized_start=504
+  _globals['_RELOADWEIGHTSRESPONSE']._serialized_end=527
+  _globals['_SESSIONREQUEST']._serialized_start=529
+  _globals['_SESSIONREQUEST']._serialized_end=627
+  _globals['_SUBMISSION']._serialized_start=630
+  _globals['_SUBMISSION']._serialized_end=819
+  _globals['_SESSIONRESPONSE']._serialized_start=822
+  _globals['_SESSIONRESPONSE']._serialized_end=1141
+  _globals['_ENDEDCHOICE']._serialized_start=1143
+  _globals['_ENDEDCHOICE']._serialized_end=1224
+  _globals['_STARTEDGENERATION']._serialized_start=1226
+  _globals['_STARTEDGENERATION']._serialized_end=1311
+  _globals['_GENERATIONDELTA']._serialized_start=1313
+  _globals['_GENERATIONDELTA']._serialized_end=1392
+  _globals['_ENDEDGENERATION']._serialized_start=1395
+  _globals['_ENDEDGENERATION']._serialized_end=1533
+  _globals['_WORKERSERVICE']._serialized_start=1536
+  _globals['_WORKERSERVICE']._serialized_end=2140
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,31 @@ class WorkerServiceStub:
                 request_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SessionRequest.SerializeToString,
                 response_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/tokenloom.inference.v1.WorkerService/LoadAdapter',
+                request_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/tokenloom.inference.v1.WorkerService/UnloadAdapter',
+                request_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.Sleep = channel.unary_unary(
+                '/tokenloom.inference.v1.WorkerService/Sleep',
+                request_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SleepRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SleepResponse.FromString,
+                _registered_method=True)
+        self.Wake = channel.unary_unary(
+                '/tokenloom.inference.v1.WorkerService/Wake',
+                request_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.WakeRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.WakeResponse.FromString,
+                _registered_method=True)
+        self.ReloadWeights = channel.unary_unary(
+                '/tokenloom.inference.v1.WorkerService/ReloadWeights',
+                request_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.ReloadWeightsRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.ReloadWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -56,6 +81,42 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads a LoRA adapter and serves it under its own name. Checked before the engine sees it: INVALID_ARGUMENT says what
+        is wrong with it. ALREADY_EXISTS when the name is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Stops serving a LoRA adapter. NOT_FOUND when there is none of that name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sleep(self, request, context):
+        """Gives the GPU's memory back until Wake. FAILED_PRECONDITION where the engine can't, or while generations run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wake(self, request, context):
+        """Takes the GPU's memory again and serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadWeights(self, request, context):
+        """Replaces the model's weights in place; running generations are finished first, within the worker's drain bound.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -63,6 +124,31 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SessionRequest.FromString,
                     response_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SessionResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'Sleep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sleep,
+                    request_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SleepRequest.FromString,
+                    response_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.SleepResponse.SerializeToString,
+            ),
+            'Wake': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wake,
+                    request_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.WakeRequest.FromString,
+                    response_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.WakeResponse.SerializeToString,
+            ),
+            'ReloadWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadWeights,
+                    request_deserializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.ReloadWeightsRequest.FromString,
+                    response_serializer=tokenloom_dot_inference_dot_v1_dot_worker__pb2.ReloadWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,6 +179,141 @@ class WorkerService:
             '/tokenloom.inference.v1.WorkerService/Session',
             tokenloom_dot_inference_dot_v1_dot_worker__pb2.SessionRequest.SerializeToString,
             tokenloom_dot_inference_dot_v1_dot_worker__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.inference.v1.WorkerService/LoadAdapter',
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.LoadAdapterRequest.SerializeToString,
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.inference.v1.WorkerService/UnloadAdapter',
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.UnloadAdapterRequest.SerializeToString,
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sleep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.inference.v1.WorkerService/Sleep',
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.SleepRequest.SerializeToString,
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.SleepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Wake(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.inference.v1.WorkerService/Wake',
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.WakeRequest.SerializeToString,
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.WakeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.inference.v1.WorkerService/ReloadWeights',
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.ReloadWeightsRequest.SerializeToString,
+            tokenloom_dot_inference_dot_v1_dot_worker__pb2.ReloadWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

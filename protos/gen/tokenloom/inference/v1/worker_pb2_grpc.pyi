@@ -39,6 +39,18 @@ class WorkerServiceStub:
     Submissions and aborts go down, batched as they come; one message an engine step comes up, with the new tokens of
     every generation of this session. When the session is lost, the worker aborts every generation on it.
     """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadAdapterRequest, _worker_pb2.LoadAdapterResponse]
+    """Loads a LoRA adapter and serves it under its own name. Checked before the engine sees it: INVALID_ARGUMENT says what
+    is wrong with it. ALREADY_EXISTS when the name is taken.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnloadAdapterRequest, _worker_pb2.UnloadAdapterResponse]
+    """Stops serving a LoRA adapter. NOT_FOUND when there is none of that name."""
+    Sleep: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SleepRequest, _worker_pb2.SleepResponse]
+    """Gives the GPU's memory back until Wake. FAILED_PRECONDITION where the engine can't, or while generations run."""
+    Wake: _grpc.UnaryUnaryMultiCallable[_worker_pb2.WakeRequest, _worker_pb2.WakeResponse]
+    """Takes the GPU's memory again and serves."""
+    ReloadWeights: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReloadWeightsRequest, _worker_pb2.ReloadWeightsResponse]
+    """Replaces the model's weights in place; running generations are finished first, within the worker's drain bound."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -51,6 +63,18 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     Submissions and aborts go down, batched as they come; one message an engine step comes up, with the new tokens of
     every generation of this session. When the session is lost, the worker aborts every generation on it.
     """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadAdapterRequest, _worker_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Loads a LoRA adapter and serves it under its own name. Checked before the engine sees it: INVALID_ARGUMENT says what
+    is wrong with it. ALREADY_EXISTS when the name is taken.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnloadAdapterRequest, _worker_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Stops serving a LoRA adapter. NOT_FOUND when there is none of that name."""
+    Sleep: _aio.UnaryUnaryMultiCallable[_worker_pb2.SleepRequest, _worker_pb2.SleepResponse]  # type: ignore[assignment]
+    """Gives the GPU's memory back until Wake. FAILED_PRECONDITION where the engine can't, or while generations run."""
+    Wake: _aio.UnaryUnaryMultiCallable[_worker_pb2.WakeRequest, _worker_pb2.WakeResponse]  # type: ignore[assignment]
+    """Takes the GPU's memory again and serves."""
+    ReloadWeights: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReloadWeightsRequest, _worker_pb2.ReloadWeightsResponse]  # type: ignore[assignment]
+    """Replaces the model's weights in place; running generations are finished first, within the worker's drain bound."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The inside door of a worker."""
@@ -66,5 +90,47 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         Submissions and aborts go down, batched as they come; one message an engine step comes up, with the new tokens of
         every generation of this session. When the session is lost, the worker aborts every generation on it.
         """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _worker_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.LoadAdapterResponse, _abc.Awaitable[_worker_pb2.LoadAdapterResponse]]:
+        """Loads a LoRA adapter and serves it under its own name. Checked before the engine sees it: INVALID_ARGUMENT says what
+        is wrong with it. ALREADY_EXISTS when the name is taken.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _worker_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.UnloadAdapterResponse, _abc.Awaitable[_worker_pb2.UnloadAdapterResponse]]:
+        """Stops serving a LoRA adapter. NOT_FOUND when there is none of that name."""
+
+    @_abc_1.abstractmethod
+    def Sleep(
+        self,
+        request: _worker_pb2.SleepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SleepResponse, _abc.Awaitable[_worker_pb2.SleepResponse]]:
+        """Gives the GPU's memory back until Wake. FAILED_PRECONDITION where the engine can't, or while generations run."""
+
+    @_abc_1.abstractmethod
+    def Wake(
+        self,
+        request: _worker_pb2.WakeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.WakeResponse, _abc.Awaitable[_worker_pb2.WakeResponse]]:
+        """Takes the GPU's memory again and serves."""
+
+    @_abc_1.abstractmethod
+    def ReloadWeights(
+        self,
+        request: _worker_pb2.ReloadWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ReloadWeightsResponse, _abc.Awaitable[_worker_pb2.ReloadWeightsResponse]]:
+        """Replaces the model's weights in place; running generations are finished first, within the worker's drain bound."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

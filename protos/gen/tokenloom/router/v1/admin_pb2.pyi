@@ -9,6 +9,8 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from tokenloom.inference.v1 import inference_pb2 as _inference_pb2
 from tokenloom.router.v1 import router_pb2 as _router_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +22,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DegradationLevel:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DegradationLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DegradationLevel.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEGRADATION_LEVEL_UNSPECIFIED: _DegradationLevel.ValueType  # 0
+    """Never sent."""
+    DEGRADATION_LEVEL_NONE: _DegradationLevel.ValueType  # 1
+    """Not at all."""
+    DEGRADATION_LEVEL_SHORT_OUTPUTS: _DegradationLevel.ValueType  # 2
+    """Outputs are kept short."""
+    DEGRADATION_LEVEL_REFUSING: _DegradationLevel.ValueType  # 3
+    """Only requests of high priority are taken."""
+
+class DegradationLevel(_DegradationLevel, metaclass=_DegradationLevelEnumTypeWrapper):
+    """How far the mesh is degraded for want of healthy workers."""
+
+DEGRADATION_LEVEL_UNSPECIFIED: DegradationLevel.ValueType  # 0
+"""Never sent."""
+DEGRADATION_LEVEL_NONE: DegradationLevel.ValueType  # 1
+"""Not at all."""
+DEGRADATION_LEVEL_SHORT_OUTPUTS: DegradationLevel.ValueType  # 2
+"""Outputs are kept short."""
+DEGRADATION_LEVEL_REFUSING: DegradationLevel.ValueType  # 3
+"""Only requests of high priority are taken."""
+Global___DegradationLevel: _TypeAlias = DegradationLevel  # noqa: Y015
 
 @_typing.final
 class ListWorkersRequest(_message.Message):
@@ -73,10 +103,23 @@ class Worker(_message.Message):
     LEASE_COUNT_FIELD_NUMBER: _builtins.int
     LAST_REPORT_TIME_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    CORDONED_FIELD_NUMBER: _builtins.int
+    EXCLUDED_REASON_FIELD_NUMBER: _builtins.int
+    ADMITTED_RATIO_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REPORT_AGE_DURATION_FIELD_NUMBER: _builtins.int
     lease_count: _builtins.int
     """Leases that are out on it."""
     drained: _builtins.bool
     """Whether an operator drained it."""
+    cordoned: _builtins.bool
+    """Whether an operator cordoned it."""
+    excluded_reason: _builtins.str
+    """Why it gets no work at present, in words; empty when it does."""
+    admitted_ratio: _builtins.float
+    """Share of its requests that it gets after it failed some, 0 to 1."""
+    prefill_tokens_per_second: _builtins.float
+    """Prefill speed that the router reckons with, tokens a second; 0 while unknown."""
     @_builtins.property
     def registration(self) -> _router_pb2.Registration:
         """Who it is."""
@@ -89,6 +132,10 @@ class Worker(_message.Message):
     def last_report_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last heard of."""
 
+    @_builtins.property
+    def report_age_duration(self) -> _duration_pb2.Duration:
+        """Age of the last report."""
+
     def __init__(
         self,
         *,
@@ -97,10 +144,15 @@ class Worker(_message.Message):
         lease_count: _builtins.int = ...,
         last_report_time: _timestamp_pb2.Timestamp | None = ...,
         drained: _builtins.bool = ...,
+        cordoned: _builtins.bool = ...,
+        excluded_reason: _builtins.str = ...,
+        admitted_ratio: _builtins.float = ...,
+        prefill_tokens_per_second: _builtins.float = ...,
+        report_age_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_report_time", b"last_report_time", "load", b"load", "registration", b"registration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_report_time", b"last_report_time", "load", b"load", "registration", b"registration", "report_age_duration", b"report_age_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "last_report_time", b"last_report_time", "lease_count", b"lease_count", "load", b"load", "registration", b"registration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_ratio", b"admitted_ratio", "cordoned", b"cordoned", "drained", b"drained", "excluded_reason", b"excluded_reason", "last_report_time", b"last_report_time", "lease_count", b"lease_count", "load", b"load", "prefill_tokens_per_second", b"prefill_tokens_per_second", "registration", b"registration", "report_age_duration", b"report_age_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,25 +183,77 @@ class WatchFleetResponse(_message.Message):
 
     WORKERS_FIELD_NUMBER: _builtins.int
     WAITING_COUNT_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    DEGRADATION_LEVEL_FIELD_NUMBER: _builtins.int
+    DEGRADATION_REASON_FIELD_NUMBER: _builtins.int
     waiting_count: _builtins.int
     """Requests that wait in the router."""
+    degradation_level: Global___DegradationLevel.ValueType
+    """How far the mesh is degraded."""
+    degradation_reason: _builtins.str
+    """Why, in words; empty when it is not."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
         """One entry a worker, by name."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedModel]:
+        """What can be asked for, by name: models of the workers, and the policy's aliases."""
 
     def __init__(
         self,
         *,
         workers: _abc.Iterable[Global___Worker] | None = ...,
         waiting_count: _builtins.int = ...,
+        models: _abc.Iterable[Global___ServedModel] | None = ...,
+        degradation_level: Global___DegradationLevel.ValueType = ...,
+        degradation_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["waiting_count", b"waiting_count", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degradation_level", b"degradation_level", "degradation_reason", b"degradation_reason", "models", b"models", "waiting_count", b"waiting_count", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchFleetResponse: _TypeAlias = WatchFleetResponse  # noqa: Y015
+
+@_typing.final
+class ServedModel(_message.Message):
+    """A name that requests may use as their model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CARD_FIELD_NUMBER: _builtins.int
+    READY_WORKER_COUNT_FIELD_NUMBER: _builtins.int
+    TARGET_MODELS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name."""
+    ready_worker_count: _builtins.int
+    """Workers that serve it and take work."""
+    @_builtins.property
+    def card(self) -> _inference_pb2.ModelCard:
+        """What the largest of the workers behind it can do."""
+
+    @_builtins.property
+    def target_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The models behind an alias; none for a model's own name."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        card: _inference_pb2.ModelCard | None = ...,
+        ready_worker_count: _builtins.int = ...,
+        target_models: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["card", b"card"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "name", b"name", "ready_worker_count", b"ready_worker_count", "target_models", b"target_models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedModel: _TypeAlias = ServedModel  # noqa: Y015
 
 @_typing.final
 class DrainWorkerRequest(_message.Message):
@@ -230,6 +334,132 @@ class UndrainWorkerResponse(_message.Message):
 Global___UndrainWorkerResponse: _TypeAlias = UndrainWorkerResponse  # noqa: Y015
 
 @_typing.final
+class CordonWorkerRequest(_message.Message):
+    """A worker to cordon."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Which."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CordonWorkerRequest: _TypeAlias = CordonWorkerRequest  # noqa: Y015
+
+@_typing.final
+class CordonWorkerResponse(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CordonWorkerResponse: _TypeAlias = CordonWorkerResponse  # noqa: Y015
+
+@_typing.final
+class GetPolicyRequest(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPolicyRequest: _TypeAlias = GetPolicyRequest  # noqa: Y015
+
+@_typing.final
+class GetPolicyResponse(_message.Message):
+    """The routing policy in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_JSON_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    policy_json: _builtins.str
+    """The policy, as JSON of the same form as in the mesh's configuration."""
+    version: _builtins.int
+    """Counts the policies since the router started, from 1."""
+    def __init__(
+        self,
+        *,
+        policy_json: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_json", b"policy_json", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPolicyResponse: _TypeAlias = GetPolicyResponse  # noqa: Y015
+
+@_typing.final
+class SetPolicyRequest(_message.Message):
+    """A routing policy to put in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_JSON_FIELD_NUMBER: _builtins.int
+    policy_json: _builtins.str
+    """The policy, as JSON of the same form as in the mesh's configuration. At most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        policy_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_json", b"policy_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPolicyRequest: _TypeAlias = SetPolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetPolicyResponse(_message.Message):
+    """The policy is in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPolicyResponse: _TypeAlias = SetPolicyResponse  # noqa: Y015
+
+@_typing.final
 class ExplainRequest(_message.Message):
     """A request to explain."""
 
@@ -287,12 +517,21 @@ class Decision(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model wanted."""
     worker_id: _builtins.str
     """The worker chosen; empty when there was none."""
     reason: _builtins.str
     """Why, in one line."""
+    prompt_token_count: _builtins.int
+    """Tokens of the prompt that the router reckoned with."""
+    rule: _builtins.str
+    """The policy rule that chose the pool; empty when none did."""
+    degraded: _builtins.bool
+    """Whether a smaller model was chosen than was asked for."""
     @_builtins.property
     def decision_time(self) -> _timestamp_pb2.Timestamp:
         """When it fell."""
@@ -314,10 +553,13 @@ class Decision(_message.Message):
         reason: _builtins.str = ...,
         queue_duration: _duration_pb2.Duration | None = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
+        prompt_token_count: _builtins.int = ...,
+        rule: _builtins.str = ...,
+        degraded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision_time", b"decision_time", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "decision_time", b"decision_time", "model", b"model", "queue_duration", b"queue_duration", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "decision_time", b"decision_time", "degraded", b"degraded", "model", b"model", "prompt_token_count", b"prompt_token_count", "queue_duration", b"queue_duration", "reason", b"reason", "rule", b"rule", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -334,10 +576,14 @@ class Candidate(_message.Message):
     PREDICTED_TIME_TO_FIRST_TOKEN_DURATION_FIELD_NUMBER: _builtins.int
     PREDICTED_TIME_PER_OUTPUT_TOKEN_DURATION_FIELD_NUMBER: _builtins.int
     COST_DURATION_FIELD_NUMBER: _builtins.int
+    PREDICTED_CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PREDICTED_SLOT_WAIT_DURATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Which."""
     excluded_reason: _builtins.str
     """Why it was out of the question; empty when it was not."""
+    predicted_cached_token_count: _builtins.int
+    """Tokens of the prompt that it is expected to have cached."""
     @_builtins.property
     def predicted_time_to_first_token_duration(self) -> _duration_pb2.Duration:
         """Predicted time to first token."""
@@ -350,6 +596,10 @@ class Candidate(_message.Message):
     def cost_duration(self) -> _duration_pb2.Duration:
         """What was compared: predicted seconds until the whole answer is there."""
 
+    @_builtins.property
+    def predicted_slot_wait_duration(self) -> _duration_pb2.Duration:
+        """Predicted wait for a slot, part of the time to first token."""
+
     def __init__(
         self,
         *,
@@ -358,10 +608,12 @@ class Candidate(_message.Message):
         predicted_time_to_first_token_duration: _duration_pb2.Duration | None = ...,
         predicted_time_per_output_token_duration: _duration_pb2.Duration | None = ...,
         cost_duration: _duration_pb2.Duration | None = ...,
+        predicted_cached_token_count: _builtins.int = ...,
+        predicted_slot_wait_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "predicted_slot_wait_duration", b"predicted_slot_wait_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "excluded_reason", b"excluded_reason", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "excluded_reason", b"excluded_reason", "predicted_cached_token_count", b"predicted_cached_token_count", "predicted_slot_wait_duration", b"predicted_slot_wait_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

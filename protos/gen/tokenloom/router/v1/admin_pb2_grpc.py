@@ -55,6 +55,21 @@ class RouterAdminServiceStub:
                 request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UndrainWorkerRequest.SerializeToString,
                 response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UndrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.CordonWorker = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/CordonWorker',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerResponse.FromString,
+                _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/GetPolicy',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/SetPolicy',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/tokenloom.router.v1.RouterAdminService/Explain',
                 request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
@@ -94,6 +109,27 @@ class RouterAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CordonWorker(self, request, context):
+        """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPolicy(self, request, context):
+        """Shows the routing policy in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Replaces the routing policy, whole: INVALID_ARGUMENT names what is wrong with it, and the old one stays in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Tells why the router chose what it chose for a request. NOT_FOUND once the decision is forgotten.
         """
@@ -123,6 +159,21 @@ def add_RouterAdminServiceServicer_to_server(servicer, server):
                     servicer.UndrainWorker,
                     request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UndrainWorkerRequest.FromString,
                     response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UndrainWorkerResponse.SerializeToString,
+            ),
+            'CordonWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.CordonWorker,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerResponse.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SetPolicyRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SetPolicyResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -239,6 +290,87 @@ class RouterAdminService:
             '/tokenloom.router.v1.RouterAdminService/UndrainWorker',
             tokenloom_dot_router_dot_v1_dot_admin__pb2.UndrainWorkerRequest.SerializeToString,
             tokenloom_dot_router_dot_v1_dot_admin__pb2.UndrainWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CordonWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/CordonWorker',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/GetPolicy',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/SetPolicy',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.SetPolicyRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.SetPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class RouterAdminServiceStub:
     """Stops giving a worker new work. NOT_FOUND when it is not registered."""
     UndrainWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UndrainWorkerRequest, _admin_pb2.UndrainWorkerResponse]
     """Gives a drained worker new work again. NOT_FOUND when it is not registered."""
+    CordonWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CordonWorkerRequest, _admin_pb2.CordonWorkerResponse]
+    """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it."""
+    GetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]
+    """Shows the routing policy in force."""
+    SetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _admin_pb2.SetPolicyResponse]
+    """Replaces the routing policy, whole: INVALID_ARGUMENT names what is wrong with it, and the old one stays in force."""
     Explain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]
     """Tells why the router chose what it chose for a request. NOT_FOUND once the decision is forgotten."""
 
@@ -57,6 +63,12 @@ class RouterAdminServiceAsyncStub(RouterAdminServiceStub):
     """Stops giving a worker new work. NOT_FOUND when it is not registered."""
     UndrainWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.UndrainWorkerRequest, _admin_pb2.UndrainWorkerResponse]  # type: ignore[assignment]
     """Gives a drained worker new work again. NOT_FOUND when it is not registered."""
+    CordonWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.CordonWorkerRequest, _admin_pb2.CordonWorkerResponse]  # type: ignore[assignment]
+    """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it."""
+    GetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]  # type: ignore[assignment]
+    """Shows the routing policy in force."""
+    SetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _admin_pb2.SetPolicyResponse]  # type: ignore[assignment]
+    """Replaces the routing policy, whole: INVALID_ARGUMENT names what is wrong with it, and the old one stays in force."""
     Explain: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]  # type: ignore[assignment]
     """Tells why the router chose what it chose for a request. NOT_FOUND once the decision is forgotten."""
 
@@ -94,6 +106,30 @@ class RouterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UndrainWorkerResponse, _abc.Awaitable[_admin_pb2.UndrainWorkerResponse]]:
         """Gives a drained worker new work again. NOT_FOUND when it is not registered."""
+
+    @_abc_1.abstractmethod
+    def CordonWorker(
+        self,
+        request: _admin_pb2.CordonWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CordonWorkerResponse, _abc.Awaitable[_admin_pb2.CordonWorkerResponse]]:
+        """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it."""
+
+    @_abc_1.abstractmethod
+    def GetPolicy(
+        self,
+        request: _admin_pb2.GetPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetPolicyResponse, _abc.Awaitable[_admin_pb2.GetPolicyResponse]]:
+        """Shows the routing policy in force."""
+
+    @_abc_1.abstractmethod
+    def SetPolicy(
+        self,
+        request: _admin_pb2.SetPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetPolicyResponse, _abc.Awaitable[_admin_pb2.SetPolicyResponse]]:
+        """Replaces the routing policy, whole: INVALID_ARGUMENT names what is wrong with it, and the old one stays in force."""
 
     @_abc_1.abstractmethod
     def Explain(

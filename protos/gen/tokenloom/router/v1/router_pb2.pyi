@@ -22,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Task:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_UNSPECIFIED: _Task.ValueType  # 0
+    """The same as GENERATE."""
+    TASK_GENERATE: _Task.ValueType  # 1
+    """Continue text."""
+    TASK_EMBED: _Task.ValueType  # 2
+    """Embed texts."""
+    TASK_SCORE: _Task.ValueType  # 3
+    """Score texts."""
+    TASK_TOKENIZE: _Task.ValueType  # 4
+    """Use the tokenizer only."""
+
+class Task(_Task, metaclass=_TaskEnumTypeWrapper):
+    """What is to be done."""
+
+TASK_UNSPECIFIED: Task.ValueType  # 0
+"""The same as GENERATE."""
+TASK_GENERATE: Task.ValueType  # 1
+"""Continue text."""
+TASK_EMBED: Task.ValueType  # 2
+"""Embed texts."""
+TASK_SCORE: Task.ValueType  # 3
+"""Score texts."""
+TASK_TOKENIZE: Task.ValueType  # 4
+"""Use the tokenizer only."""
+Global___Task: _TypeAlias = Task  # noqa: Y015
+
 class _Outcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -68,6 +100,8 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     """It finishes what it has and takes nothing new."""
     WORKER_STATE_UNAVAILABLE: _WorkerState.ValueType  # 3
     """Its engine is dead or starts again."""
+    WORKER_STATE_ASLEEP: _WorkerState.ValueType  # 4
+    """It sleeps; Wake brings it back."""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper):
     """Whether a worker takes work."""
@@ -80,6 +114,8 @@ WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
 """It finishes what it has and takes nothing new."""
 WORKER_STATE_UNAVAILABLE: WorkerState.ValueType  # 3
 """Its engine is dead or starts again."""
+WORKER_STATE_ASLEEP: WorkerState.ValueType  # 4
+"""It sleeps; Wake brings it back."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
@@ -129,6 +165,13 @@ class Acquire(_message.Message):
     EXCLUDED_WORKER_IDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    PREFIX_HASHES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    SLO_CLASS_FIELD_NUMBER: _builtins.int
+    ALLOW_DEGRADE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    REQUIRED_CAPABILITIES_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The gateway's name for it, never used twice in a session."""
     request_id: _builtins.str
@@ -147,6 +190,14 @@ class Acquire(_message.Message):
     """Groups requests that share a prefix, from `x-session-id`. May be empty."""
     traceparent: _builtins.str
     """W3C trace context of the gateway's span."""
+    task: Global___Task.ValueType
+    """What is to be done."""
+    slo_class: _builtins.str
+    """What the client may wait for: "interactive", "standard" or "batch", or a class of the policy. Empty: the tenant's."""
+    allow_degrade: _builtins.bool
+    """Take a smaller model of the policy's when this one has no room."""
+    attempt: _builtins.int
+    """Which attempt of the same request this is, from 1. 0 means 1."""
     @_builtins.property
     def excluded_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers not to pick: they have just failed this request."""
@@ -154,6 +205,20 @@ class Acquire(_message.Message):
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """Time left until the request is not worth starting. Absent: the router's own bound."""
+
+    @_builtins.property
+    def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What the prompt begins with: chained hashes of its text in blocks of 256 bytes, the first block's first. How they
+        are made is said in services/common/prefix.py. None: not known.
+        """
+
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The prompt's tokens, where the client sent tokens."""
+
+    @_builtins.property
+    def required_capabilities(self) -> _containers.RepeatedScalarFieldContainer[_inference_pb2.Capability.ValueType]:
+        """What the model must be able to do beyond the task."""
 
     def __init__(
         self,
@@ -169,10 +234,17 @@ class Acquire(_message.Message):
         excluded_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         timeout: _duration_pb2.Duration | None = ...,
         traceparent: _builtins.str = ...,
+        prefix_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        task: Global___Task.ValueType = ...,
+        slo_class: _builtins.str = ...,
+        allow_degrade: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
+        required_capabilities: _abc.Iterable[_inference_pb2.Capability.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["excluded_worker_ids", b"excluded_worker_ids", "handle", b"handle", "max_output_token_count", b"max_output_token_count", "model", b"model", "priority", b"priority", "prompt_token_count", b"prompt_token_count", "request_id", b"request_id", "session_id", b"session_id", "tenant_id", b"tenant_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degrade", b"allow_degrade", "attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "handle", b"handle", "max_output_token_count", b"max_output_token_count", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "required_capabilities", b"required_capabilities", "session_id", b"session_id", "slo_class", b"slo_class", "task", b"task", "tenant_id", b"tenant_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,12 +260,18 @@ class Release(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_DURATION_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The acquire's handle."""
     outcome: Global___Outcome.ValueType
     """How it went."""
     output_token_count: _builtins.int
     """Tokens that were produced."""
+    prompt_token_count: _builtins.int
+    """Tokens of the prompt, once the worker has told. 0: it has not."""
+    cached_token_count: _builtins.int
+    """How many of them the worker had cached."""
     @_builtins.property
     def time_to_first_token_duration(self) -> _duration_pb2.Duration:
         """From the grant to the first token, as the gateway saw it. Absent: there was none."""
@@ -205,10 +283,12 @@ class Release(_message.Message):
         outcome: Global___Outcome.ValueType = ...,
         output_token_count: _builtins.int = ...,
         time_to_first_token_duration: _duration_pb2.Duration | None = ...,
+        prompt_token_count: _builtins.int = ...,
+        cached_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token_duration", b"time_to_first_token_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "outcome", b"outcome", "output_token_count", b"output_token_count", "time_to_first_token_duration", b"time_to_first_token_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "handle", b"handle", "outcome", b"outcome", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "time_to_first_token_duration", b"time_to_first_token_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,6 +341,10 @@ class Grant(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     QUEUE_DURATION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
+    PREDICTED_TIME_TO_FIRST_TOKEN_DURATION_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The acquire's handle."""
     worker_id: _builtins.str
@@ -269,9 +353,19 @@ class Grant(_message.Message):
     """Its gRPC address, `host:port`."""
     reason: _builtins.str
     """Why this worker, in one line."""
+    model: _builtins.str
+    """The model to ask that worker for: another name than the acquire's where that was an alias, a version or degraded."""
+    degraded: _builtins.bool
+    """Whether a smaller model answers than was asked for."""
+    output_token_limit: _builtins.int
+    """Most tokens of output that the mesh allows at present. 0: not limited."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """How long the acquire waited in the router."""
+
+    @_builtins.property
+    def predicted_time_to_first_token_duration(self) -> _duration_pb2.Duration:
+        """When the router expects the first token, from the grant on. Absent: nothing is known of the worker yet."""
 
     def __init__(
         self,
@@ -281,10 +375,14 @@ class Grant(_message.Message):
         endpoint: _builtins.str = ...,
         queue_duration: _duration_pb2.Duration | None = ...,
         reason: _builtins.str = ...,
+        model: _builtins.str = ...,
+        degraded: _builtins.bool = ...,
+        output_token_limit: _builtins.int = ...,
+        predicted_time_to_first_token_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["queue_duration", b"queue_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "handle", b"handle", "queue_duration", b"queue_duration", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "endpoint", b"endpoint", "handle", b"handle", "model", b"model", "output_token_limit", b"output_token_limit", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration", "queue_duration", b"queue_duration", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -298,19 +396,25 @@ class Queued(_message.Message):
 
     HANDLE_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_DURATION_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The acquire's handle."""
     position: _builtins.int
     """How many are before it."""
+    @_builtins.property
+    def expected_wait_duration(self) -> _duration_pb2.Duration:
+        """How long it is expected to wait. Absent: not known."""
+
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         position: _builtins.int = ...,
+        expected_wait_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait_duration", b"expected_wait_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_wait_duration", b"expected_wait_duration", "handle", b"handle", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -352,6 +456,7 @@ class RegisterRequest(_message.Message):
 
     REGISTRATION_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    KV_CACHE_EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registration(self) -> Global___Registration:
         """Who it is. The first message, and only that."""
@@ -360,21 +465,66 @@ class RegisterRequest(_message.Message):
     def load(self) -> Global___LoadReport:
         """How it is. On change and at least every 250 ms."""
 
+    @_builtins.property
+    def kv_cache_events(self) -> Global___KvCacheEvents:
+        """What its prefix cache gained and lost."""
+
     def __init__(
         self,
         *,
         registration: Global___Registration | None = ...,
         load: Global___LoadReport | None = ...,
+        kv_cache_events: Global___KvCacheEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "message", b"message", "registration", b"registration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_cache_events", b"kv_cache_events", "load", b"load", "message", b"message", "registration", b"registration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "message", b"message", "registration", b"registration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_events", b"kv_cache_events", "load", b"load", "message", b"message", "registration", b"registration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "load"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["registration", "load", "kv_cache_events"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
+
+@_typing.final
+class KvCacheEvents(_message.Message):
+    """What a worker's prefix cache gained and lost since the last such message. Blocks are named by chained hashes of their
+    tokens and of everything before them, as services/common/prefix.py makes them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_NUMBER_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
+    STORED_HASHES_FIELD_NUMBER: _builtins.int
+    REMOVED_HASHES_FIELD_NUMBER: _builtins.int
+    sequence_number: _builtins.int
+    """Counts these messages, from 1; a gap means that some were lost and the cache's content is unknown until `cleared`."""
+    cleared: _builtins.bool
+    """Everything was dropped, before what follows."""
+    @_builtins.property
+    def stored_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that are there now."""
+
+    @_builtins.property
+    def removed_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that are gone."""
+
+    def __init__(
+        self,
+        *,
+        sequence_number: _builtins.int = ...,
+        cleared: _builtins.bool = ...,
+        stored_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        removed_hashes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "removed_hashes", b"removed_hashes", "sequence_number", b"sequence_number", "stored_hashes", b"stored_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCacheEvents: _TypeAlias = KvCacheEvents  # noqa: Y015
 
 @_typing.final
 class Registration(_message.Message):
@@ -390,6 +540,7 @@ class Registration(_message.Message):
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     MAX_RUNNING_COUNT_FIELD_NUMBER: _builtins.int
     KV_CACHE_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its name, unique in the fleet. A second registration of the same name replaces the first."""
     endpoint: _builtins.str
@@ -402,6 +553,8 @@ class Registration(_message.Message):
     """Sequences that it runs at the same time."""
     kv_cache_token_count: _builtins.int
     """Tokens of KV cache that it has."""
+    kv_block_token_count: _builtins.int
+    """Tokens of one block of its prefix cache. 0: it tells nothing of its prefix cache."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.ModelCard]:
         """What it serves."""
@@ -421,10 +574,11 @@ class Registration(_message.Message):
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         max_running_count: _builtins.int = ...,
         kv_cache_token_count: _builtins.int = ...,
+        kv_block_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "engine", b"engine", "gpu_uuids", b"gpu_uuids", "kv_cache_token_count", b"kv_cache_token_count", "max_running_count", b"max_running_count", "models", b"models", "pool", b"pool", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "engine", b"engine", "gpu_uuids", b"gpu_uuids", "kv_block_token_count", b"kv_block_token_count", "kv_cache_token_count", b"kv_cache_token_count", "max_running_count", b"max_running_count", "models", b"models", "pool", b"pool", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,6 +600,9 @@ class LoadReport(_message.Message):
     PREFIX_QUERY_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    STATE_REASON_FIELD_NUMBER: _builtins.int
     running_count: _builtins.int
     """Sequences that run."""
     waiting_count: _builtins.int
@@ -462,6 +619,10 @@ class LoadReport(_message.Message):
     """Of these, found."""
     state: Global___WorkerState.ValueType
     """Whether it takes work."""
+    output_tokens_per_second: _builtins.float
+    """Output tokens a second, over the last seconds."""
+    state_reason: _builtins.str
+    """Why it takes no work, in words."""
     @_builtins.property
     def decode_step_duration(self) -> _duration_pb2.Duration:
         """Measured duration of a decode step with one sequence; absent while unknown."""
@@ -469,6 +630,10 @@ class LoadReport(_message.Message):
     @_builtins.property
     def decode_step_per_sequence_duration(self) -> _duration_pb2.Duration:
         """What each further sequence adds to a decode step; absent while unknown."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.ModelCard]:
+        """Its models, when they changed since it registered: an adapter was loaded or unloaded. None: unchanged."""
 
     def __init__(
         self,
@@ -483,10 +648,13 @@ class LoadReport(_message.Message):
         prefix_query_token_count: _builtins.int = ...,
         prefix_hit_token_count: _builtins.int = ...,
         state: Global___WorkerState.ValueType = ...,
+        output_tokens_per_second: _builtins.float = ...,
+        models: _abc.Iterable[_inference_pb2.ModelCard] | None = ...,
+        state_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_step_duration", b"decode_step_duration", "decode_step_per_sequence_duration", b"decode_step_per_sequence_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_duration", b"decode_step_duration", "decode_step_per_sequence_duration", b"decode_step_per_sequence_duration", "kv_usage_ratio", b"kv_usage_ratio", "pending_prefill_token_count", b"pending_prefill_token_count", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_query_token_count", b"prefix_query_token_count", "running_count", b"running_count", "state", b"state", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_duration", b"decode_step_duration", "decode_step_per_sequence_duration", b"decode_step_per_sequence_duration", "kv_usage_ratio", b"kv_usage_ratio", "models", b"models", "output_tokens_per_second", b"output_tokens_per_second", "pending_prefill_token_count", b"pending_prefill_token_count", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_query_token_count", b"prefix_query_token_count", "running_count", b"running_count", "state", b"state", "state_reason", b"state_reason", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
