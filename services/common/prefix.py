@@ -1,10 +1,11 @@
 """What a prompt begins with, as chained hashes of blocks: how gateway, router and worker name a shared prefix."""
 
+import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 
-__all__ = ["TEXT_BLOCK_BYTES", "chained", "root", "text_block_hashes", "token_block_hashes"]
+__all__ = ["TEXT_BLOCK_BYTES", "chained", "root", "salt_of", "text_block_hashes", "token_block_hashes"]
 
 TEXT_BLOCK_BYTES = 256
 
@@ -13,19 +14,23 @@ _MOST_BLOCKS = 4096
 """Enough for a megabyte of text, or for 65,536 tokens in blocks of 16: what follows shares no cache worth knowing."""
 
 
+def salt_of(model: str, cache_salt: str = "") -> str:
+    """What keeps the prefixes of a request apart from others: its model, and its own cache salt if it has one."""
+    return f"{model}\0{cache_salt}" if cache_salt else model
+
+
 def text_block_hashes(text: str, *, salt: str = "") -> list[int]:
     """One hash for each whole block of a text; equal hashes mean equal texts up to the end of that block.
 
     Args:
         text: The prompt in a canonical form: everything the model will see, in order.
-        salt: What else keeps prefixes apart: the model's name and the request's cache salt.
+        salt: What else keeps prefixes apart, from `salt_of`.
 
     Returns:
         At most 4096 numbers of 64 bits.
     """
     data = text.encode("utf-8", "surrogatepass")
-    blocks = min(len(data) // TEXT_BLOCK_BYTES, _MOST_BLOCKS)
-    return _chain((data[i * TEXT_BLOCK_BYTES : (i + 1) * TEXT_BLOCK_BYTES] for i in range(blocks)), salt)
+    return _chain(data, TEXT_BLOCK_BYTES, salt)
 
 
 def token_block_hashes(token_ids: Sequence[int], block_tokens: int, *, salt: str = "") -> list[int]:
@@ -34,15 +39,13 @@ def token_block_hashes(token_ids: Sequence[int], block_tokens: int, *, salt: str
     Args:
         token_ids: The prompt, each id below 2**32.
         block_tokens: Tokens of a block, as the worker that is compared with says it.
-        salt: What else keeps prefixes apart: the model's name and the request's cache salt.
+        salt: What else keeps prefixes apart, from `salt_of`.
 
     Returns:
         At most 4096 numbers of 64 bits.
     """
-    blocks = min(len(token_ids) // block_tokens, _MOST_BLOCKS)
-    packed = array("I", token_ids[: blocks * block_tokens]).tobytes()
-    size = block_tokens * array("I").itemsize
-    return _chain((packed[i * size : (i + 1) * size] for i in range(blocks)), salt)
+    packed = array("I", token_ids[: _MOST_BLOCKS * block_tokens])
+    return _chain(packed.tobytes(), block_tokens * packed.itemsize, salt)
 
 
 def chained(parent: bytes, block: bytes) -> bytes:
@@ -55,10 +58,12 @@ def root(salt: str) -> bytes:
     return blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()
 
 
-def _chain(blocks: Iterable[bytes], salt: str) -> list[int]:
+def _chain(data: bytes, size: int, salt: str) -> list[int]:
+    # Written out, since a long prompt has hundreds of blocks: 0.7 us for each.
     parent = root(salt)
+    count = min(len(data) // size, _MOST_BLOCKS)
     hashes = []
-    for block in blocks:
-        parent = chained(parent, block)
-        hashes.append(int.from_bytes(parent, "little"))
-    return hashes
+    for start in range(0, count * size, size):
+        parent = blake2b(data[start : start + size], digest_size=_HASH_BYTES, key=parent).digest()
+        hashes.append(parent)
+    return list(struct.unpack(f"<{count}Q", b"".join(hashes)))

@@ -31,6 +31,8 @@ class Card:
         worker_id: its name, unique in the fleet.
         endpoint: its gRPC address, `ip:port`.
         models: the models it serves, with the longest sequence each takes, in tokens.
+        abilities: what each model can do ("generate", "embed", ...); one that is not named is taken to do everything.
+        block_tokens: tokens of one block of its prefix cache; 0 when it tells nothing of that.
         gpu_uuids: the GPUs that it runs on.
         max_running: sequences that it runs at the same time, at least 1.
         kv_tokens: tokens of KV cache; 0 where it is not known.
@@ -40,10 +42,17 @@ class Card:
     worker_id: str
     endpoint: str
     models: Mapping[str, int]
+    abilities: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    block_tokens: int = 0
     gpu_uuids: tuple[str, ...] = ()
     max_running: int = 1
     kv_tokens: int = 0
     said: Any = field(default=None, repr=False)
+
+    def can(self, model: str | None, needs: frozenset[str]) -> bool:
+        """Whether the model can do all of that; a model whose card names nothing is taken to."""
+        able = self.abilities.get(model or "")
+        return not able or needs <= able
 
     @property
     def headroom(self) -> int:

@@ -1,5 +1,6 @@
 """A request for a worker, the same from both lanes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["Request"]
@@ -21,6 +22,11 @@ class Request:
         excluded: ids of workers not to pick, as they were registered when the request was made.
         subset: endpoints to pick from; None allows all.
         timeout_seconds: time until the request is not worth starting; None leaves it to the router.
+        prefix_hashes: what the prompt begins with, as services.common.prefix hashes its text; none where not known.
+        prompt_token_ids: the prompt's tokens, where they are known.
+        slo_class: what its client may wait for; empty for the default.
+        attempt: which try of the same request it is, from 1.
+        needs: what the model must be able to do, as the worker's card names it.
         occupies_slot: whether it runs in the engine; one that does not is never kept waiting for a slot.
     """
 
@@ -35,4 +41,9 @@ class Request:
     excluded: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None
     timeout_seconds: float | None = None
+    prefix_hashes: Sequence[int] = ()
+    prompt_token_ids: Sequence[int] = ()
+    slo_class: str = ""
+    attempt: int = 1
+    needs: frozenset[str] = frozenset()
     occupies_slot: bool = True

@@ -96,7 +96,7 @@ class Scheduler:
         output = self._lengths.expected(request)
         prompt, (holder, held) = request.prompt_tokens, self._prefixes.holder(request)
         cold, warm = Demand(prompt, output, prompt + output), Demand(prompt - held, output, prompt + output)
-        plain = not request.excluded and request.subset is None and context == 0
+        plain = not request.excluded and request.subset is None and context == 0 and not request.needs
         looked_at: list[Look] = []
         out: dict[str, int] = {}
         full, occupies = 0, request.occupies_slot
@@ -174,10 +174,15 @@ class Scheduler:
             return "silent"
         if worker.worker_id in request.excluded and worker.registered_at <= asked:
             return "excluded"
+        return self._unfit(worker, request, context)
+
+    def _unfit(self, worker: Worker, request: Request, context: int) -> str:
         if request.subset is not None and worker.endpoint not in request.subset:
             return "outside the subset"
         if context and request.model is not None and worker.card.models[request.model] < context:
             return "context too short"
+        if not worker.card.can(request.model, request.needs):
+            return "not able to"
         return ""
 
     def _why_none(self, request: Request, *, full: bool, now: float) -> Verdict:

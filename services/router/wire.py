@@ -6,6 +6,7 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import admin_pb2, router_pb2
 
 from services.common.errors import MeshError, Reason
@@ -15,7 +16,7 @@ from services.router.fleet import Clock
 from services.router.request import Request
 from services.router.worker import Outcome, Worker
 
-__all__ = ["card", "decision", "duration", "load", "outcome", "request", "worker"]
+__all__ = ["capability_name", "card", "decision", "duration", "load", "outcome", "request", "worker"]
 
 _MOST_SEQUENCES: Final = 65_536
 _LONGEST_ID: Final = 256
@@ -25,6 +26,12 @@ _STATES: Final = {
     router_pb2.WORKER_STATE_READY: WorkerState.READY,
     router_pb2.WORKER_STATE_DRAINING: WorkerState.DRAINING,
     router_pb2.WORKER_STATE_UNAVAILABLE: WorkerState.UNAVAILABLE,
+}
+_TASKS: Final = {
+    router_pb2.TASK_UNSPECIFIED: "generate",
+    router_pb2.TASK_GENERATE: "generate",
+    router_pb2.TASK_EMBED: "embed",
+    router_pb2.TASK_SCORE: "score",
 }
 _OUTCOMES: Final = {
     router_pb2.OUTCOME_COMPLETED: Outcome.COMPLETED,
@@ -49,9 +56,11 @@ def card(message: router_pb2.Registration) -> Card:
         worker_id=message.worker_id,
         endpoint=message.endpoint,
         models={model.name: model.max_context_token_count for model in message.models},
+        abilities={model.name: frozenset(map(capability_name, model.capabilities)) for model in message.models},
         gpu_uuids=tuple(message.gpu_uuids),
         max_running=min(max(1, message.max_running_count), _MOST_SEQUENCES),
         kv_tokens=message.kv_cache_token_count,
+        block_tokens=message.kv_block_token_count,
         said=message,
     )
 
@@ -99,7 +108,25 @@ def request(message: router_pb2.Acquire) -> Request:
         session=message.session_id,
         excluded=frozenset(message.excluded_worker_ids),
         timeout_seconds=_seconds(message.timeout) if message.HasField("timeout") else None,
+        prefix_hashes=tuple(message.prefix_hashes),
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        slo_class=message.slo_class,
+        attempt=max(1, message.attempt),
+        needs=_needs(message),
     )
+
+
+def _needs(message: router_pb2.Acquire) -> frozenset[str]:
+    task = _TASKS.get(message.task)
+    needs = {capability_name(capability) for capability in message.required_capabilities}
+    return frozenset(needs | {task} if task else needs)
+
+
+def capability_name(capability: inference_pb2.Capability.ValueType) -> str:
+    """A capability as cards and requests name it: "generate", "embed"; one that this router does not know by number."""
+    names = inference_pb2.Capability.DESCRIPTOR.values_by_number
+    known = names.get(capability)
+    return known.name.removeprefix("CAPABILITY_").lower() if known else str(capability)
 
 
 def outcome(value: router_pb2.Outcome.ValueType) -> Outcome:

@@ -1,8 +1,10 @@
 """Tests of the hashes that name a shared prefix."""
 
 import pytest
+from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.prefix import TEXT_BLOCK_BYTES, text_block_hashes, token_block_hashes
+from services.common.prompt_prefix import prompt_hashes
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,45 @@ def test_token_blocks_follow_the_workers_block_size() -> None:
 def test_the_number_of_blocks_is_bounded() -> None:
     assert len(text_block_hashes("x" * 3_000_000)) == 4096
     assert len(token_block_hashes([1] * 200_000, 16)) == 4096
+
+
+def chat(*contents: str, model: str = "demo", cache_salt: str = "") -> pb.GenerateRequest:
+    """A conversation."""
+    request = pb.GenerateRequest(model=model, cache_salt=cache_salt)
+    for place, content in enumerate(contents):
+        request.chat.messages.add(role="user" if place % 2 == 0 else "assistant", content=content)
+    return request
+
+
+def test_a_conversation_that_goes_on_keeps_its_hashes() -> None:
+    before = prompt_hashes(chat("a" * 2000))
+    after = prompt_hashes(chat("a" * 2000, "b" * 2000, "c" * 2000))
+    assert len(before) == 7
+    assert after[: len(before)] == before
+    assert len(after) == 23
+
+
+def test_models_and_cache_salts_keep_prompts_apart() -> None:
+    plain, salted = prompt_hashes(chat("a" * 600)), prompt_hashes(chat("a" * 600, cache_salt="s"))
+    other = prompt_hashes(chat("a" * 600, model="other"))
+    assert len({plain[0], salted[0], other[0]}) == 3
+
+
+def test_who_said_it_is_part_of_a_prompt() -> None:
+    one, two = (pb.GenerateRequest(model="demo") for _ in range(2))
+    one.chat.messages.add(role="user", content="x" * 600)
+    two.chat.messages.add(role="system", content="x" * 600)
+    assert prompt_hashes(one)[0] != prompt_hashes(two)[0]
+
+
+def test_images_are_part_of_a_prompt_and_a_prompt_of_tokens_has_no_text() -> None:
+    one, two = (pb.GenerateRequest(model="demo") for _ in range(2))
+    for request, byte in ((one, b"1"), (two, b"2")):
+        request.chat.messages.add(role="user").parts.add().image.content = byte * 600
+    assert prompt_hashes(one)[0] != prompt_hashes(two)[0]
+    tokens = pb.GenerateRequest(model="demo", token_ids=pb.TokenIds(ids=range(600)))
+    assert prompt_hashes(tokens) == []
+
+
+def test_only_the_beginning_of_a_huge_prompt_is_hashed() -> None:
+    assert len(prompt_hashes(pb.GenerateRequest(model="demo", text="x" * 1_000_000))) == 512

@@ -210,3 +210,12 @@ def test_a_full_worker_is_not_picked_for_work_but_for_a_question() -> None:
     bench.fill()
     assert bench.scheduler.pick(Request(model="demo")).verdict is Verdict.FULL
     assert bench.pick(occupies_slot=False) == "w0"
+
+
+def test_a_request_goes_only_where_its_model_can_do_what_it_needs() -> None:
+    bench = Bench()
+    bench.worker("embeds", abilities={"demo": frozenset({"embed"})})
+    bench.worker("writes", abilities={"demo": frozenset({"generate", "tools"})})
+    assert {bench.pick(needs=frozenset({"generate"})) for _ in range(20)} == {"writes"}
+    assert {bench.pick(needs=frozenset({"embed"})) for _ in range(20)} == {"embeds"}
+    assert bench.scheduler.pick(Request(model="demo", needs=frozenset({"audio"}))).out == {"not able to": 2}
