@@ -78,6 +78,7 @@ class Load:
         decode_step_seconds: measured decode step with one sequence; None while unknown.
         decode_step_per_sequence_seconds: what each further sequence adds; None while unknown.
         state: whether it takes work.
+        card: who it is from now on, when what it serves has changed; None: nothing has.
         said: the report as it came, for those who show it.
     """
 
@@ -89,6 +90,7 @@ class Load:
     decode_step_seconds: float | None = None
     decode_step_per_sequence_seconds: float | None = None
     state: WorkerState = WorkerState.UNKNOWN
+    card: Card | None = None
     said: Any = field(default=None, repr=False)
 
 
@@ -106,6 +108,7 @@ def believable(load: Load, card: Card) -> Load:
         decode_step_seconds=_within(load.decode_step_seconds, _DECODE_STEP_SECONDS),
         decode_step_per_sequence_seconds=_within(load.decode_step_per_sequence_seconds, _PER_SEQUENCE_SECONDS),
         state=load.state,
+        card=load.card,
         said=load.said,
     )
 

@@ -95,6 +95,8 @@ class Fleet:
     def report(self, worker: Worker, load: Load) -> None:
         """Takes in how a worker is."""
         if not worker.gone:
+            if load.card is not None:
+                self._change(worker, load.card)
             worker.report(load, self._clock(), self._hope_of(worker))
             self._learn(worker)
             self._changed(worker)
@@ -132,6 +134,14 @@ class Fleet:
         if lease in lease.worker.leases:
             lease.worker.release(lease, outcome, self._clock())
             self._changed(lease.worker)
+
+    def _change(self, worker: Worker, card: Card) -> None:
+        dropped = worker.card.models.keys() - card.models.keys()
+        worker.card = card
+        self._index()
+        for model in dropped - self._by_model.keys():
+            # It is not away: it was taken out.
+            self._known.pop(model, None)
 
     def _hope_of(self, worker: Worker) -> Rates:
         return next((self._hopes[model] for model in worker.card.models if model in self._hopes), PRIOR)

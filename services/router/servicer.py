@@ -186,7 +186,7 @@ class _Reports:
     def take(self, message: router_pb2.RegisterRequest) -> None:
         if message.WhichOneof("message") != "load":
             raise MeshError(Reason.INVALID_REQUEST, "only the first message registers; the next ones report load")
-        self._fleet.report(self._worker, wire.load(message.load))
+        self._fleet.report(self._worker, wire.load(message.load, self._worker.card))
 
 
 async def _registration(stream: AsyncIterator[router_pb2.RegisterRequest]) -> Any:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -78,8 +79,12 @@ def _is_endpoint(text: str) -> bool:
         return False
 
 
-def load(message: router_pb2.LoadReport) -> Load:
-    """How a worker says it is."""
+def load(message: router_pb2.LoadReport, known: Card) -> Load:
+    """How a worker says it is. `known`: who it said it was.
+
+    Raises:
+        MeshError: INVALID_REQUEST, it says that it serves models that can't be.
+    """
     single, more = message.decode_step_duration, message.decode_step_per_sequence_duration
     return Load(
         running=message.running_count,
@@ -92,8 +97,17 @@ def load(message: router_pb2.LoadReport) -> Load:
         if message.HasField("decode_step_per_sequence_duration")
         else None,
         state=_STATES.get(message.state, WorkerState.UNKNOWN),
+        card=_changed(known, message.models) if message.models else None,
         said=message,
     )
+
+
+def _changed(known: Card, models: Iterable[inference_pb2.ModelCard]) -> Card:
+    registration = router_pb2.Registration()
+    registration.CopyFrom(known.said)
+    del registration.models[:]
+    registration.models.extend(models)
+    return card(registration)
 
 
 def request(message: router_pb2.Acquire) -> Request:

@@ -9,9 +9,14 @@ import pytest
 from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
-from services.common.status import error_from_call
+from services.common.errors import Reason
+from services.common.status import error_from_call, error_from_status
 from tests.support.router import duration, gateway_session, running_router, worker_link
 from tests.support.waiting import eventually
+
+
+def error_of(rejection: router_pb2.Rejection) -> Reason:
+    return error_from_status(rejection.status).reason
 
 
 async def test_a_worker_is_known_as_long_as_its_stream_lives() -> None:
@@ -66,6 +71,34 @@ async def test_measured_speeds_and_load_reach_the_scheduler() -> None:
         assert worker.load.decode_step_seconds == pytest.approx(0.012)
         assert worker.outlook.backlog_seconds == pytest.approx(0.2)
         assert worker.outlook.token_seconds == pytest.approx(0.0135)
+
+
+async def test_a_model_that_a_worker_gains_or_drops_while_it_is_registered_is_served_or_unknown() -> None:
+    base = inference_pb2.ModelCard(name="demo", max_context_token_count=4096)
+    adapter = inference_pb2.ModelCard(name="poet", max_context_token_count=4096, base_model="demo")
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router) as link,
+        gateway_session(to_router) as gateway,
+    ):
+        assert error_of(await gateway.rejected(model="poet")) is Reason.MODEL_NOT_FOUND
+        await link.report(models=[base, adapter])
+        worker = router.fleet.workers[0]
+        await eventually(lambda: "poet" in worker.card.models, within=1)
+        assert (await gateway.granted(model="poet")).worker_id == "worker-0"
+        await link.report(running_count=1)
+        assert (await gateway.granted(model="poet")).worker_id == "worker-0"
+        assert [card.name for card in worker.card.said.models] == ["demo", "poet"]
+        await link.report(models=[base])
+        await eventually(lambda: "poet" not in worker.card.models, within=1)
+        assert error_of(await gateway.rejected(model="poet")) is Reason.MODEL_NOT_FOUND
+        assert (await gateway.granted(model="demo")).worker_id == "worker-0"
+
+
+async def test_a_worker_that_reports_a_model_without_a_name_is_told_so() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router) as link:
+        await link.report(models=[inference_pb2.ModelCard()])
+        assert await link.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_reported_nonsense_is_not_believed() -> None:
