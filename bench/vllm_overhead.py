@@ -18,7 +18,16 @@ import uvloop
 from services.common.errors import MeshError
 from services.common.settings import ModelSettings, WorkerSettings
 from services.inference.demo_model import make_demo_model
-from services.inference.engine import FinishReason, Generation, Sampling, Timings, TokenLogprobs, Usage
+from services.inference.engine import (
+    Delta,
+    FinishReason,
+    Generation,
+    PromptEcho,
+    Sampling,
+    StopCause,
+    Timings,
+    Usage,
+)
 from services.inference.vllm_engine import VllmEngine
 
 
@@ -29,14 +38,27 @@ class Counter:
         self.tokens = 0
         self.done = asyncio.Event()
 
-    def started(self, prompt_tokens: int, cached_tokens: int) -> None:
+    def started(self, prompt_tokens: int, cached_tokens: int, echo: PromptEcho | None = None) -> None:
         """Nothing to count."""
 
-    def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:  # noqa: ARG002
+    def delta(self, text: str, token_ids: Sequence[int]) -> None:  # noqa: ARG002
         """Counts."""
         self.tokens += len(token_ids)
 
-    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:  # noqa: ARG002
+    def rich_delta(self, delta: Delta) -> None:
+        """Counts."""
+        self.tokens += len(delta.token_ids)
+
+    def choice_ended(self, choice: int, reason: FinishReason, stop_cause: StopCause | None) -> None:
+        """Nothing to count."""
+
+    def completed(
+        self,
+        reason: FinishReason,  # noqa: ARG002
+        usage: Usage,  # noqa: ARG002
+        timings: Timings,  # noqa: ARG002
+        stop_cause: StopCause | None = None,  # noqa: ARG002
+    ) -> None:
         """The end."""
         self.done.set()
 

@@ -10,18 +10,30 @@ from services.common.errors import MeshError
 __all__ = [
     "Capability",
     "ChatMessage",
+    "ChatOptions",
+    "Delta",
     "Engine",
     "EngineCard",
     "FinishReason",
     "Generation",
     "Load",
+    "Media",
+    "PromptEcho",
     "Sampling",
     "Sink",
+    "StopCause",
+    "StructuredOutput",
     "Timings",
     "TokenLogprob",
     "TokenLogprobs",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
     "Usage",
 ]
+
+StopCause = str | int
+"""What stopped an output: a stop string, or a stop token."""
 
 
 class FinishReason(Enum):
@@ -205,6 +217,39 @@ class TokenLogprobs:
     alternatives: Sequence[TokenLogprob]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallDelta:
+    """A piece of a function call; `id` and `name` come with the first piece of an index."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments_json: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """Output that is more than text and tokens."""
+
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    """One entry a token, or none at all."""
+    choice: int = 0
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCallDelta] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEcho:
+    """What a client wants to know of its prompt."""
+
+    token_ids: Sequence[int] = ()
+    text: str = ""
+    logprobs: Sequence[TokenLogprobs] = ()
+    """One entry for each token but the first, or none at all."""
+
+
 class Sink(Protocol):
     """Where an engine puts what a generation produces: started once, deltas, then one of completed and failed.
 
@@ -212,11 +257,20 @@ class Sink(Protocol):
     raise.
     """
 
-    def started(self, prompt_tokens: int, cached_tokens: int) -> None: ...
+    def started(self, prompt_tokens: int, cached_tokens: int, echo: PromptEcho | None = None) -> None: ...
 
-    def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None: ...
+    def delta(self, text: str, token_ids: Sequence[int]) -> None:
+        """Text and tokens of the only choice, which are nearly all there is."""
 
-    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None: ...
+    def rich_delta(self, delta: Delta) -> None:
+        """Any other output."""
+
+    def choice_ended(self, choice: int, reason: FinishReason, stop_cause: StopCause | None) -> None:
+        """One of several choices is complete; after the last of them comes completed()."""
+
+    def completed(
+        self, reason: FinishReason, usage: Usage, timings: Timings, stop_cause: StopCause | None = None
+    ) -> None: ...
 
     def failed(self, error: MeshError) -> None: ...
 

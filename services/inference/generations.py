@@ -9,7 +9,17 @@ from itertools import count
 from typing import Final, Protocol
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import Engine, FinishReason, Generation, Sink, Timings, TokenLogprobs, Usage
+from services.inference.engine import (
+    Delta,
+    Engine,
+    FinishReason,
+    Generation,
+    PromptEcho,
+    Sink,
+    StopCause,
+    Timings,
+    Usage,
+)
 from services.inference.metrics import WorkerMetrics
 from services.inference.spans import GenerationSpan, Spans
 
@@ -19,8 +29,8 @@ _log = logging.getLogger(__name__)
 _MAX_REQUEST_ID_CHARACTERS: Final = 128
 
 
-class _Delta(Protocol):
-    def __call__(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None: ...
+class _PlainDelta(Protocol):
+    def __call__(self, text: str, token_ids: Sequence[int]) -> None: ...
 
 
 class Run:
@@ -29,7 +39,10 @@ class Run:
     It ends exactly once: the sink hears of that as completed() or failed(), or, after cancel(), not at all.
     """
 
-    __slots__ = ("_begun", "_engine", "_generation", "_owner", "_sink", "_span", "_task", "_timer", "delta", "over")
+    __slots__ = (
+        "_begun", "_engine", "_generation", "_owner", "_sink", "_span", "_task", "_timer", "choice_ended", "delta",
+        "over", "rich_delta",
+    )  # fmt: skip  # one name a line would be longer than the class
 
     def __init__(
         self, owner: "Generations", engine: Engine, generation: Generation, sink: Sink, span: GenerationSpan | None
@@ -43,8 +56,10 @@ class Run:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self.over = False
-        # The engine calls this for each token, so nothing stands between it and the sink.
-        self.delta: _Delta = sink.delta
+        # The engine calls these for each token, so nothing stands between it and the sink.
+        self.delta: _PlainDelta = sink.delta
+        self.rich_delta: Callable[[Delta], None] = sink.rich_delta
+        self.choice_ended: Callable[[int, FinishReason, StopCause | None], None] = sink.choice_ended
 
     @property
     def id(self) -> str:
@@ -86,19 +101,21 @@ class Run:
         self._stop_engine()
         self.failed(error)
 
-    def started(self, prompt_tokens: int, cached_tokens: int) -> None:
+    def started(self, prompt_tokens: int, cached_tokens: int, echo: PromptEcho | None = None) -> None:
         """From the engine."""
         self._owner.metrics.first_token(self._owner.clock() - self._begun, prompt_tokens, cached_tokens)
         if self._span is not None:
             self._span.first_token()
-        self._sink.started(prompt_tokens, cached_tokens)
+        self._sink.started(prompt_tokens, cached_tokens, echo)
 
-    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
+    def completed(
+        self, reason: FinishReason, usage: Usage, timings: Timings, stop_cause: StopCause | None = None
+    ) -> None:
         """From the engine."""
         self._end(reason.value)
         if self._span is not None:
             self._span.completed(reason, usage)
-        self._sink.completed(reason, usage, timings)
+        self._sink.completed(reason, usage, timings, stop_cause)
 
     def failed(self, error: MeshError) -> None:
         """From the engine."""

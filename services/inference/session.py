@@ -10,8 +10,8 @@ from tokenloom.inference.v1 import worker_pb2
 from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.status import status_from_error
-from services.inference import convert
-from services.inference.engine import FinishReason, Timings, TokenLogprobs, Usage
+from services.inference import convert, convert_events
+from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
 
@@ -19,8 +19,8 @@ __all__ = ["Session"]
 
 # About two megabytes: far more than a gateway that reads leaves here, and well below what one message may have.
 _MAX_WAITING_EDITS: Final = 32_768
-# A delta with log-probabilities is as large as about this many plain ones.
-_RICH_DELTA_COST: Final = 8
+# Log-probabilities of one token are as large as about this many plain deltas.
+_LOGPROBS_COST: Final = 8
 
 
 class Session:
@@ -142,29 +142,45 @@ class _SessionSink:
         self._overflowed = overflowed
         self._handle = submission.handle
         self._model = submission.request.model
-        # Rows are applied before deltas, so a generation uses the ones or the others.
-        self._rich = submission.request.sampling.HasField("logprob_count")
+        self._rich = False
 
-    def started(self, prompt_tokens: int, cached_tokens: int) -> None:
-        started = convert.started_to_proto(self._model, prompt_tokens, cached_tokens)
+    def started(self, prompt_tokens: int, cached_tokens: int, echo: PromptEcho | None = None) -> None:
+        started = convert_events.started_to_proto(self._model, prompt_tokens, cached_tokens, echo)
+        cost = 1 if echo is None else 1 + _LOGPROBS_COST * len(echo.logprobs)
         try:
-            self._edit().starts.append(worker_pb2.StartedGeneration(handle=self._handle, started=started))
+            self._edit(cost).starts.append(worker_pb2.StartedGeneration(handle=self._handle, started=started))
         except OutboxFullError:
             self._overflowed()
 
-    def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def delta(self, text: str, token_ids: Sequence[int]) -> None:
+        if self._rich:
+            self.rich_delta(Delta(text=text, token_ids=token_ids))
+            return
         try:
-            if self._rich:
-                delta = convert.delta_to_proto(text, token_ids, logprobs)
-                rich = worker_pb2.GenerationDelta(handle=self._handle, delta=delta)
-                self._edit(_RICH_DELTA_COST).deltas.append(rich)
-            else:
-                self._edit().rows.append((self._handle, text, token_ids))
+            self._edit().rows.append((self._handle, text, token_ids))
         except OutboxFullError:
             self._overflowed()
 
-    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        completed = convert.completed_to_proto(reason, usage, timings)
+    def rich_delta(self, delta: Delta) -> None:
+        # Rows are applied before deltas, so there are no more rows from here on.
+        self._rich = True
+        rich = worker_pb2.GenerationDelta(handle=self._handle, delta=convert_events.delta_to_proto(delta))
+        try:
+            self._edit(1 + _LOGPROBS_COST * len(delta.logprobs)).deltas.append(rich)
+        except OutboxFullError:
+            self._overflowed()
+
+    def choice_ended(self, choice: int, reason: FinishReason, stop_cause: StopCause | None) -> None:
+        ended = convert_events.choice_ended_to_proto(choice, reason, stop_cause)
+        try:
+            self._edit().choice_ends.append(worker_pb2.EndedChoice(handle=self._handle, ended=ended))
+        except OutboxFullError:
+            self._overflowed()
+
+    def completed(
+        self, reason: FinishReason, usage: Usage, timings: Timings, stop_cause: StopCause | None = None
+    ) -> None:
+        completed = convert_events.completed_to_proto(reason, usage, timings, stop_cause)
         self._end(worker_pb2.EndedGeneration(handle=self._handle, completed=completed))
 
     def failed(self, error: MeshError) -> None:
@@ -181,13 +197,14 @@ class _SessionSink:
 class _Batch:
     """What goes into one message, in columns only when it goes out: that is cheaper than row by row."""
 
-    __slots__ = ("deltas", "ends", "rows", "starts")
+    __slots__ = ("choice_ends", "deltas", "ends", "rows", "starts")
 
     def __init__(self) -> None:
         self.starts: list[worker_pb2.StartedGeneration] = []
         self.rows: list[tuple[int, str, Sequence[int]]] = []
         self.deltas: list[worker_pb2.GenerationDelta] = []
         self.ends: list[worker_pb2.EndedGeneration] = []
+        self.choice_ends: list[worker_pb2.EndedChoice] = []
 
     @property
     def token_count(self) -> int:
@@ -196,7 +213,9 @@ class _Batch:
 
     def message(self) -> worker_pb2.SessionResponse:
         """The message."""
-        message = worker_pb2.SessionResponse(starts=self.starts, deltas=self.deltas, ends=self.ends)
+        message = worker_pb2.SessionResponse(
+            starts=self.starts, deltas=self.deltas, ends=self.ends, choice_ends=self.choice_ends
+        )
         if self.rows:
             handles, texts, token_ids = zip(*self.rows, strict=True)
             message.handles.extend(handles)

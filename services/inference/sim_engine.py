@@ -18,6 +18,7 @@ from services.inference.calibration import DecodeModel, PrefillMeter
 from services.inference.engine import (
     Capability,
     ChatMessage,
+    Delta,
     EngineCard,
     FinishReason,
     Generation,
@@ -59,7 +60,7 @@ class SimEngine:
             model=model_name,
             max_context_tokens=min(settings.max_model_len, settings.kv_blocks * settings.block_size),
             vocabulary_size=sim_text.VOCABULARY_SIZE,
-            capabilities=frozenset({Capability.GENERATE, Capability.CHAT}),
+            capabilities=frozenset({Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS}),
             max_running=settings.max_num_seqs,
             kv_cache_tokens=settings.kv_blocks * settings.block_size,
         )
@@ -487,8 +488,11 @@ class _Careful:
         if stopped:
             self._sequence.stop_here()
         count = self._logprob_count
-        logprobs = () if count is None else (_logprobs(self._seed, position, token_ids[0], count),)
-        self._sequence.sink.delta(text, token_ids, logprobs)
+        if count is None:
+            self._sequence.sink.delta(text, token_ids)
+            return
+        logprobs = (_logprobs(self._seed, position, token_ids[0], count),)
+        self._sequence.sink.rich_delta(Delta(text=text, token_ids=token_ids, logprobs=logprobs))
 
     def flush(self) -> None:
         if held := self._matcher.flush():

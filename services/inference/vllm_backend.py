@@ -207,7 +207,7 @@ def _backend(settings: WorkerSettings, llm: Any) -> Backend:
 
 def _card(settings: WorkerSettings, llm: Any, prompts: Prompts) -> EngineCard:
     cache = llm.vllm_config.cache_config
-    can = {Capability.GENERATE} | ({Capability.CHAT} if prompts.has_chat_template else set())
+    can = {Capability.GENERATE, Capability.LOGPROBS} | ({Capability.CHAT} if prompts.has_chat_template else set())
     return EngineCard(
         kind="vllm",
         model=settings.model.name,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import FinishReason, Generation, Sink, Timings, TokenLogprob, TokenLogprobs, Usage
+from services.inference.engine import Delta, FinishReason, Generation, Sink, Timings, TokenLogprob, TokenLogprobs, Usage
 from services.inference.vllm_params import Plan
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ class Stream:
             text, ids, reason = replay.feed(ids, reason)
         if text or ids:
             self._output_tokens += len(ids)
-            self._sink.delta(text, ids, self._logprobs(ids, completion.logprobs))
+            if completion.logprobs:
+                logprobs = self._logprobs(ids, completion.logprobs)
+                self._sink.rich_delta(Delta(text=text, token_ids=ids, logprobs=logprobs))
+            else:
+                self._sink.delta(text, ids)
         if reason is None:
             return False
         if reason in _REASONS:
@@ -84,9 +88,7 @@ class Stream:
         self._sink.completed(reason, usage, timings)
         self.closed = True
 
-    def _logprobs(self, ids: Sequence[int], found: Sequence[Mapping[int, Any]] | None) -> Sequence[TokenLogprobs]:
-        if not found:
-            return ()
+    def _logprobs(self, ids: Sequence[int], found: Sequence[Mapping[int, Any]]) -> Sequence[TokenLogprobs]:
         return [self._token_logprobs(token, by_token) for token, by_token in zip(ids, found, strict=True)]
 
     def _token_logprobs(self, token: int, by_token: Mapping[int, Any]) -> TokenLogprobs:
@@ -99,7 +101,7 @@ class Stream:
         )
 
     def _token_logprob(self, token: int, found: Any) -> TokenLogprob:
-        return TokenLogprob(token_id=token, token=self._token_text(token), logprob=found.logprob)
+        return TokenLogprob(token_id=token, token=self._token_text(token), logprob=found.logprob, rank=found.rank)
 
 
 def _timings(metrics: Any) -> Timings:

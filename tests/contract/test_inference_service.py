@@ -155,7 +155,7 @@ BAD = [
     (
         pb.GenerateRequest(model="sim", token_ids=pb.TokenIds(ids=[4_000_000_000])),
         Reason.INVALID_REQUEST,
-        "token_ids.ids",
+        "token_ids.ids[0]",
     ),
     (generate("word " * 20_000), Reason.CONTEXT_LENGTH_EXCEEDED, "prompt"),
     (generate(max_tokens=8192), Reason.CONTEXT_LENGTH_EXCEEDED, "prompt"),
@@ -235,7 +235,11 @@ async def test_models_are_listed_with_what_they_can() -> None:
     async with sim_worker(model="tiny") as worker:
         answer = await worker.inference.ListModels(inference_pb2.ListModelsRequest())
     assert [(card.name, card.vocabulary_size) for card in answer.models] == [("tiny", sim_text.VOCABULARY_SIZE)]
-    assert list(answer.models[0].capabilities) == [inference_pb2.CAPABILITY_GENERATE, inference_pb2.CAPABILITY_CHAT]
+    assert list(answer.models[0].capabilities) == [
+        inference_pb2.CAPABILITY_GENERATE,
+        inference_pb2.CAPABILITY_CHAT,
+        inference_pb2.CAPABILITY_LOGPROBS,
+    ]
 
 
 async def test_a_call_continues_the_trace_that_its_metadata_names() -> None:

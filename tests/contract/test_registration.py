@@ -108,7 +108,11 @@ async def test_a_worker_says_who_it_is_and_then_how_it_is() -> None:
                 inference_pb2.ModelCard(
                     name="sim",
                     max_context_token_count=worker.engine.card.max_context_tokens,
-                    capabilities=[inference_pb2.CAPABILITY_GENERATE, inference_pb2.CAPABILITY_CHAT],
+                    capabilities=[
+                        inference_pb2.CAPABILITY_GENERATE,
+                        inference_pb2.CAPABILITY_CHAT,
+                        inference_pb2.CAPABILITY_LOGPROBS,
+                    ],
                     vocabulary_size=worker.engine.card.vocabulary_size,
                 )
             ],

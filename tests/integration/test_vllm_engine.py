@@ -21,8 +21,9 @@ from services.inference.engine import Capability, ChatMessage, Engine, FinishRea
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_environment import vllm_version
 from tests.support.demo_model import demo_model
-from tests.support.engine_process import Kept, generate, worker_settings
+from tests.support.engine_process import generate, worker_settings
 from tests.support.otlp import otlp_receiver
+from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
 pytestmark = [
@@ -78,7 +79,7 @@ async def test_the_card_says_what_was_loaded(engine: VllmEngine) -> None:
     as_interface: Engine = engine
     card = as_interface.card
     assert (card.kind, card.model, card.max_context_tokens, card.vocabulary_size) == ("vllm", "demo", 2048, 2048)
-    assert card.capabilities == {Capability.GENERATE, Capability.CHAT}
+    assert card.capabilities == {Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS}
     assert card.max_running == RUNNING
     assert card.kv_cache_tokens >= 2048
 

@@ -6,57 +6,18 @@ It generates once with the traceparent that a line on standard input gives, prin
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import uvloop
 
 from services.common import tracing
-from services.common.errors import MeshError
 from services.common.settings import ModelSettings, WorkerSettings
-from services.inference.engine import FinishReason, Generation, Sampling, Timings, TokenLogprobs, Usage
+from services.inference.engine import Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
+from tests.support.sinks import Kept
 
-__all__ = ["Kept", "generate", "worker_settings"]
-
-
-class Kept:
-    """A sink that keeps everything, in order."""
-
-    def __init__(self) -> None:
-        self.starts: list[tuple[int, int]] = []
-        self.text = ""
-        self.text_after: dict[int, str] = {}
-        """The text that had come with the first so many tokens; a delta can bring several."""
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.reason: FinishReason | None = None
-        self.usage: Usage | None = None
-        self.timings: Timings | None = None
-        self.error: MeshError | None = None
-        self.ended = asyncio.Event()
-
-    def started(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """Keeps it."""
-        self.starts.append((prompt_tokens, cached_tokens))
-
-    def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
-        """Keeps it."""
-        self.text += text
-        self.token_ids += token_ids
-        self.text_after[len(self.token_ids)] = self.text
-        self.logprobs += logprobs
-
-    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        """Keeps it."""
-        self.reason, self.usage, self.timings = reason, usage, timings
-        self.ended.set()
-
-    def failed(self, error: MeshError) -> None:
-        """Keeps it."""
-        self.error = error
-        self.ended.set()
+__all__ = ["generate", "worker_settings"]
 
 
 def worker_settings(model: str, **others: Any) -> WorkerSettings:

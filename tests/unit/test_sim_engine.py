@@ -9,51 +9,13 @@ import pytest
 from services.common.errors import MeshError, Reason
 from services.common.settings import SimSettings
 from services.inference import sim_text
-from services.inference.engine import FinishReason, Generation, Sampling, Timings, TokenLogprobs, Usage
+from services.inference.engine import FinishReason, Generation, Sampling, Usage
 from services.inference.sim_engine import SimEngine
+from tests.support.sinks import Kept
 
 QUICK = SimSettings(decode_step_ms=0.01, decode_step_ms_per_sequence=0, prefill_tokens_per_second=10_000_000)
 PROMPT = "a prompt of some words"
 TOKENS = sim_text.tokenize(PROMPT)
-
-
-class Recorder:
-    """A sink that keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.starts: list[tuple[int, int]] = []
-        self.usage: Usage | None = None
-        self.reason: FinishReason | None = None
-        self.timings: Timings | None = None
-        self.error: MeshError | None = None
-        self.times: list[float] = []
-        self.over = asyncio.Event()
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-    def started(self, prompt_tokens: int, cached_tokens: int) -> None:
-        self.starts.append((prompt_tokens, cached_tokens))
-
-    def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
-        assert self.starts
-        assert not self.over.is_set()
-        self.times.append(time.monotonic())
-        self.texts.append(text)
-        self.token_ids += token_ids
-        self.logprobs += logprobs
-
-    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
-        self.reason, self.usage, self.timings = reason, usage, timings
-        self.over.set()
-
-    def failed(self, error: MeshError) -> None:
-        self.error = error
-        self.over.set()
 
 
 def generation(
@@ -75,17 +37,17 @@ def generation(
     )
 
 
-async def run(engine: SimEngine, request: Generation) -> Recorder:
-    recorder = Recorder()
+async def run(engine: SimEngine, request: Generation) -> Kept:
+    recorder = Kept()
     await engine.submit(request, recorder)
     async with asyncio.timeout(10):
-        await recorder.over.wait()
+        await recorder.ended.wait()
     return recorder
 
 
 async def refusal(engine: SimEngine, request: Generation) -> MeshError:
     with pytest.raises(MeshError) as raised:
-        await engine.submit(request, Recorder())
+        await engine.submit(request, Kept())
     return raised.value
 
 
@@ -133,7 +95,7 @@ async def test_min_tokens_put_the_natural_end_off() -> None:
 async def test_a_continuation_goes_on_exactly_where_the_first_part_ended(cut: int) -> None:
     whole = sim_text.expected_output(TOKENS, 40)
     async with SimEngine(QUICK, "sim", 64) as engine:
-        first = await run(engine, generation(sampling=Sampling(max_tokens=cut))) if cut else Recorder()
+        first = await run(engine, generation(sampling=Sampling(max_tokens=cut))) if cut else Kept()
         rest = await run(engine, generation(emitted=whole[:cut], sampling=Sampling(max_tokens=40)))
     assert first.token_ids + rest.token_ids == whole
     assert first.text + rest.text == sim_text.expected_text(TOKENS, 40)
@@ -149,7 +111,7 @@ async def test_a_continuation_keeps_what_was_held_back_for_a_stop_string() -> No
         whole = await run(engine, generation(sampling=Sampling(max_tokens=40, stop=[stop])))
         assert (whole.text, whole.reason) == (expected, FinishReason.STOP)
         for cut in range(1, len(whole.token_ids)):
-            first = "".join(whole.texts[:cut])
+            first = "".join(delta.text for delta in whole.deltas[:cut])
             request = generation(emitted=whole.token_ids[:cut], sampling=Sampling(max_tokens=40, stop=[stop]))
             rest = await run(engine, request)
             assert first + rest.text == expected
@@ -238,13 +200,13 @@ async def test_the_cache_forgets_what_it_has_no_room_for() -> None:
 async def test_a_request_waits_for_blocks_even_when_slots_are_free() -> None:
     settings = SimSettings(decode_step_ms=1, kv_blocks=8, max_model_len=128, decode_step_ms_per_sequence=0)
     async with SimEngine(settings, "sim", 64) as engine:
-        first, second = Recorder(), Recorder()
+        first, second = Kept(), Kept()
         await engine.submit(generation("1", list(range(300, 390)), sampling=Sampling(max_tokens=30)), first)
         await engine.submit(generation("2", list(range(400, 490)), sampling=Sampling(max_tokens=5)), second)
         await asyncio.sleep(0.01)
         assert (engine.load.running, engine.load.waiting) == (1, 1)
-        await second.over.wait()
-        assert first.over.is_set()
+        await second.ended.wait()
+        assert first.ended.is_set()
 
 
 async def test_sequences_that_outgrow_the_cache_take_turns_and_lose_nothing() -> None:
@@ -287,11 +249,11 @@ async def test_priority_goes_first_and_equals_go_in_order() -> None:
 async def test_a_full_queue_refuses() -> None:
     async with SimEngine(SimSettings(max_num_seqs=2, decode_step_ms=50), "sim", 1) as engine:
         for n in range(3):
-            await engine.submit(generation(str(n)), Recorder())
+            await engine.submit(generation(str(n)), Kept())
         error = await refusal(engine, generation("one too many"))
         assert error.reason is Reason.NO_CAPACITY
         engine.abort("1")
-        await engine.submit(generation("fits"), Recorder())
+        await engine.submit(generation("fits"), Kept())
 
 
 REFUSED = [
@@ -317,7 +279,7 @@ async def test_what_does_not_fit_the_model_is_refused(request_: Generation, reas
 async def test_an_aborted_generation_says_nothing_more_and_holds_nothing(when: str) -> None:
     settings = SimSettings(decode_step_ms=2, prefill_tokens_per_second=100_000, max_num_seqs=1)
     async with SimEngine(settings, "sim", 64) as engine:
-        other, recorder = Recorder(), Recorder()
+        other, recorder = Kept(), Kept()
         if when == "waiting":
             await engine.submit(generation("other", sampling=Sampling(max_tokens=30)), other)
         await engine.submit(generation("g", list(range(300, 2300)), sampling=Sampling(max_tokens=500)), recorder)
@@ -326,24 +288,24 @@ async def test_an_aborted_generation_says_nothing_more_and_holds_nothing(when: s
         engine.abort("g")
         heard = len(recorder.token_ids)
         if when == "waiting":
-            await other.over.wait()
+            await other.ended.wait()
         load = engine.load
         assert (load.running, load.waiting, load.kv_usage, load.pending_prefill_tokens) == (0, 0, 0, 0)
         await asyncio.sleep(0.01)
         assert len(recorder.token_ids) == heard
-        assert not recorder.over.is_set()
+        assert not recorder.ended.is_set()
         engine.abort("unknown")
 
 
 async def test_a_sink_may_abort_any_generation_from_within() -> None:
-    class Aborting(Recorder):
-        def delta(self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
-            super().delta(text, token_ids, logprobs)
+    class Aborting(Kept):
+        def delta(self, text: str, token_ids: Sequence[int]) -> None:
+            super().delta(text, token_ids)
             for name in ("me", "next", "first"):
                 engine.abort(name)
 
     async with SimEngine(QUICK, "sim", 64) as engine:
-        first, me, after = Recorder(), Aborting(), Recorder()
+        first, me, after = Kept(), Aborting(), Kept()
         for name, sink in (("first", first), ("me", me), ("next", after)):
             await engine.submit(generation(name), sink)
         await asyncio.sleep(0.05)
@@ -367,10 +329,10 @@ async def test_prefill_takes_the_time_that_the_tokens_cost() -> None:
     settings = SimSettings(decode_step_ms=1, prefill_tokens_per_second=10_000)
     async with SimEngine(settings, "sim", 64) as engine:
         begun = time.monotonic()
-        recorder = Recorder()
+        recorder = Kept()
         await engine.submit(generation(prompt=list(range(300, 2300)), sampling=Sampling(max_tokens=2)), recorder)
         assert engine.load.pending_prefill_tokens == 2000
-        await recorder.over.wait()
+        await recorder.ended.wait()
         assert recorder.times[0] - begun == pytest.approx(0.201, rel=0.2)
         load = engine.load
     assert load.pending_prefill_tokens == 0
@@ -382,7 +344,7 @@ async def test_prefill_takes_the_time_that_the_tokens_cost() -> None:
 async def test_a_stalled_loop_is_not_made_up_for_in_a_burst() -> None:
     settings = SimSettings(decode_step_ms=10, prefill_tokens_per_second=1_000_000)
     async with SimEngine(settings, "sim", 64) as engine:
-        recorder = Recorder()
+        recorder = Kept()
         await engine.submit(generation(sampling=Sampling(max_tokens=100)), recorder)
         await asyncio.sleep(0.05)
         time.sleep(0.2)  # noqa: ASYNC251  # the stall itself
@@ -392,7 +354,7 @@ async def test_a_stalled_loop_is_not_made_up_for_in_a_burst() -> None:
 
 
 async def test_leaving_the_engine_fails_what_runs_and_refuses_what_comes() -> None:
-    recorder = Recorder()
+    recorder = Kept()
     async with SimEngine(SimSettings(), "sim", 64) as engine:
         await engine.submit(generation(), recorder)
     assert recorder.error is not None
