@@ -1,7 +1,8 @@
 """The life of one request for text, chat or legacy: decode, generate, answer."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -11,17 +12,24 @@ from opentelemetry import trace
 from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.errors import MeshError
-from services.gateway.convert import from_chat, from_completion, in_openai_terms
+from services.gateway.convert import from_completion, in_openai_terms
+from services.gateway.convert_chat import from_chat
+from services.gateway.decoding import decode
 from services.gateway.generation import Caller, Generation, Generator
-from services.gateway.http import Request, Response, while_connected
+from services.gateway.http import Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.rendering import DONE, ChatRenderer, CompletionRenderer, Renderer
-from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, decode
+from services.gateway.pieces import Ending, Prompt
+from services.gateway.rendering import DONE, Renderer, Show
+from services.gateway.rendering_chat import ChatRenderer
+from services.gateway.rendering_completion import CompletionRenderer
+from services.gateway.schema import CompletionRequest, GenerationRequest
+from services.gateway.schema_chat import ChatRequest
 
 __all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Kind", "Limits"]
 
 R = TypeVar("R", bound=GenerationRequest)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +39,7 @@ class Kind(Generic[R]):
     operation: str
     """`gen_ai.operation.name`"""
     shape: type[R]
-    convert: Callable[[R], pb.GenerateRequest]
+    convert: Callable[[R], list[pb.GenerateRequest]]
     renderer: Callable[..., Renderer]
 
 
@@ -66,37 +74,42 @@ class Endpoint(Generic[R]):
             ClientLeftError: the client left, and the generation is stopped.
         """
         body = decode(await request.json_body(self._limits.max_body_bytes), self._kind.shape)
+        body.check()
         identity.check_model(body.model)
-        generate = self._kind.convert(body)
+        generates = self._kind.convert(body)
         self._describe(body)
-        renderer = self._kind.renderer(
-            answer_id=caller.request_id,
-            created=int(time.time()),
-            model=body.model,
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        )
-        async with (
-            while_connected(request, response, self._limits.timeout_seconds),
-            self._generator.run(generate, caller) as generation,
-        ):
+        answer = _Answer(self._generator, self._metrics, body=body, response=response, identity=identity, caller=caller)
+        renderers = self._renderers(body, caller, len(generates))
+        async with while_connected(request, response, self._limits.timeout_seconds):
             try:
-                await self._answer(body, generation, renderer, response, identity)
+                if body.stream:
+                    async with kept_alive(response):
+                        await answer.stream(generates, renderers)
+                else:
+                    await answer.whole(generates, renderers)
             except MeshError as error:
                 raise in_openai_terms(error) from error
-            finally:
-                self._record(generation, body.model, response)
 
-    async def _answer(
-        self, body: R, generation: Generation, renderer: Renderer, response: Response, identity: Identity
-    ) -> None:
-        first = await generation.take()
-        if identity.debug:
-            response.add_header("x-tokenloom-worker", generation.worker_id)
-            response.add_header("x-tokenloom-route", generation.route)
-        if body.stream:
-            await _stream(first, generation, renderer, response)
-        else:
-            await _whole(first, generation, renderer, response)
+    def _renderers(self, body: R, caller: Caller, prompts: int) -> list[Renderer]:
+        created, choices = int(time.time()), body.n or 1
+        return [
+            self._kind.renderer(
+                answer_id=caller.request_id,
+                created=created,
+                model=body.model,
+                show=Show(
+                    choices=choices,
+                    first_index=number * choices,
+                    usage=bool(body.stream_options and body.stream_options.include_usage),
+                    token_ids=bool(body.return_token_ids),
+                    names_as_ids=bool(body.return_tokens_as_token_ids),
+                    reasoning=not (isinstance(body, ChatRequest) and body.include_reasoning is False),
+                    echo=isinstance(body, CompletionRequest) and bool(body.echo),
+                    scores=_wants_scores(body),
+                ),
+            )
+            for number in range(prompts)
+        ]
 
     def _describe(self, body: R) -> None:
         span = trace.get_current_span()
@@ -110,12 +123,89 @@ class Endpoint(Generic[R]):
                 "gen_ai.request.max_tokens": body.max_tokens,
                 "gen_ai.request.temperature": body.temperature,
                 "gen_ai.request.top_p": body.top_p,
+                "gen_ai.request.choice.count": body.n,
             }
             span.set_attributes({key: value for key, value in wanted.items() if value is not None})
 
-    def _record(self, generation: Generation, model: str, response: Response) -> None:
-        span, facts = trace.get_current_span(), response.facts
-        facts.update(model=model, worker=generation.worker_id)
+
+class _Answer:
+    """One request's answer: one generation a prompt, all at the same time."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        metrics: GatewayMetrics,
+        *,
+        body: GenerationRequest,
+        response: Response,
+        identity: Identity,
+        caller: Caller,
+    ) -> None:
+        self._generator = generator
+        self._metrics = metrics
+        self._body = body
+        self._response = response
+        self._identity = identity
+        self._caller = caller
+        # Several generations write to one client: one at a time.
+        self._turn = asyncio.Lock()
+
+    async def stream(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
+        """Answers with events."""
+        endings = await _together([self._stream_one(*pair) for pair in zip(generates, renderers, strict=True)])
+        await self._response.send_events(renderers[0].usage(endings) + DONE)
+        await self._response.end()
+
+    async def whole(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
+        """Answers in one piece."""
+        parts = await _together([self._whole_one(*pair) for pair in zip(generates, renderers, strict=True)])
+        choices = [choice for part, _, _ in parts for choice in part]
+        body = renderers[0].whole(choices, parts[0][1], [ending for _, _, ending in parts])
+        await self._response.send_json(200, msgspec.json.encode(body))
+
+    async def _stream_one(self, generate: pb.GenerateRequest, renderer: Renderer) -> Ending:
+        response = self._response
+        async with self._generator.run(generate, self._caller, keep_ids=bool(self._body.return_token_ids)) as running:
+            try:
+                pieces = await running.take()
+                self._show_route(running)
+                head = renderer.first(running.prompt)
+                async with self._turn:
+                    if not response.started:
+                        await response.start_events()
+                while pieces:
+                    async with self._turn:
+                        await response.send_events(head + renderer.pieces(pieces))
+                    head = b""
+                    running.write_to(renderer.writer(response.write_events))
+                    pieces = await running.take()
+                assert running.ending is not None
+                async with self._turn:
+                    await response.send_events(head + renderer.last(running.ending))
+                return running.ending
+            finally:
+                self._record(running)
+
+    async def _whole_one(
+        self, generate: pb.GenerateRequest, renderer: Renderer
+    ) -> tuple[list[dict[str, Any]], Prompt | None, Ending]:
+        async with self._generator.run(generate, self._caller, keep_ids=bool(self._body.return_token_ids)) as running:
+            try:
+                pieces = await running.take_whole()
+                self._show_route(running)
+                assert running.ending is not None
+                return renderer.choices(pieces, running.prompt, running.ending), running.prompt, running.ending
+            finally:
+                self._record(running)
+
+    def _show_route(self, generation: Generation) -> None:
+        if self._identity.debug and not self._response.started:
+            self._response.add_header("x-tokenloom-worker", generation.worker_id)
+            self._response.add_header("x-tokenloom-route", generation.route)
+
+    def _record(self, generation: Generation) -> None:
+        span, facts = trace.get_current_span(), self._response.facts
+        facts.update(model=self._body.model, worker=generation.worker_id)
         ending, first_at, last_at = generation.ending, generation.first_token_at, monotonic()
         if first_at is not None:
             seconds = first_at - generation.started_at
@@ -141,28 +231,19 @@ class Endpoint(Generic[R]):
         )
 
 
-async def _stream(texts: list[str], generation: Generation, renderer: Renderer, response: Response) -> None:
-    await response.start_events()
-    head = renderer.first()
-    while texts:
-        scores = generation.take_scores()
-        events = renderer.scored("".join(texts), scores) if scores else renderer.deltas(texts)
-        await response.send_events(head + events)
-        head = b""
-        if not scores:
-            generation.write_to(renderer.writer(response.write_events))
-        texts = await generation.take()
-    assert generation.ending is not None
-    await response.send_events(head + renderer.last(generation.ending) + DONE)
-    await response.end()
+def _wants_scores(body: GenerationRequest) -> bool:
+    if isinstance(body, ChatRequest):
+        return bool(body.logprobs)
+    return isinstance(body, CompletionRequest) and body.logprobs is not None
 
 
-async def _whole(texts: list[str], generation: Generation, renderer: Renderer, response: Response) -> None:
-    parts: list[str] = []
-    scores = generation.take_scores()
-    while texts:
-        parts += texts
-        texts = await generation.take()
-        scores += generation.take_scores()
-    assert generation.ending is not None
-    await response.send_json(200, msgspec.json.encode(renderer.whole("".join(parts), scores, generation.ending)))
+async def _together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Runs them at the same time; the first that fails stops the others and is what failed."""
+    if len(parts) == 1:
+        return [await parts[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in parts]
+    except* MeshError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -15,8 +15,9 @@ from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError, Reason
 from services.common.tracing import traceparent_of, tracer
+from services.gateway.pieces import Ending, Piece, Prompt
 from services.gateway.router_client import Lease, RouterClient
-from services.gateway.stream import Ending, Stream, TokenScore, WorkerLostError
+from services.gateway.stream import Stream, WorkerLostError
 from services.gateway.worker_sessions import WorkerSessions
 
 __all__ = ["Caller", "Generation", "Generator"]
@@ -40,14 +41,19 @@ class Caller:
 
 
 class Generation:
-    """A running generation. Read it with `take()` until it returns nothing; then `ending` tells how it ended."""
+    """A running generation. Read it with `take()` until it returns nothing, or with `take_whole()` once; then `ending`
+    tells how it ended.
+    """
 
-    def __init__(self, generator: "Generator", request: pb.GenerateRequest, caller: Caller) -> None:
+    def __init__(
+        self, generator: "Generator", request: pb.GenerateRequest, caller: Caller, *, keep_ids: bool = False
+    ) -> None:
         self._routers = generator.routers
         self._workers = generator.workers
         self._request = request
         self._caller = caller
-        self._stream = Stream()
+        self._stream = Stream(keep_ids=keep_ids)
+        self._shown = False
         self._run = AsyncExitStack()
         self._lease: Lease | None = None
         self._left_workers: list[str] = []
@@ -70,18 +76,19 @@ class Generation:
         """Why the router chose that worker."""
         return self._lease.reason if self._lease else ""
 
-    def take_scores(self) -> list[TokenScore]:
-        """The log-probabilities of the tokens behind the deltas taken."""
-        return self._stream.take_scores()
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt as the worker saw it, as far as it was asked for; known with the first output."""
+        return self._stream.prompt
 
     def write_to(self, writer: Callable[[str], bool]) -> None:
-        """Has text deltas written at once where `writer` can; those that it returns False for wait for `take()`."""
+        """Has plain text written at once where `writer` can; what it returns False for waits for `take()`."""
         self._stream.writer = writer
 
-    async def take(self) -> list[str]:
-        """Waits for text deltas and takes them; an empty list once the output is complete.
+    async def take(self) -> list[str | Piece]:
+        """Waits for output and takes it; an empty list once the output is complete.
 
-        A delta may be empty: a token that adds no text yet. A worker that is lost is replaced by another one, which
+        Plain text may be empty: a token that adds none yet. A worker that is lost is replaced by another one, which
         continues from the tokens emitted so far.
 
         Raises:
@@ -93,9 +100,27 @@ class Generation:
             except WorkerLostError as lost:
                 await self._move(lost)
                 continue
-            if self.first_token_at is None and taken:
-                self.first_token_at = monotonic()
+            if taken:
+                self._shown = True
+                self.first_token_at = self.first_token_at or monotonic()
             return taken
+
+    async def take_whole(self) -> list[str | Piece]:
+        """Waits for the output to be complete and takes all of it.
+
+        A worker that is lost is replaced by another one, which continues from the tokens emitted so far, or, where that
+        would not be exact, begins anew: nobody has seen anything yet.
+
+        Raises:
+            MeshError: the generation failed.
+        """
+        while True:
+            try:
+                await self._stream.begun()
+                self.first_token_at = self.first_token_at or monotonic()
+                return await self._stream.take_whole()
+            except WorkerLostError as lost:
+                await self._move(lost)
 
     async def start(self) -> None:
         """Acquires a worker and submits the prompt and the tokens emitted so far to it."""
@@ -152,21 +177,26 @@ class Generation:
         await self._run.aclose()
         self._left_workers.append(lease.worker_id)
         self._victims += lost.refusal is None
-        self._check_movable(lost, emitted)
-        self._stream.recover()
+        self._check_movable(lost)
+        if self._resumes_exactly:
+            self._stream.recover()
+        else:
+            self._stream.restart()
         await self.start()
 
-    def _check_movable(self, lost: WorkerLostError, emitted: int) -> None:
+    def _check_movable(self, lost: WorkerLostError) -> None:
         if lost.refusal is not None and len(self._left_workers) >= _MAX_MOVES:
             raise lost.refusal
-        if self._victims >= _MAX_VICTIMS or (emitted and not self._resumes_exactly):
+        if self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
             raise MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost") from lost
 
     @property
     def _resumes_exactly(self) -> bool:
-        sampling = self._request.sampling
+        request, sampling = self._request, self._request.sampling
         greedy = sampling.HasField("temperature") and sampling.temperature == 0
-        return greedy and not sampling.HasField("logprob_count")
+        plain = not sampling.HasField("logprob_count") and not sampling.HasField("prompt_logprob_count")
+        free = not request.HasField("structured_output") and not _forces_a_call(request.chat)
+        return greedy and plain and free and request.choice_count <= 1
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""
@@ -184,13 +214,17 @@ class Generator:
         self.workers = workers
 
     @asynccontextmanager
-    async def run(self, request: pb.GenerateRequest, caller: Caller) -> AsyncIterator[Generation]:
+    async def run(
+        self, request: pb.GenerateRequest, caller: Caller, *, keep_ids: bool = False
+    ) -> AsyncIterator[Generation]:
         """Runs a generation for as long as the block; leaving the block early stops it in the engine.
+
+        `keep_ids`: every piece of the output has its tokens.
 
         Raises:
             MeshError: no worker, or the worker refuses.
         """
-        generation = Generation(self, request, caller)
+        generation = Generation(self, request, caller, keep_ids=keep_ids)
         outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
         try:
             await generation.start()
@@ -207,6 +241,13 @@ def _outcome(error: MeshError) -> router_pb2.Outcome.ValueType:
     if error.row.http < 500:
         return router_pb2.OUTCOME_REFUSED
     return router_pb2.OUTCOME_FAILED
+
+
+def _forces_a_call(chat: pb.ChatPrompt) -> bool:
+    # These hold the output to a grammar, whose state can't be carried over.
+    choice = chat.tool_choice.mode
+    forced = choice in (pb.TOOL_CHOICE_MODE_REQUIRED, pb.TOOL_CHOICE_MODE_FUNCTION)
+    return forced or any(tool.strict for tool in chat.tools)
 
 
 def _estimate_prompt_tokens(request: pb.GenerateRequest) -> int:

@@ -4,18 +4,21 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from services.common.errors import MeshError, Reason
 
-__all__ = ["ClientLeftError", "Request", "Response", "error_response", "while_connected"]
+__all__ = ["ClientLeftError", "Request", "Response", "error_response", "kept_alive", "while_connected"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _JSON = (b"content-type", b"application/json")
+_KEEP_ALIVE_SECONDS: Final = 10.0
+# Proxies and clients on the way give up on a connection on which nothing moves.
+_COMMENT: Final = b": waiting\n\n"
 
 
 class ClientLeftError(Exception):
@@ -84,6 +87,7 @@ class Response:
         self.ended = False
         self.status = 0
         self._busy = False
+        self._spoke = False
         self._unfinished: _Unfinished | None = None
         # Used again and again: a message is done with when send() returns, and while it doesn't we are busy.
         self._message: Message = {"type": "http.response.body", "body": b"", "more_body": True}
@@ -127,6 +131,7 @@ class Response:
         """
         if self._busy:
             return False
+        self._spoke = True
         message = self._message
         message["body"] = events
         sending = self._send(message)
@@ -140,6 +145,16 @@ class Response:
         # The buffers are full, and the server waits until they are not: the next send_events() waits with it.
         self._busy, self._unfinished = True, _Unfinished(sending, blocker)
         return True
+
+    async def keep_alive(self) -> None:
+        """Begins the events, or sends a comment, which clients skip, when nothing was sent since the last call."""
+        if self._busy or self.ended:
+            return
+        if not self.started:
+            await self.start_events()
+        elif not self._spoke:
+            self.write_events(_COMMENT)
+        self._spoke = False
 
     async def end(self) -> None:
         """Ends a stream of events."""
@@ -182,6 +197,32 @@ async def error_response(response: Response, error: MeshError) -> None:
 
 def _too_large(limit: int) -> MeshError:
     return MeshError(Reason.REQUEST_TOO_LARGE, f"the body is larger than {limit} bytes")
+
+
+@asynccontextmanager
+async def kept_alive(response: Response) -> AsyncIterator[None]:
+    """Sends comments while the block's events are long in coming: a request that waits in the queue, say."""
+
+    loop = asyncio.get_running_loop()
+    beats: asyncio.Task[None] | None = None
+
+    async def beat() -> None:
+        while True:
+            await response.keep_alive()
+            await asyncio.sleep(_KEEP_ALIVE_SECONDS)
+
+    def begin() -> None:
+        nonlocal beats
+        beats = asyncio.create_task(beat())
+
+    # Few streams last that long: the others are spared the task.
+    timer = loop.call_later(_KEEP_ALIVE_SECONDS, begin)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if beats is not None:
+            beats.cancel()
 
 
 @asynccontextmanager

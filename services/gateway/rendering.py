@@ -1,70 +1,93 @@
-"""What answers look like: OpenAI's chat and legacy completion objects, whole and as server-sent events."""
+"""What answers of either kind have in common: events, choices put together, usage, log-probabilities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import msgspec
 
-from services.gateway.stream import Ending, TokenScore
+from services.gateway.pieces import CallPiece, Ending, FinishReason, Piece, Prompt, TokenScore
 
-__all__ = ["DONE", "ChatRenderer", "CompletionRenderer", "Renderer"]
+__all__ = ["DONE", "Choice", "Chunks", "Renderer", "Show", "gather", "prompt_logprobs", "token_name", "usage"]
 
 DONE: Final = b"data: [DONE]\n\n"
+HOLE: Final = "\x00"
+"""Where a chunk's template has the text of the delta."""
 _encode: Final = msgspec.json.Encoder().encode
-# Where a chunk's template has the text of the delta.
-_HOLE: Final = "\x00"
+_LOWEST: Final = -9999.0
+"""What stands for a probability of 0, whose logarithm JSON can't say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Show:
+    """What the client wants to see beyond the text."""
+
+    choices: int = 1
+    first_index: int = 0
+    """The index of the first choice, where a request has several prompts."""
+    usage: bool = False
+    """An event with the usage."""
+    token_ids: bool = False
+    names_as_ids: bool = False
+    """Tokens of log-probabilities as `token_id:N`."""
+    reasoning: bool = True
+    echo: bool = False
+    scores: bool = False
 
 
 class Renderer(Protocol):
     """Renders one answer."""
 
-    def first(self) -> bytes:
-        """The event before any text."""
+    def first(self, prompt: Prompt | None) -> bytes:
+        """The events before any output."""
         ...
 
-    def deltas(self, texts: Sequence[str]) -> bytes:
-        """The events of text deltas."""
+    def pieces(self, pieces: Sequence[str | Piece]) -> bytes:
+        """The events of output."""
         ...
 
     def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
-        """Makes one function of rendering a delta and writing it: it is called for every token."""
-        ...
-
-    def scored(self, text: str, scores: Sequence[TokenScore]) -> bytes:
-        """The event of text with log-probabilities."""
+        """Makes one function of rendering plain text and writing it: it is called for every token."""
         ...
 
     def last(self, ending: Ending) -> bytes:
-        """The events after all text, [DONE] not included."""
+        """The events after all output, usage and [DONE] not included."""
         ...
 
-    def whole(self, text: str, scores: Sequence[TokenScore], ending: Ending) -> dict[str, Any]:
+    def usage(self, endings: Iterable[Ending]) -> bytes:
+        """The event with the usage of all prompts together, if it was asked for."""
+        ...
+
+    def choices(self, pieces: Iterable[str | Piece], prompt: Prompt | None, ending: Ending) -> list[dict[str, Any]]:
+        """The choices of an answer in one piece."""
+        ...
+
+    def whole(
+        self, choices: Sequence[dict[str, Any]], prompt: Prompt | None, endings: Sequence[Ending]
+    ) -> dict[str, Any]:
         """The answer in one piece."""
         ...
 
 
-class _Chunks:
+class Chunks:
     """The events of one answer. A delta is two constant halves around a JSON string, since there are so many."""
 
-    def __init__(self, head: dict[str, Any], hole: dict[str, Any], *, include_usage: bool) -> None:
+    def __init__(self, head: dict[str, Any], hole: dict[str, Any], show: Show) -> None:
         self._head = head
-        self._include_usage = include_usage
-        before, after = self.event(hole).split(_encode(_HOLE))
-        self._before, self._between, self._after = before, after + before, after
+        self._show = show
+        before, after = self.event(hole).split(_encode(HOLE))
+        self._before, self._after = before, after
 
-    def event(self, choice: dict[str, Any]) -> bytes:
+    def event(self, choice: dict[str, Any], **more: Any) -> bytes:
         """One event with one choice."""
-        chunk = {**self._head, "choices": [choice]}
-        if self._include_usage:
+        chunk = {**self._head, "choices": [choice], **more}
+        if self._show.usage:
             chunk["usage"] = None
         return b"data: " + _encode(chunk) + b"\n\n"
 
-    def texts(self, texts: Sequence[str]) -> bytes:
-        """One event for each text that isn't empty."""
-        if len(texts) == 1:
-            return self._before + _encode(texts[0]) + self._after if texts[0] else b""
-        encoded = [_encode(text) for text in texts if text]
-        return self._before + self._between.join(encoded) + self._after if encoded else b""
+    def text(self, text: str) -> bytes:
+        """The event of plain text; none where there is no text."""
+        return self._before + _encode(text) + self._after if text else b""
 
     def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
         """Renders and writes in one call."""
@@ -75,128 +98,100 @@ class _Chunks:
 
         return write_text
 
-    def usage(self, ending: Ending) -> bytes:
+    def usage(self, endings: Iterable[Ending]) -> bytes:
         """The event with the usage, if it was asked for."""
-        if not self._include_usage:
+        if not self._show.usage:
             return b""
-        return b"data: " + _encode({**self._head, "choices": [], "usage": _usage(ending)}) + b"\n\n"
+        return b"data: " + _encode({**self._head, "choices": [], "usage": usage(endings)}) + b"\n\n"
 
 
-class ChatRenderer:
-    """Chat completions."""
+@dataclass(slots=True)
+class Choice:
+    """A choice in one piece."""
 
-    def __init__(self, *, answer_id: str, created: int, model: str, include_usage: bool) -> None:
-        self._head = {"id": f"chatcmpl-{answer_id}", "object": "chat.completion", "created": created, "model": model}
-        head = {**self._head, "object": "chat.completion.chunk"}
-        self._chunks = _Chunks(head, _chat_choice({"content": _HOLE}), include_usage=include_usage)
-
-    def first(self) -> bytes:
-        """The role."""
-        return self._chunks.event(_chat_choice({"role": "assistant", "content": ""}))
-
-    def deltas(self, texts: Sequence[str]) -> bytes:
-        """Text."""
-        return self._chunks.texts(texts)
-
-    def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
-        """Text, written as it comes."""
-        return self._chunks.writer(write)
-
-    def scored(self, text: str, scores: Sequence[TokenScore]) -> bytes:
-        """Text with log-probabilities."""
-        return self._chunks.event(_chat_choice({"content": text}, logprobs=_chat_scores(scores)))
-
-    def last(self, ending: Ending) -> bytes:
-        """The finish reason, and the usage if asked for."""
-        finish = self._chunks.event(_chat_choice({}, finish_reason=ending.finish_reason))
-        return finish + self._chunks.usage(ending)
-
-    def whole(self, text: str, scores: Sequence[TokenScore], ending: Ending) -> dict[str, Any]:
-        """The answer in one piece."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": _chat_scores(scores),
-            "finish_reason": ending.finish_reason,
-        }
-        return {**self._head, "choices": [choice], "usage": _usage(ending)}
+    index: int
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: FinishReason | None = None
+    stop: str | int | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    calls: list[CallPiece] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
 
-class CompletionRenderer:
-    """Legacy completions."""
-
-    def __init__(self, *, answer_id: str, created: int, model: str, include_usage: bool) -> None:
-        self._head = {"id": f"cmpl-{answer_id}", "object": "text_completion", "created": created, "model": model}
-        self._chunks = _Chunks(self._head, _completion_choice(_HOLE), include_usage=include_usage)
-        self._offset = 0
-
-    def first(self) -> bytes:
-        """Nothing."""
-        return b""
-
-    def deltas(self, texts: Sequence[str]) -> bytes:
-        """Text."""
-        return self._chunks.texts(texts)
-
-    def writer(self, write: Callable[[bytes], bool]) -> Callable[[str], bool]:
-        """Text, written as it comes."""
-        return self._chunks.writer(write)
-
-    def scored(self, text: str, scores: Sequence[TokenScore]) -> bytes:
-        """Text with log-probabilities."""
-        return self._chunks.event(_completion_choice(text, logprobs=self._scores(scores)))
-
-    def last(self, ending: Ending) -> bytes:
-        """The finish reason, and the usage if asked for."""
-        return self._chunks.event(_completion_choice("", ending.finish_reason)) + self._chunks.usage(ending)
-
-    def whole(self, text: str, scores: Sequence[TokenScore], ending: Ending) -> dict[str, Any]:
-        """The answer in one piece."""
-        choice = _completion_choice(text, ending.finish_reason, self._scores(scores))
-        return {**self._head, "choices": [choice], "usage": _usage(ending)}
-
-    def _scores(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-        if not scores:
-            return None
-        offsets = []
-        for score in scores:
-            offsets.append(self._offset)
-            self._offset += len(score.token)
-        return {
-            "tokens": [score.token for score in scores],
-            "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [{other.token: other.logprob for other in score.alternatives} for score in scores],
-            "text_offset": offsets,
-        }
+def gather(pieces: Iterable[str | Piece], ending: Ending, show: Show) -> list[Choice]:
+    """The choices of a complete generation."""
+    choices = [Choice(index=show.first_index + number) for number in range(show.choices)]
+    texts: list[list[str]] = [[] for _ in choices]
+    thoughts: list[list[str]] = [[] for _ in choices]
+    for piece in pieces:
+        if isinstance(piece, str):
+            texts[0].append(piece)
+            continue
+        choice = choices[piece.choice]
+        texts[piece.choice].append(piece.text)
+        thoughts[piece.choice].append(piece.reasoning)
+        choice.scores += piece.scores
+        choice.token_ids += piece.token_ids
+        choice.calls += piece.calls
+        if piece.finish_reason is not None:
+            choice.finish_reason, choice.stop = piece.finish_reason, piece.stop
+    for choice, text, thought in zip(choices, texts, thoughts, strict=True):
+        choice.text, choice.reasoning = "".join(text), "".join(thought)
+        choice.calls = _joined(choice.calls)
+    if len(choices) == 1:
+        choices[0].finish_reason, choices[0].stop = ending.finish_reason, ending.stop
+    return choices
 
 
-def _chat_choice(
-    delta: dict[str, Any], *, finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _completion_choice(
-    text: str, finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _chat_scores(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-    if not scores:
-        return None
-    content = [{**_score(score), "top_logprobs": [_score(other) for other in score.alternatives]} for score in scores]
-    return {"content": content, "refusal": None}
-
-
-def _score(score: TokenScore) -> dict[str, Any]:
-    return {"token": score.token, "logprob": score.logprob, "bytes": list(score.token.encode())}
-
-
-def _usage(ending: Ending) -> dict[str, Any]:
+def usage(endings: Iterable[Ending]) -> dict[str, Any]:
+    """What an answer cost."""
+    prompt = output = cached = reasoning = 0
+    for ending in endings:
+        prompt += ending.prompt_tokens
+        output += ending.output_tokens
+        cached += ending.cached_tokens
+        reasoning += ending.reasoning_tokens
     return {
-        "prompt_tokens": ending.prompt_tokens,
-        "completion_tokens": ending.output_tokens,
-        "total_tokens": ending.prompt_tokens + ending.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": ending.cached_tokens},
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
+
+
+def token_name(score: TokenScore, show: Show) -> str:
+    """How a token is written among log-probabilities."""
+    return f"token_id:{score.token_id}" if show.names_as_ids else score.token
+
+
+def logprob(score: TokenScore) -> float:
+    """A log-probability that JSON can say."""
+    return max(score.logprob, _LOWEST)
+
+
+def prompt_logprobs(prompt: Prompt | None) -> list[dict[str, Any] | None] | None:
+    """The prompt's log-probabilities in vLLM's shape: nothing for the first token, then by token id."""
+    if prompt is None or not prompt.scores:
+        return None
+    return [None, *({str(other.token_id): _ranked(other) for other in _with_chosen(score)} for score in prompt.scores)]
+
+
+def _with_chosen(score: TokenScore) -> list[TokenScore]:
+    others = [other for other in score.alternatives if other.token_id != score.token_id]
+    return [score, *others]
+
+
+def _ranked(score: TokenScore) -> dict[str, Any]:
+    return {"logprob": logprob(score), "rank": score.rank or None, "decoded_token": score.token}
+
+
+def _joined(pieces: Sequence[CallPiece]) -> list[CallPiece]:
+    by_index: dict[int, list[CallPiece]] = {}
+    for piece in pieces:
+        by_index.setdefault(piece.index, []).append(piece)
+    return [
+        CallPiece(index=index, id=parts[0].id, name=parts[0].name, arguments="".join(part.arguments for part in parts))
+        for index, parts in sorted(by_index.items())
+    ]

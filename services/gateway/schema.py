@@ -1,35 +1,74 @@
-"""The OpenAI request bodies that the gateway takes, and their strict decoding.
+"""What the two ways to ask for text have in common, and the legacy one: POST /v1/completions.
 
-Of a repeated key the last value counts. A field that is not listed here is refused by name, never ignored.
+Beyond OpenAI's fields these are vLLM's documented ones. A field that is not listed is refused by name, never ignored.
 """
 
-import re
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from services.common.errors import MeshError, Reason
+from services.gateway.decoding import check_schema, invalid, is_given
 
-__all__ = ["ChatMessage", "ChatRequest", "CompletionRequest", "GenerationRequest", "StreamOptions", "decode"]
+__all__ = [
+    "CompletionRequest",
+    "GenerationRequest",
+    "JsonSchemaFormat",
+    "ModelName",
+    "ResponseFormat",
+    "StreamOptions",
+    "StructuredOutputs",
+]
 
 _INT64: Final = 2**63 - 1
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Pattern = Annotated[str, Meta(min_length=1, max_length=4096)]
+Grammar = Annotated[str, Meta(min_length=1, max_length=65_536)]
+Choice = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """How to stream."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A JSON Schema with a name."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]*\Z")]
+    schema: msgspec.Raw = msgspec.Raw()
+    description: Annotated[str, Meta(max_length=4096)] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's way to hold an answer to a form; exactly one of them."""
+
+    json: msgspec.Raw = msgspec.Raw()
+    regex: Pattern | None = None
+    choice: Annotated[list[Choice], Meta(min_length=1, max_length=1024)] | None = None
+    grammar: Grammar | None = None
+    json_object: Literal[True] | None = None
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What chat and legacy completions have in common. null means the default everywhere."""
 
-    model: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]*$")]
+    model: ModelName
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
@@ -37,130 +76,69 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: TokenCount | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
     logit_bias: Annotated[dict[str, Bias], Meta(max_length=1024)] | None = None
+    bad_words: Annotated[list[Stop], Meta(max_length=64)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=1024)] | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    truncate_prompt_tokens: TokenCount | None = None
     seed: Annotated[int, Meta(ge=-_INT64 - 1, le=_INT64)] | None = None
-    ignore_eos: bool = False
-    n: Literal[1] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[\x20-\x7e]*\Z")] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
-    metadata: Annotated[dict[str, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
 
+    def check(self) -> None:
+        """Refuses what is right field by field and wrong together.
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A part of a message."""
+        Raises:
+            MeshError: INVALID_REQUEST.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options: only with stream")
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise invalid("min_tokens", f"min_tokens: more than max_tokens ({self.max_tokens})")
+        if self.stream and self.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs", "prompt_logprobs: not with stream")
+        self._check_form()
 
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Meta(min_length=1, max_length=1024)]
-    name: Annotated[str, Meta(max_length=256)] | None = None
-
-    @property
-    def text(self) -> str:
-        """The whole content; parts follow each other without anything between."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The form of the answer: plain text is the only one so far."""
-
-    type: Literal["text"]
-
-
-class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
-    """POST /v1/chat/completions"""
-
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=10_000)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    store: Literal[False] | None = None
+    def _check_form(self) -> None:
+        form = self.response_format
+        if form is not None and form.type == "json_schema":
+            if form.json_schema is None or not is_given(form.json_schema.schema):
+                field = "response_format.json_schema" + (".schema" if form.json_schema else "")
+                raise invalid(field, f"missing required parameter: {field}", "missing_required_parameter")
+            check_schema(form.json_schema.schema, "response_format.json_schema.schema")
+        if self.structured_outputs is None:
+            return
+        outputs = self.structured_outputs
+        others = (outputs.regex, outputs.choice, outputs.grammar, outputs.json_object)
+        if is_given(outputs.json) + sum(form is not None for form in others) != 1:
+            raise invalid("structured_outputs", "structured_outputs: give exactly one form")
+        if form is not None and form.type != "text":
+            raise invalid("structured_outputs", "structured_outputs: not together with response_format")
+        if is_given(outputs.json):
+            check_schema(outputs.json, "structured_outputs.json")
 
 
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions"""
 
     prompt: Any | UnsetType = UNSET
-    """A text, a list of token ids, or a list with one text; see `prompt_of`."""
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-
-
-R = TypeVar("R", bound=GenerationRequest)
-_DECODERS: Final[dict[type, msgspec.json.Decoder[Any]]] = {
-    shape: msgspec.json.Decoder(shape) for shape in (ChatRequest, CompletionRequest)
-}
-_PATH: Final = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
-_MISSING: Final = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
-_UNKNOWN: Final = re.compile(r"^Object contains unknown field `(?P<name>[^`]*)`")
-_CODES: Final = (
-    (re.compile(r"^Expected `(?:int|float|decimal)` (?:>=|>|<=|<) "), "out_of_range"),
-    (re.compile(r"^Expected `array` of length >= "), "empty_array"),
-    (re.compile(r"^Expected `array` of length <= "), "array_above_max_length"),
-    (re.compile(r"^Expected `str` of length <= "), "string_above_max_length"),
-    (re.compile(r"^Expected .* got "), "invalid_type"),
-    (re.compile(r"^Invalid enum value"), "invalid_value"),
-)
-
-
-def decode(body: bytes, shape: type[R]) -> R:
-    """Decodes a request body strictly.
-
-    Raises:
-        MeshError: INVALID_REQUEST with the field at fault and OpenAI's code.
-    """
-    try:
-        request: R = _DECODERS[shape].decode(body)
-    except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise MeshError(Reason.INVALID_REQUEST, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    _check_together(request)
-    return request
-
-
-def _invalid(message: str) -> MeshError:
-    at = _PATH.search(message)
-    path = at["path"] if at else ""
-    what = message[: at.start()] if at else message
-    if missing := _MISSING.search(what):
-        field = f"{path}.{missing['name']}" if path else missing["name"]
-        return _error(field, f"missing required parameter: {field}", "missing_required_parameter")
-    if unknown := _UNKNOWN.search(what):
-        field = f"{path}.{unknown['name']}" if path else unknown["name"]
-        return _error(field, f"unknown parameter: {field}", "unknown_parameter")
-    code = next((code for pattern, code in _CODES if pattern.search(what)), "invalid_value")
-    if code == "out_of_range":
-        code = _range_code(what)
-    return _error(path or None, f"{path or 'the body'}: {what[0].lower()}{what[1:]}", code)
-
-
-def _range_code(what: str) -> str:
-    kind = "integer" if "`int`" in what else "decimal"
-    return f"{kind}_below_min_value" if ">" in what else f"{kind}_above_max_value"
-
-
-def _error(field: str | None, message: str, code: str) -> MeshError:
-    return MeshError(Reason.INVALID_REQUEST, message, field=field, code=code)
-
-
-def _check_together(request: GenerationRequest) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise _error("stream_options", "stream_options: only with stream", "invalid_value")
-    if isinstance(request, ChatRequest):
-        if request.max_tokens is not None and request.max_completion_tokens is not None:
-            message = "max_completion_tokens: give max_tokens or max_completion_tokens, not both"
-            raise _error("max_completion_tokens", message, "invalid_value")
-        if request.top_logprobs is not None and not request.logprobs:
-            raise _error("top_logprobs", "top_logprobs: only with logprobs", "invalid_value")
+    """A text, a list of token ids, or a list of either; see `convert.prompts_of`."""
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None

@@ -2,12 +2,11 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from services.common.errors import MeshError
+from services.gateway.pieces import Ending, Piece, Prompt
 
-__all__ = ["Ending", "Stream", "TokenScore", "WorkerLostError"]
+__all__ = ["Stream", "WorkerLostError"]
 
 
 class WorkerLostError(Exception):
@@ -19,63 +18,58 @@ class WorkerLostError(Exception):
         self.refusal = refusal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How a complete generation ended, and what it cost in tokens."""
-
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScore:
-    """The log-probability of a token, and of the likeliest ones at its position."""
-
-    token: str
-    logprob: float
-    alternatives: Sequence["TokenScore"] = ()
-
-
 class Stream:
     """Collects what a generation produces until its reader takes it.
 
     A reader that is slow takes several deltas at once, so what waits here is bounded by the output's own length, which
     max_tokens and the model's context bound. A reader that is fast enough doesn't have to be woken for each delta: it
-    leaves a `writer` here, which gets the text at once.
+    leaves a `writer` here, which gets plain text at once.
     """
 
-    __slots__ = ("_error", "_waiter", "ending", "scores", "texts", "token_ids", "writer")
+    __slots__ = ("_error", "_keep_ids", "_waiter", "ending", "pieces", "prompt", "token_ids", "writer")
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        """Deltas that were not taken yet."""
-        self.scores: list[TokenScore] = []
-        """Scores that were not taken yet."""
+    def __init__(self, *, keep_ids: bool = False) -> None:
+        """`keep_ids`: every delta becomes a piece with its tokens, for an answer that shows them."""
+        self.pieces: list[str | Piece] = []
+        """What was not taken yet, in order; plain text, as nearly all of it is, as plain strings."""
         self.token_ids: list[int] = []
-        """Every token so far, taken or not: what a resume needs."""
+        """Every token of the first choice so far, taken or not: what a resume needs."""
+        self.prompt: Prompt | None = None
         self.writer: Callable[[str], bool] | None = None
-        """Takes a delta out of turn; False when it can't, and the delta waits for the reader."""
+        """Takes plain text out of turn; False when it can't, and the text waits for the reader."""
         self.ending: Ending | None = None
+        self._keep_ids = keep_ids
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, text: str, token_ids: Sequence[int]) -> None:
-        """Adds a delta."""
-        self.token_ids += token_ids
-        if self.writer is not None and not self.texts and self.writer(text):
+        """Adds plain text."""
+        if self._keep_ids:
+            self.push_piece(Piece(text=text, token_ids=token_ids))
             return
-        self.texts.append(text)
+        self.token_ids += token_ids
+        if self.writer is not None and not self.pieces and self.writer(text):
+            return
+        self.pieces.append(text)
         self.wake()
 
     def push_one(self, text: str, token_id: int) -> None:
-        """Adds a delta of one token, the way nearly all of them come."""
+        """Adds plain text of one token, the way nearly all of it comes."""
+        if self._keep_ids:
+            self.push_piece(Piece(text=text, token_ids=(token_id,)))
+            return
         self.token_ids.append(token_id)
         writer = self.writer
-        if writer is None or self.texts or not writer(text):
-            self.texts.append(text)
+        if writer is None or self.pieces or not writer(text):
+            self.pieces.append(text)
             self.wake()
+
+    def push_piece(self, piece: Piece) -> None:
+        """Adds what is more than plain text."""
+        if piece.choice == 0:
+            self.token_ids += piece.token_ids
+        self.pieces.append(piece)
+        self.wake()
 
     def end(self, ending: Ending) -> None:
         """Marks the generation complete."""
@@ -100,24 +94,40 @@ class Stream:
         """Forgets a lost worker, before the generation goes on elsewhere."""
         self._error = None
 
-    async def take(self) -> list[str]:
-        """Waits for deltas and takes them; an empty list once the generation is complete and all is taken.
+    def restart(self) -> None:
+        """Forgets a lost worker and everything that came from it, before the generation begins anew elsewhere."""
+        self._error = None
+        self.pieces.clear()
+        self.token_ids.clear()
+        self.prompt = None
+
+    async def take(self) -> list[str | Piece]:
+        """Waits for output and takes it; an empty list once the generation is complete and all is taken.
 
         Raises:
             MeshError: the generation failed.
             WorkerLostError: its worker is gone.
         """
-        while not self.texts:
+        while not self.pieces:
             if self.ending is not None:
                 return []
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        taken, self.texts = self.texts, []
+            await self._next()
+        taken, self.pieces = self.pieces, []
         return taken
 
-    def take_scores(self) -> list[TokenScore]:
-        """Takes the scores that came with the deltas taken."""
-        taken, self.scores = self.scores, []
-        return taken
+    async def begun(self) -> None:
+        """Waits for the first output. Raises as `take` does."""
+        while not self.pieces and self.ending is None:
+            await self._next()
+
+    async def take_whole(self) -> list[str | Piece]:
+        """Waits for the generation to complete and takes all of it. Raises as `take` does."""
+        while self.ending is None:
+            await self._next()
+        return await self.take()
+
+    async def _next(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter

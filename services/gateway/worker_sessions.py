@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc.aio
-from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2, worker_pb2_grpc
 
 from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.rpc import channel
 from services.common.status import error_from_status
-from services.gateway.stream import Ending, Stream, TokenScore, WorkerLostError
+from services.gateway import convert_output
+from services.gateway.stream import Stream, WorkerLostError
 
 __all__ = ["WorkerSessions"]
 
@@ -22,7 +22,6 @@ _log = logging.getLogger(__name__)
 _MAX_WAITING_EDITS: Final = 10_000
 _CONNECT_SECONDS: Final = 2.0
 _TURNED_AWAY: Final = (Reason.NO_READY_WORKER, Reason.NO_CAPACITY)
-_FINISH_REASONS: Final = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
 class _Session:
@@ -78,10 +77,18 @@ class _Session:
             stream.fail(WorkerLostError(self._endpoint))
 
     def _apply(self, message: worker_pb2.SessionResponse) -> None:
+        for start in message.starts:
+            stream = self._streams.get(start.handle)
+            if stream is not None:
+                stream.prompt = convert_output.prompt(start.started)
         if message.handles:
             self._push_rows(message)
         for rich in message.deltas:
             self._push_rich(rich)
+        for choice_end in message.choice_ends:
+            stream = self._streams.get(choice_end.handle)
+            if stream is not None:
+                stream.push_piece(convert_output.finished_choice(choice_end.ended))
         for end in message.ends:
             self._end(end)
 
@@ -105,8 +112,7 @@ class _Session:
     def _push_rich(self, rich: worker_pb2.GenerationDelta) -> None:
         stream = self._streams.get(rich.handle)
         if stream is not None:
-            stream.scores += [_score(entry) for entry in rich.delta.logprobs]
-            stream.push(rich.delta.text, rich.delta.token_ids)
+            stream.push_piece(convert_output.piece(rich.delta))
 
     def _end(self, end: worker_pb2.EndedGeneration) -> None:
         stream = self._streams.pop(end.handle, None)
@@ -115,7 +121,7 @@ class _Session:
         if end.HasField("failed"):
             stream.fail(_failure(error_from_status(end.failed)))
         else:
-            stream.end(_ending(end.completed))
+            stream.end(convert_output.ending(end.completed))
 
 
 class WorkerSessions:
@@ -173,22 +179,3 @@ def _failure(error: MeshError) -> MeshError | WorkerLostError:
     if error.reason is Reason.ENGINE_FAILED:
         return WorkerLostError(error.message)
     return error
-
-
-def _ending(completed: pb.Completed) -> Ending:
-    usage = completed.usage
-    return Ending(
-        # An unknown reason would have to be invented; the text was cut by something, so "length" is the honest one.
-        finish_reason="stop" if _FINISH_REASONS.get(completed.finish_reason) == "stop" else "length",
-        prompt_tokens=usage.prompt_token_count,
-        cached_tokens=usage.cached_token_count,
-        output_tokens=usage.output_token_count,
-    )
-
-
-def _score(entry: pb.TokenLogprobs) -> TokenScore:
-    return TokenScore(
-        token=entry.chosen.token,
-        logprob=entry.chosen.logprob,
-        alternatives=[TokenScore(token=other.token, logprob=other.logprob) for other in entry.alternatives],
-    )

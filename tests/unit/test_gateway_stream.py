@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.gateway.stream import Ending, Stream, WorkerLostError
+from services.gateway.pieces import Ending, Piece
+from services.gateway.stream import Stream, WorkerLostError
 
 ENDING = Ending(finish_reason="stop", prompt_tokens=1, cached_tokens=0, output_tokens=2)
 
@@ -68,3 +69,54 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     await asyncio.wait([taking])
     stream.push("a", [1])
     assert await stream.take() == ["a"]
+
+
+async def test_pieces_and_text_keep_their_order() -> None:
+    stream = Stream()
+    written: list[str] = []
+    stream.writer = lambda text: not written.append(text)  # type: ignore[func-returns-value]
+    call = Piece(reasoning="hm", token_ids=[2])
+    stream.push_one("a", 1)
+    stream.push_piece(call)
+    stream.push_one("b", 3)
+    assert written == ["a"]
+    assert await stream.take() == [call, "b"]
+    assert stream.token_ids == [1, 2, 3]
+
+
+async def test_only_the_first_choice_counts_for_a_resume() -> None:
+    stream = Stream()
+    stream.push_piece(Piece(text="a", token_ids=[1]))
+    stream.push_piece(Piece(text="b", token_ids=[2], choice=1))
+    assert stream.token_ids == [1]
+
+
+async def test_a_whole_output_is_taken_when_it_is_complete() -> None:
+    stream = Stream()
+    taking = asyncio.create_task(stream.take_whole())
+    await asyncio.sleep(0)
+    stream.push("a", [1])
+    await asyncio.sleep(0)
+    assert not taking.done()
+    stream.push("b", [2])
+    stream.end(ENDING)
+    assert await asyncio.wait_for(taking, 1) == ["a", "b"]
+
+
+async def test_a_restarted_stream_has_forgotten_what_came_before() -> None:
+    stream = Stream()
+    stream.push("a", [1])
+    stream.fail(WorkerLostError("w"))
+    stream.restart()
+    stream.push("b", [2])
+    stream.end(ENDING)
+    assert await stream.take_whole() == ["b"]
+    assert stream.token_ids == [2]
+
+
+async def test_a_stream_that_keeps_ids_gives_each_piece_its_tokens() -> None:
+    stream = Stream(keep_ids=True)
+    stream.push_one("a", 1)
+    stream.push("bc", [2, 3])
+    assert await stream.take() == [Piece(text="a", token_ids=(1,)), Piece(text="bc", token_ids=[2, 3])]
+    assert stream.token_ids == [1, 2, 3]

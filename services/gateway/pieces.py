@@ -1,0 +1,69 @@
+"""What a generation's output is made of, on its way from a worker to a client."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["CallPiece", "Ending", "FinishReason", "Piece", "Prompt", "TokenScore"]
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """The log-probability of a token, and of the likeliest ones at its position."""
+
+    token: str
+    logprob: float
+    token_id: int = 0
+    rank: int = 0
+    """Among all tokens, from 1; 0: not known."""
+    alternatives: Sequence["TokenScore"] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallPiece:
+    """A piece of a function call. The first of an index has its id and name."""
+
+    index: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A piece of output that is more than text."""
+
+    text: str = ""
+    choice: int = 0
+    token_ids: Sequence[int] = ()
+    scores: Sequence[TokenScore] = ()
+    reasoning: str = ""
+    calls: Sequence[CallPiece] = ()
+    finish_reason: FinishReason | None = None
+    """Set once, when one of several choices is complete."""
+    stop: str | int | None = None
+    """The stop string or stop token that ended the choice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The prompt as the worker saw it, as far as it was asked for."""
+
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    scores: Sequence[TokenScore] = ()
+    """Of each token but the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a complete generation ended, and what it cost in tokens."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    reasoning_tokens: int = 0
+    stop: str | int | None = None
