@@ -58,7 +58,7 @@ def tokenloom(folder: Path, streams: int, tokens_per_second: float) -> Iterator[
     )
     keys = folder / "keys.db"
     gateway = GatewaySettings(
-        name="gateway", listen=ports[4], metrics=ports[5], http=ports[6], routers=[ports[0]], keys_path=str(keys)
+        name="gateway", listen=ports[4], metrics=ports[5], http=ports[6], routers=[ports[0]], database=str(keys)
     )
     with KeyStore(str(keys)) as store:
         _, key = store.create("bench")

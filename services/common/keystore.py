@@ -1,9 +1,8 @@
-"""API keys in one SQLite file, shared by the command line, which changes them, and the gateways, which look them up."""
+"""API keys in the mesh's database: the command line changes them, the gateways read them."""
 
 import hashlib
 import json
 import secrets
-import sqlite3
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,24 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-__all__ = ["KEY_PREFIX", "KeyRecord", "KeyStore"]
+from sqlalchemy import Connection, or_, select
+
+from services.common import audit
+from services.common.database import COUNTERS, KEYS, Database
+from services.common.quota import NO_LIMITS, KeyLimits
+
+__all__ = ["KEY_PREFIX", "KeyRecord", "KeyStore", "hash_of"]
 
 KEY_PREFIX: Final = "tl-"
-_BUSY_SECONDS: Final = 5.0
-_COLUMNS: Final = "id, name, tenant, models, priority, admin, debug, created_at"
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS keys (
-    id TEXT PRIMARY KEY,
-    hash BLOB NOT NULL UNIQUE,
-    name TEXT NOT NULL,
-    tenant TEXT NOT NULL,
-    models TEXT,
-    priority INTEGER NOT NULL,
-    admin INTEGER NOT NULL,
-    debug INTEGER NOT NULL,
-    created_at REAL NOT NULL
-) STRICT
-"""
+_LIMITS: Final = ("rpm", "tpm", "concurrency", "budget")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,35 +32,35 @@ class KeyRecord:
     """Whose requests these are, for fairness and accounting; the name unless told otherwise."""
     models: tuple[str, ...] | None
     """The models it may use; None: all."""
+    endpoints: tuple[str, ...] | None
+    """What it may ask for, by the names in services/common/endpoints.py; None: everything."""
     priority: int
     """Scheduling class of its requests, lower first."""
+    allow_degrade: bool
+    """Whether a smaller model may answer when the one asked for has no room."""
     admin: bool
     debug: bool
+    limits: KeyLimits
     created_at: float
     """Seconds since the epoch."""
+    expires_at: float | None
+    """Seconds since the epoch; None: never."""
 
 
 class KeyStore:
     """The keys of a mesh. Only their SHA-256 hashes are stored, which is safe for 256 random bits.
 
-    Several processes may use one file; a change is seen by all of them at their next look. Not for use from several
-    threads. A context manager; leaving it closes the file.
+    Several processes may use one database; a change is seen by all of them at their next look. A context manager;
+    leaving it closes the database.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Opens the file, and makes it when it isn't there.
+    def __init__(self, where: str | Path) -> None:
+        """Opens the database, and makes it when it is a file that isn't there.
 
         Raises:
-            sqlite3.Error: it can't be opened, or is something else.
+            DatabaseError: it can't be opened, or is something else.
         """
-        self._database = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-        try:
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            self._database.execute(_SCHEMA)
-        except sqlite3.Error:
-            self._database.close()
-            raise
+        self._database = Database(where)
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +71,7 @@ class KeyStore:
         self.close()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the database."""
         self._database.close()
 
     def create(
@@ -88,55 +79,130 @@ class KeyStore:
         name: str,
         *,
         models: Iterable[str] | None = None,
+        endpoints: Iterable[str] | None = None,
         priority: int = 0,
+        allow_degrade: bool = False,
         admin: bool = False,
         debug: bool = False,
         tenant: str | None = None,
+        limits: KeyLimits = NO_LIMITS,
+        expires_at: float | None = None,
+        actor: str = "local",
     ) -> tuple[str, str]:
         """Makes a key and returns its id and the key, which can't be read again."""
         key_id = f"key-{secrets.token_hex(6)}"
-        key = KEY_PREFIX + secrets.token_urlsafe(32)
-        listed = None if models is None else json.dumps(sorted(set(models)))
-        self._database.execute(
-            f"INSERT INTO keys (hash, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608  # a constant
-            (_hash(key), key_id, name, tenant or name, listed, priority, admin, debug, time.time()),
-        )
+        key = _new_key()
+        values: dict[str, Any] = {
+            "id": key_id,
+            "name": name,
+            "tenant": tenant or name,
+            "models": _listed(models),
+            "endpoints": _listed(endpoints),
+            "priority": priority,
+            "allow_degrade": int(allow_degrade),
+            "admin": int(admin),
+            "debug": int(debug),
+            "created_at": time.time(),
+            "expires_at": expires_at,
+            **{limit: getattr(limits, limit) for limit in _LIMITS},
+        }
+        with self._database.writing() as connection:
+            connection.execute(KEYS.insert().values(hash=hash_of(key), **values))
+            _changed(connection)
+            audit.record(connection, actor=actor, action="keys.create", target=key_id, detail=values)
         return key_id, key
 
     def list(self) -> list[KeyRecord]:
         """Every key, oldest first."""
-        rows = self._database.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY created_at, id")  # noqa: S608  # a constant
-        return [_record(row) for row in rows]
+        with self._database.reading() as connection:
+            return [_record(row) for row in connection.execute(KEYS.select().order_by(KEYS.c.created_at, KEYS.c.id))]
 
-    def revoke(self, key_id: str) -> bool:
+    def revoke(self, key_id: str, *, actor: str = "local") -> bool:
         """Ends a key; False when there is none of this id."""
-        return self._database.execute("DELETE FROM keys WHERE id = ?", (key_id,)).rowcount == 1
+        with self._database.writing() as connection:
+            if connection.execute(KEYS.delete().where(KEYS.c.id == key_id)).rowcount != 1:
+                return False
+            _changed(connection)
+            audit.record(connection, actor=actor, action="keys.revoke", target=key_id)
+        return True
+
+    def rotate(self, key_id: str, *, grace_seconds: float = 0.0, actor: str = "local") -> str | None:
+        """Gives a key a new secret and returns it; the old one works on for `grace_seconds`. None: no such key."""
+        key = _new_key()
+        old: dict[str, Any] = {"old_hash": None, "old_until": None}
+        if grace_seconds > 0:
+            old = {"old_hash": KEYS.c.hash, "old_until": time.time() + grace_seconds}
+        with self._database.writing() as connection:
+            changed = connection.execute(KEYS.update().where(KEYS.c.id == key_id).values(hash=hash_of(key), **old))
+            if changed.rowcount != 1:
+                return None
+            _changed(connection)
+            detail = {"grace_seconds": grace_seconds}
+            audit.record(connection, actor=actor, action="keys.rotate", target=key_id, detail=detail)
+        return key
 
     def find(self, key: str) -> KeyRecord | None:
-        """The record of a key that a client sent; None when it is not one of ours."""
-        query = f"SELECT {_COLUMNS} FROM keys WHERE hash = ?"  # noqa: S608  # a constant
-        row = self._database.execute(query, (_hash(key),)).fetchone()
-        return None if row is None else _record(row)
+        """The record of a key that a client sent; None when it is not one of ours, or has expired."""
+        digest, now = hash_of(key), time.time()
+        is_old = (KEYS.c.old_hash == digest) & (KEYS.c.old_until > now)
+        with self._database.reading() as connection:
+            row = connection.execute(KEYS.select().where(or_(KEYS.c.hash == digest, is_old))).first()
+        if row is None or (row.expires_at is not None and row.expires_at <= now):
+            return None
+        return _record(row)
 
-    def version(self) -> tuple[int, int]:
-        """Differs from an earlier answer when any process may have changed the keys since. Costs a few µs."""
-        (others,) = self._database.execute("PRAGMA data_version").fetchone()
-        return others, self._database.total_changes
+    def secrets(self) -> dict[bytes, tuple[KeyRecord, float | None]]:
+        """Every key by the hash of its secret, and until when that secret works (seconds since the epoch)."""
+        found: dict[bytes, tuple[KeyRecord, float | None]] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(KEYS.select()):
+                record = _record(row)
+                found[bytes(row.hash)] = (record, record.expires_at)
+                if row.old_hash is not None:
+                    until = row.old_until if record.expires_at is None else min(row.old_until, record.expires_at)
+                    found[bytes(row.old_hash)] = (record, until)
+        return found
+
+    def version(self) -> int:
+        """Differs from an earlier answer when the keys have changed since."""
+        with self._database.reading() as connection:
+            query = select(COUNTERS.c.value).where(COUNTERS.c.name == "keys")
+            return int(connection.execute(query).scalar_one())
 
 
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def hash_of(key: str) -> bytes:
+    """What is stored of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def _record(row: tuple[Any, ...]) -> KeyRecord:
-    key_id, name, tenant, models, priority, admin, debug, created_at = row
+def _new_key() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def _changed(connection: Connection) -> None:
+    connection.execute(COUNTERS.update().where(COUNTERS.c.name == "keys").values(value=COUNTERS.c.value + 1))
+
+
+def _listed(names: Iterable[str] | None) -> str | None:
+    return None if names is None else json.dumps(sorted(set(names)))
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(json.loads(text))
+
+
+def _record(row: Any) -> KeyRecord:
     return KeyRecord(
-        id=key_id,
-        name=name,
-        tenant=tenant,
-        models=None if models is None else tuple(json.loads(models)),
-        priority=priority,
-        admin=bool(admin),
-        debug=bool(debug),
-        created_at=created_at,
+        id=row.id,
+        name=row.name,
+        tenant=row.tenant,
+        models=_names(row.models),
+        endpoints=_names(row.endpoints),
+        priority=row.priority,
+        allow_degrade=bool(row.allow_degrade),
+        admin=bool(row.admin),
+        debug=bool(row.debug),
+        limits=KeyLimits(**{limit: getattr(row, limit) for limit in _LIMITS}),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
     )

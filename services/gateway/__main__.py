@@ -18,7 +18,8 @@ from services.gateway.authz import AuthorizationServicer, HttpAuthorization
 from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
 from services.gateway.generation import Generator
-from services.gateway.identity import Authenticator
+from services.gateway.identity import Authenticator, KeyDirectory
+from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.router_client import RouterClient
 from services.gateway.server import serve_http
@@ -33,12 +34,14 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
     metrics = GatewayMetrics(registry)
     async with AsyncExitStack() as resources:
         resources.enter_context(serve_metrics(settings.metrics, registry))
-        authenticator = Authenticator(resources.enter_context(KeyStore(settings.keys_path)))
+        keys = KeyDirectory(lambda: KeyStore(settings.database))
+        tokens = None if settings.jwt is None else JwtTokens(settings.jwt)
+        authenticator = Authenticator(keys, tokens)
         async with asyncio.TaskGroup() as tasks:
             routers = RouterClient(settings.routers)
             workers = WorkerSessions(tasks)
             fleet = FleetWatch(settings.routers, on_endpoints=workers.keep)
-            running = [tasks.create_task(routers.run()), tasks.create_task(fleet.run())]
+            running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
             generator = Generator(routers, workers)
             app = App(
                 handlers=_handlers(settings, generator, metrics),
@@ -46,7 +49,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 authorization=HttpAuthorization(authenticator),
                 fleet=fleet,
                 metrics=metrics,
-                is_ready=lambda: routers.connected and not stop.is_set(),
+                is_ready=lambda: routers.connected and keys.is_loaded and not stop.is_set(),
             )
 
             def register(server: grpc.aio.Server) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
+from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.common.tracing import context_from, traceparent_of, tracer
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
@@ -103,10 +104,11 @@ class App:
             )
 
     async def _dispatch(self, request: Request, response: Response, request_id: str, span: Span) -> None:
-        identity = self._authenticator.identify(request.header(b"authorization"))
+        identity = await self._authenticator.identify(request.header(b"authorization"))
         handler = self._handlers.get(request.path)
         if handler is not None:
             _require_method(request, response, "POST")
+            identity.check_endpoint(endpoint_of(request.path))
             response.facts["tenant"] = identity.tenant
             await handler(request, response, identity, _caller(request, request_id, identity, span))
         elif request.path == "/v1/models" or request.path.startswith(_MODEL_PREFIX):

@@ -46,7 +46,7 @@ class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
         http = request.attributes.request.http
         right = request.attributes.context_extensions.get("right", "")
         try:
-            identity = _check(self._authenticator, http.headers.get("authorization"), right)
+            identity = await _check(self._authenticator, http.headers.get("authorization"), right)
         except MeshError as error:
             is_grpc = http.headers.get("content-type", "").startswith("application/grpc")
             return _denied(error, is_grpc=is_grpc)
@@ -69,7 +69,7 @@ class HttpAuthorization:
         try:
             # Who does not say what it is for gets nothing that a stranger might have asked for.
             right = asked.header(_RIGHT) or "admin"
-            identity = _check(self._authenticator, asked.header(b"authorization"), right)
+            identity = await _check(self._authenticator, asked.header(b"authorization"), right)
         except MeshError as error:
             is_grpc = asked.header(_FORM) == "grpc"
             status, headers, body = _refusal(error, is_grpc=is_grpc)
@@ -79,8 +79,8 @@ class HttpAuthorization:
         await send({"type": "http.response.body", "body": body})
 
 
-def _check(authenticator: Authenticator, authorization: str | None, right: str) -> Identity:
-    identity = authenticator.identify(authorization)
+async def _check(authenticator: Authenticator, authorization: str | None, right: str) -> Identity:
+    identity = await authenticator.identify(authorization)
     if right == "admin":
         identity.check_admin()
     return identity

@@ -1,17 +1,21 @@
-"""Who calls: API keys, looked up once and remembered until the store changes."""
+"""Who calls: API keys, all of them in memory and read again when they change, and tokens of an identity provider."""
 
-from collections.abc import Callable
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import monotonic
-from typing import Final
+from time import time
+from typing import Final, Protocol
 
+from services.common.database import DatabaseError
 from services.common.errors import MeshError, Reason
-from services.common.keystore import KeyRecord, KeyStore
+from services.common.keystore import KeyRecord, KeyStore, hash_of
+from services.common.quota import NO_LIMITS, KeyLimits
 
-__all__ = ["Authenticator", "Identity"]
+__all__ = ["Authenticator", "Identity", "KeyDirectory", "Tokens"]
 
-_RECHECK_SECONDS: Final = 0.25
-_MAX_REMEMBERED: Final = 10_000
+_log = logging.getLogger(__name__)
+_POLL_SECONDS: Final = 0.25
 _MAX_KEY_LENGTH: Final = 256
 
 
@@ -26,11 +30,20 @@ class Identity:
     priority: int
     admin: bool
     debug: bool
+    endpoints: frozenset[str] | None = None
+    """What it may ask for; None: everything."""
+    allow_degrade: bool = False
+    limits: KeyLimits = NO_LIMITS
 
     def check_model(self, name: str) -> None:
         """Raises MeshError (PERMISSION_DENIED) when this caller may not use a model."""
         if self.models is not None and name not in self.models:
             raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use the model {name!r}", field="model")
+
+    def check_endpoint(self, name: str) -> None:
+        """Raises MeshError (PERMISSION_DENIED) when this caller may not ask for this."""
+        if self.endpoints is not None and name not in self.endpoints:
+            raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use {name}")
 
     def check_admin(self) -> None:
         """Raises MeshError (PERMISSION_DENIED) when this caller is no operator."""
@@ -38,52 +51,104 @@ class Identity:
             raise MeshError(Reason.PERMISSION_DENIED, "this key does not have the admin right")
 
 
-class Authenticator:
-    """Finds out who calls. A key works, and stops working, within a second of the store's change."""
+class KeyDirectory:
+    """Every key of the store, by the hash of its secret. What it knows stays when the store is away."""
 
-    def __init__(self, store: KeyStore, *, clock: Callable[[], float] = monotonic) -> None:
-        self._store = store
+    def __init__(self, open_store: Callable[[], KeyStore], *, clock: Callable[[], float] = time) -> None:
+        """`clock` gives seconds since the epoch."""
+        self._open_store = open_store
         self._clock = clock
-        self._remembered: dict[str, Identity] = {}
-        self._version = store.version()
-        self._checked_at = clock()
+        self._store: KeyStore | None = None
+        self._version = -1
+        self._known: Mapping[bytes, tuple[Identity, float | None]] = {}
 
-    def identify(self, authorization: str | None) -> Identity:
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the store was ever read."""
+        return self._version >= 0
+
+    def find(self, key: str) -> Identity | None:
+        """The owner of a key; None when it is not, or no longer, one of ours.
+
+        Keys are compared by their hashes alone, so that time tells nothing about how much of a guess is right.
+        """
+        found = self._known.get(hash_of(key))
+        if found is None:
+            return None
+        identity, until = found
+        return identity if until is None or self._clock() < until else None
+
+    def refresh(self) -> None:
+        """Reads the store again if it has changed. Blocking.
+
+        Raises:
+            DatabaseError: the store can't be read.
+        """
+        if self._store is None:
+            self._store = self._open_store()
+        version = self._store.version()
+        if version != self._version:
+            self._known = {
+                digest: (_identity(record), until) for digest, (record, until) in self._store.secrets().items()
+            }
+            self._version = version
+
+    async def run(self) -> None:
+        """Keeps up with the store until cancelled; a change is known a quarter of a second later."""
+        is_away = False
+        try:
+            while True:
+                try:
+                    await asyncio.to_thread(self.refresh)
+                except DatabaseError as error:
+                    if not is_away:
+                        _log.warning("keys can't be read", extra={"cause": type(error).__name__})
+                    is_away = True
+                else:
+                    if is_away:
+                        _log.info("keys are read again")
+                    is_away = False
+                await asyncio.sleep(_POLL_SECONDS)
+        finally:
+            if self._store is not None:
+                self._store.close()
+
+
+class Tokens(Protocol):
+    """Tells who is behind a JSON Web Token."""
+
+    async def identify(self, token: str) -> Identity:
+        """Raises MeshError (INVALID_API_KEY)."""
+
+
+class Authenticator:
+    """Finds out who calls."""
+
+    def __init__(self, keys: KeyDirectory, tokens: Tokens | None = None) -> None:
+        self._keys = keys
+        self._tokens = tokens
+
+    async def identify(self, authorization: str | None) -> Identity:
         """The caller behind an `Authorization` header.
 
         Raises:
-            MeshError: INVALID_API_KEY.
+            MeshError: INVALID_API_KEY; NO_READY_WORKER while the keys were never read.
         """
         if not authorization:
             raise MeshError(Reason.INVALID_API_KEY, "no API key: send it as `Authorization: Bearer KEY`")
         scheme, _, key = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not key or len(key) > _MAX_KEY_LENGTH or not key.isascii():
+        if scheme.lower() != "bearer" or not key or not key.isascii():
             raise _bad_key()
-        self._forget_if_changed()
-        identity = self._remembered.get(key)
+        if self._tokens is not None and key.count(".") == 2:
+            return await self._tokens.identify(key)
+        if len(key) > _MAX_KEY_LENGTH:
+            raise _bad_key()
+        identity = self._keys.find(key)
         if identity is None:
-            identity = self._look_up(key)
-        return identity
-
-    def _look_up(self, key: str) -> Identity:
-        record = self._store.find(key)
-        if record is None:
-            # Not remembered: a flood of made-up keys must not push the real ones out.
+            if not self._keys.is_loaded:
+                raise MeshError(Reason.NO_READY_WORKER, "keys can't be checked yet: try again", retry_after_seconds=1.0)
             raise _bad_key()
-        if len(self._remembered) >= _MAX_REMEMBERED:
-            self._remembered.clear()
-        identity = self._remembered[key] = _identity(record)
         return identity
-
-    def _forget_if_changed(self) -> None:
-        now = self._clock()
-        if now - self._checked_at < _RECHECK_SECONDS:
-            return
-        self._checked_at = now
-        version = self._store.version()
-        if version != self._version:
-            self._version = version
-            self._remembered.clear()
 
 
 def _identity(record: KeyRecord) -> Identity:
@@ -91,9 +156,12 @@ def _identity(record: KeyRecord) -> Identity:
         key_id=record.id,
         tenant=record.tenant,
         models=None if record.models is None else frozenset(record.models),
+        endpoints=None if record.endpoints is None else frozenset(record.endpoints),
         priority=record.priority,
         admin=record.admin,
         debug=record.debug,
+        allow_degrade=record.allow_degrade,
+        limits=record.limits,
     )
 
 

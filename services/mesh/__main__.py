@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from services.common.config import ConfigError
+from services.common.endpoints import ENDPOINTS
 from services.mesh import keys, render, up
 
 __all__ = ["main"]
 
 _DEFAULT_STATE: Final = Path(".tokenloom")
 _HIGHEST_PORT: Final = 65535
+_HIGHEST_LIMIT: Final = 10**12
+_HIGHEST_PRIORITY: Final = 1000
+_LONGEST_NAME: Final = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,18 +80,36 @@ def _add_up(commands: Any) -> None:
 def _add_keys(commands: Any) -> None:
     actions = _command(commands, "keys", None, "API keys").add_subparsers(required=True, metavar="ACTION")
     create = _command(actions, "create", keys.create, "make a key; it is shown once")
-    create.add_argument("--name", required=True)
-    create.add_argument("--models", metavar="A,B", help="the models it may use; default: all")
-    create.add_argument("--priority", type=int, default=0, metavar="N", help="lower goes first; default: 0")
-    create.add_argument("--admin", action="store_true", help="it may operate the mesh")
-    create.add_argument("--debug", action="store_true", help="its answers say which worker made them")
+    _add_key_options(create)
     listing = _command(actions, "list", keys.list_keys, "list the keys")
     revoke = _command(actions, "revoke", keys.revoke, "end a key")
-    revoke.add_argument("id")
-    for action in (create, listing):
+    rotate = _command(actions, "rotate", keys.rotate, "give a key a new secret; it is shown once")
+    rotate.add_argument("--grace", type=keys.duration, metavar="TIME", help="how long the old one works on; default: 0")
+    for action in (revoke, rotate):
+        action.add_argument("id")
+    for action in (create, listing, rotate):
         action.add_argument("--json", action="store_true")
-    for action in (create, listing, revoke):
+    for action in (create, listing, revoke, rotate):
         _add_state(action)
+
+
+def _add_key_options(create: ArgumentParser) -> None:
+    create.add_argument("--name", required=True, type=_key_name)
+    create.add_argument("--tenant", type=_key_name, help="whose requests these are; default: the name")
+    create.add_argument("--models", metavar="A,B", help="the models it may use; default: all")
+    create.add_argument(
+        "--endpoints", metavar="A,B", help=f"what it may ask for; default: all of {', '.join(ENDPOINTS)}"
+    )
+    create.add_argument("--rpm", type=_at_least_one, metavar="N", help="requests a minute; default: no limit")
+    create.add_argument("--tpm", type=_at_least_one, metavar="N", help="tokens a minute; default: no limit")
+    create.add_argument("--concurrency", type=_at_least_one, metavar="N", help="requests at a time; default: no limit")
+    create.add_argument("--budget", type=_amount, metavar="X", help="cost of a calendar month; default: no limit")
+    create.add_argument("--priority", type=_priority, default=0, metavar="N", help="lower goes first; default: 0")
+    create.add_argument("--allow-degrade", action="store_true", help="a smaller model may answer when there is no room")
+    create.add_argument("--admin", action="store_true", help="it may operate the mesh")
+    create.add_argument("--debug", action="store_true", help="its answers say which worker made them")
+    create.add_argument("--rights", metavar="A,B", help=f"the same rights by name: {', '.join(keys.RIGHTS)}")
+    create.add_argument("--expires", type=keys.duration, metavar="TIME", help="how long it works: 90s, 15m, 12h, 30d")
 
 
 def _add_render(commands: Any) -> None:
@@ -117,8 +139,39 @@ def _address(text: str) -> str:
     return text
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _HIGHEST_LIMIT:
+        raise ValueError
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    amount = float(text)
+    if not 0 < amount <= _HIGHEST_LIMIT:
+        raise ValueError
+    return amount
+
+
+def _priority(text: str) -> int:
+    priority = int(text)
+    if abs(priority) > _HIGHEST_PRIORITY:
+        raise ValueError
+    return priority
+
+
+def _key_name(text: str) -> str:
+    # It travels in a header.
+    if not 1 <= len(text) <= _LONGEST_NAME or not (text.isascii() and text.isprintable()) or text != text.strip():
+        raise ValueError
+    return text
+
+
 _port.__name__ = "port"
 _address.__name__ = "HOST:PORT"
+_at_least_one.__name__ = "number from 1"
+_amount.__name__ = "amount above 0"
+_priority.__name__ = "number from -1000 to 1000"
+_key_name.__name__ = "name (1 to 128 printable ASCII characters)"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from services.common import config
 from services.common.config import ConfigError
-from services.common.settings import Address, ModelSettings, Name, SimSettings
+from services.common.settings import Address, JwtSettings, LedgerSettings, ModelSettings, Name, SimSettings
 
 __all__ = ["DEMO_MODEL", "EdgeConfig", "MeshConfig", "PoolConfig", "WorkerConfig", "load_mesh", "parse_sim"]
 
@@ -68,7 +68,13 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
     redis_url: str | None = None
-    """Where GPU readings are published besides gRPC and Prometheus."""
+    """Where GPU readings are published besides gRPC and Prometheus, and replicas of the gateway share limits."""
+    database_url: str | None = None
+    """Where keys, usage and audit are, `postgresql://…`; null: a SQLite file in the state folder."""
+    jwt: JwtSettings | None = None
+    """Tokens of an identity provider that are taken beside keys; null: none."""
+    ledger: LedgerSettings = LedgerSettings()
+    """What a request costs, and how long that is known."""
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """How long running streams may go on when the mesh is stopped."""
 

@@ -89,7 +89,11 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         otlp_endpoint=mesh.otlp_endpoint,
         http=f"{_ANY}:{_HTTP}",
         routers=[f"router:{_GRPC}"],
-        keys_path=f"{STATE_FOLDER}/keys.db",
+        database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
+        journal=f"{STATE_FOLDER}/journal",
+        redis_url=mesh.redis_url or _REDIS_URL,
+        jwt=mesh.jwt,
+        ledger=mesh.ledger,
         drain_seconds=mesh.drain_seconds,
     )
     yield Container(name="gateway", service="gateway", address=next(hosts), settings=gateway)

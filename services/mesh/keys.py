@@ -1,28 +1,41 @@
-"""tokenloom keys create, list and revoke."""
+"""tokenloom keys create, list, revoke and rotate."""
 
 import json
+import re
+import time
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any, Final
 
+from services.common.audit import local_actor
 from services.common.config import ConfigError
+from services.common.endpoints import ENDPOINTS
 from services.common.keystore import KeyRecord, KeyStore
+from services.common.quota import KeyLimits
 from services.mesh.state import State
 
-__all__ = ["create", "list_keys", "revoke"]
+__all__ = ["RIGHTS", "create", "duration", "list_keys", "revoke", "rotate"]
+
+RIGHTS: Final = ("admin", "debug", "degrade")
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def create(arguments: Namespace) -> int:
     """Makes a key and shows it, this once."""
-    models = _models(arguments.models)
+    rights = _names("--rights", arguments.rights, RIGHTS) or []
+    values = _values(arguments)
     with _open(arguments) as store:
         key_id, key = store.create(
-            arguments.name, models=models, priority=arguments.priority, admin=arguments.admin, debug=arguments.debug
+            arguments.name,
+            admin=arguments.admin or "admin" in rights,
+            debug=arguments.debug or "debug" in rights,
+            allow_degrade=arguments.allow_degrade or "degrade" in rights,
+            actor=local_actor(),
+            **values,
         )
-    if arguments.json:
-        print(json.dumps({"id": key_id, "key": key}))
-    else:
-        print(f"{key}\n\nThis is shown once. Its id is {key_id}.")
+    _show(arguments, key_id, key)
     return 0
 
 
@@ -41,30 +54,87 @@ def list_keys(arguments: Namespace) -> int:
 def revoke(arguments: Namespace) -> int:
     """Ends a key."""
     with _open(arguments) as store:
-        if not store.revoke(arguments.id):
+        if not store.revoke(arguments.id, actor=local_actor()):
             print(f"there is no key {arguments.id!r}")
             return 1
     print(f"{arguments.id} is revoked")
     return 0
 
 
+def rotate(arguments: Namespace) -> int:
+    """Gives a key a new secret and shows it, this once."""
+    with _open(arguments) as store:
+        key = store.rotate(arguments.id, grace_seconds=arguments.grace or 0.0, actor=local_actor())
+    if key is None:
+        print(f"there is no key {arguments.id!r}")
+        return 1
+    _show(arguments, arguments.id, key)
+    return 0
+
+
+def duration(text: str) -> float:
+    """Seconds, from texts like 90s, 15m, 12h and 30d; raises ValueError."""
+    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
+    if found is None:
+        raise ValueError
+    return float(found[1]) * _UNITS[found[2]]
+
+
+duration.__name__ = "duration (90s, 15m, 12h, 30d)"
+
+
+def _values(arguments: Namespace) -> dict[str, Any]:
+    return {
+        "models": _names("--models", arguments.models),
+        "endpoints": _names("--endpoints", arguments.endpoints, ENDPOINTS),
+        "priority": arguments.priority,
+        "tenant": arguments.tenant,
+        "limits": KeyLimits(
+            rpm=arguments.rpm, tpm=arguments.tpm, concurrency=arguments.concurrency, budget=arguments.budget
+        ),
+        "expires_at": None if arguments.expires is None else time.time() + arguments.expires,
+    }
+
+
 def _open(arguments: Namespace) -> KeyStore:
     state = State(arguments.state_dir)
     state.make()
-    return KeyStore(state.keys)
+    return KeyStore(state.database)
 
 
-def _models(text: str | None) -> list[str] | None:
+def _show(arguments: Namespace, key_id: str, key: str) -> None:
+    if arguments.json:
+        print(json.dumps({"id": key_id, "key": key}))
+    else:
+        print(f"{key}\n\nThis is shown once. Its id is {key_id}.")
+
+
+def _names(option: str, text: str | None, known: Sequence[str] | None = None) -> list[str] | None:
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ConfigError(f"--models: expected names with commas between them, got the value {text!r}")
+        raise ConfigError(f"{option}: expected names with commas between them, got the value {text!r}")
+    for name in names:
+        if known is not None and name not in known:
+            raise ConfigError(f"{option}: expected some of {', '.join(known)}, got the value {name!r}")
     return names
 
 
 def _line(record: KeyRecord) -> str:
-    rights = [name for name, has in (("admin", record.admin), ("debug", record.debug)) if has]
+    rights = [
+        name
+        for name, has in (("admin", record.admin), ("debug", record.debug), ("degrade", record.allow_degrade))
+        if has
+    ]
+    limits = [f"{name} {value:g}" for name, value in asdict(record.limits).items() if value is not None]
     models = "all models" if record.models is None else ",".join(record.models)
-    created = datetime.fromtimestamp(record.created_at, UTC).strftime("%Y-%m-%d %H:%M")
-    return "  ".join((record.id, record.name, f"priority {record.priority}", models, created, *rights))
+    endpoints = [] if record.endpoints is None else [",".join(record.endpoints)]
+    ends = [] if record.expires_at is None else [f"until {_moment(record.expires_at)}"]
+    tenant = [] if record.tenant == record.name else [f"tenant {record.tenant}"]
+    parts = (record.id, record.name, *tenant, f"priority {record.priority}", models, *endpoints, *limits)
+    return "  ".join((*parts, _moment(record.created_at), *ends, *rights))
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

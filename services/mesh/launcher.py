@@ -11,7 +11,7 @@ from typing import Any, Final
 from services.mesh.child import Child, StartError
 from services.mesh.config import MeshConfig
 from services.mesh.edge_drain import drain_edge
-from services.mesh.plan import ProcessPlan, plan_processes
+from services.mesh.plan import ProcessPlan, database_of, plan_processes
 from services.mesh.probe import lists_models, poll
 from services.mesh.state import State
 
@@ -44,7 +44,7 @@ class Launcher:
 
     async def run(self, stop: asyncio.Event) -> int:
         """Runs the mesh until `stop` is set; returns the exit code."""
-        self._admin_key = self._state.admin_key()
+        self._admin_key = self._state.admin_key(database_of(self._mesh, self._state))
         try:
             if not await _unless(stop, self._make_model()):
                 return 0

@@ -25,7 +25,7 @@ from services.mesh.ports import PortPicker
 from services.mesh.probe import Probe, grpc_health, http_ok
 from services.mesh.state import State
 
-__all__ = ["ProcessPlan", "plan_processes"]
+__all__ = ["ProcessPlan", "database_of", "plan_processes"]
 
 _HOST: Final = "127.0.0.1"
 _START_SECONDS: Final = 60.0
@@ -55,6 +55,11 @@ class ProcessPlan:
 def plan_processes(mesh: MeshConfig, state: State) -> list[ProcessPlan]:
     """Every process of a mesh, with its ports. Free ports are looked for at each call."""
     return list(_Planner(mesh, state).plans())
+
+
+def database_of(mesh: MeshConfig, state: State) -> str:
+    """Where keys, usage and audit of a mesh on this machine are."""
+    return mesh.database_url or str(state.keys.resolve())
 
 
 class _Planner:
@@ -113,7 +118,11 @@ class _Planner:
             ready=http_ok(f"http://{_HOST}:{port}/readyz"),
             http=f"{_HOST}:{port}",
             routers=[router],
-            keys_path=str(self._state.keys.resolve()),
+            database=database_of(self._mesh, self._state),
+            journal=str(self._state.folder.resolve() / "journal"),
+            redis_url=self._mesh.redis_url,
+            jwt=self._mesh.jwt,
+            ledger=self._mesh.ledger,
             drain_seconds=self._mesh.drain_seconds,
         )
 

@@ -36,8 +36,18 @@ class State:
 
     @property
     def keys(self) -> Path:
-        """The database of API keys."""
+        """The database of keys, usage and audit, unless the mesh has another one."""
         return self.folder / "keys.db"
+
+    @property
+    def database(self) -> str:
+        """Where the mesh's keys are: what its gateway was told last, or the file."""
+        try:
+            written = json.loads(self.config("gateway").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return str(self.keys)
+        found: str = written.get("database") or str(self.keys)
+        return found
 
     @property
     def demo_model(self) -> Path:
@@ -104,13 +114,13 @@ class State:
             return None
         return mesh
 
-    def admin_key(self) -> str:
+    def admin_key(self, database: str) -> str:
         """The key with every right, made at the first call and the same ever after unless it is revoked."""
         kept = self.folder / "admin_key"
-        with KeyStore(self.keys) as store:
+        with KeyStore(database) as store:
             if kept.exists() and store.find(kept.read_text(encoding="utf-8").strip()) is not None:
                 return kept.read_text(encoding="utf-8").strip()
-            _, key = store.create("admin", admin=True, debug=True)
+            _, key = store.create("admin", admin=True, debug=True, actor="launcher")
         write_private(kept, key + "\n")
         return key
 

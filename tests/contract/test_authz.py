@@ -14,7 +14,7 @@ from services.common.keystore import KeyStore
 from services.common.rpc import channel, serve
 from services.common.status import DETAILS_KEY
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
-from services.gateway.identity import Authenticator
+from services.gateway.identity import Authenticator, KeyDirectory
 
 
 @pytest.fixture
@@ -22,10 +22,16 @@ def store(tmp_path: Path) -> KeyStore:
     return KeyStore(tmp_path / "keys.db")
 
 
+def authenticator(store: KeyStore) -> Authenticator:
+    keys = KeyDirectory(lambda: store)
+    keys.refresh()
+    return Authenticator(keys)
+
+
 @asynccontextmanager
 async def authorization(store: KeyStore) -> AsyncIterator[external_auth_pb2_grpc.AuthorizationStub]:
     def register(server: grpc.aio.Server) -> list[str]:
-        servicer = AuthorizationServicer(Authenticator(store))
+        servicer = AuthorizationServicer(authenticator(store))
         external_auth_pb2_grpc.add_AuthorizationServicer_to_server(servicer, server)
         return ["envoy.service.auth.v3.Authorization"]
 
@@ -83,7 +89,7 @@ async def test_a_grpc_client_gets_the_details_beside_the_message(store: KeyStore
 
 async def http_check(store: KeyStore, *headers: tuple[str, str], right: str | None = "inference") -> httpx.Response:
     """One check over HTTP, as Envoy sends it."""
-    app = HttpAuthorization(Authenticator(store))
+    app = HttpAuthorization(authenticator(store))
     if right is not None:
         headers = (*headers, ("x-tokenloom-right", right))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:

@@ -9,7 +9,6 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from services.common.keystore import KeyStore
 from services.common.settings import SimSettings
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.openai_lane import Lane, openai_lane
@@ -111,16 +110,14 @@ async def test_only_keys_with_the_debug_right_see_the_worker(lane: Lane, client:
     told = await client.post("/v1/completions", json=body)
     assert told.headers["x-tokenloom-worker"] == "worker-0"
     assert "first token" in told.headers["x-tokenloom-route"]
-    with KeyStore(lane.keys) as store:
-        _, plain = store.create("plain")
+    plain = await lane.make_key("plain")
     answer = await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {plain}"})
     assert answer.status_code == 200
     assert not [name for name in answer.headers if name.startswith("x-tokenloom")]
 
 
 async def test_a_key_may_use_its_models_only(lane: Lane, client: httpx.AsyncClient) -> None:
-    with KeyStore(lane.keys) as store:
-        _, narrow = store.create("narrow", models=["other"])
+    narrow = await lane.make_key("narrow", models=["other"])
     body = {"model": "sim", "prompt": "x", "max_tokens": 1}
     answer = await client.post("/v1/completions", json=body, headers={"authorization": f"Bearer {narrow}"})
     assert answer.status_code == 403

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -30,6 +31,15 @@ class Lane:
     def stop_worker(self, index: int) -> None:
         """Asks a worker to stop, as SIGTERM does; it drains for a tenth of a second."""
         self._workers[index].set()
+
+    async def make_key(self, name: str, **options: Any) -> str:
+        """A new key, once it works."""
+        with KeyStore(self.keys) as store:
+            _, key = store.create(name, **options)
+        async with asyncio.timeout(1), httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as client:
+            while (await client.get(f"{self.base_url}/v1/models")).status_code == 401:
+                await asyncio.sleep(0.01)
+        return key
 
     @property
     def headers(self) -> dict[str, str]:
@@ -68,7 +78,7 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
             metrics=_address(),
             http=http,
             routers=[router_address],
-            keys_path=str(keys),
+            database=str(keys),
             max_body_bytes=1 << 20,
             drain_seconds=1,
         )

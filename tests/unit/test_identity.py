@@ -1,27 +1,44 @@
 """Who calls, over a real key store."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from services.common.errors import MeshError, Reason
 from services.common.keystore import KeyStore
-from services.gateway.identity import Authenticator
+from services.common.quota import KeyLimits
+from services.gateway.identity import Authenticator, Identity, KeyDirectory
 
 
 class Clock:
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = 1_000.0
 
     def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[KeyStore]:
-    with KeyStore(tmp_path / "keys.db") as opened:
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[KeyStore]:
+    with KeyStore(path) as opened:
         yield opened
+
+
+def directory(store: KeyStore, clock: Clock | None = None) -> KeyDirectory:
+    keys = KeyDirectory(lambda: store) if clock is None else KeyDirectory(lambda: store, clock=clock)
+    keys.refresh()
+    return keys
+
+
+async def identify(keys: KeyDirectory, key: str) -> Identity:
+    return await Authenticator(keys).identify(f"Bearer {key}")
 
 
 @pytest.mark.parametrize(
@@ -37,40 +54,67 @@ def store(tmp_path: Path) -> Iterator[KeyStore]:
         "Bearer " + "k" * 1_000_000,
         "Bearer sch\xfcssel",
         "Bearer a\x00b",
+        "Bearer a.b.c",
     ],
 )
-def test_what_is_no_key_is_refused(store: KeyStore, authorization: str | None) -> None:
+async def test_what_is_no_key_is_refused(store: KeyStore, authorization: str | None) -> None:
     with pytest.raises(MeshError) as caught:
-        Authenticator(store).identify(authorization)
+        await Authenticator(directory(store)).identify(authorization)
     assert (caught.value.reason, caught.value.code) == (Reason.INVALID_API_KEY, "invalid_api_key")
 
 
-def test_a_key_tells_whose_it_is_and_what_it_may(store: KeyStore) -> None:
-    key_id, key = store.create("team", models=["a"], priority=3)
-    identity = Authenticator(store).identify(f"Bearer {key}")
+async def test_a_key_tells_whose_it_is_and_what_it_may(store: KeyStore) -> None:
+    key_id, key = store.create("team", models=["a"], endpoints=["chat"], priority=3, limits=KeyLimits(rpm=5))
+    identity = await identify(directory(store), key)
     assert (identity.key_id, identity.tenant, identity.priority) == (key_id, "team", 3)
+    assert identity.limits == KeyLimits(rpm=5)
     identity.check_model("a")
-    with pytest.raises(MeshError) as caught:
-        identity.check_model("b")
-    assert caught.value.reason is Reason.PERMISSION_DENIED
-    with pytest.raises(MeshError):
-        identity.check_admin()
+    identity.check_endpoint("chat")
+    checks = (partial(identity.check_model, "b"), partial(identity.check_endpoint, "files"), identity.check_admin)
+    for check in checks:
+        with pytest.raises(MeshError) as caught:
+            check()
+        assert caught.value.reason is Reason.PERMISSION_DENIED
 
 
-def test_a_key_made_by_another_process_works_at_once(store: KeyStore, tmp_path: Path) -> None:
-    authenticator = Authenticator(store)
-    with KeyStore(tmp_path / "keys.db") as elsewhere:
-        _, key = elsewhere.create("new")
-    assert authenticator.identify(f"Bearer {key}").tenant == "new"
-
-
-def test_a_key_that_another_process_revoked_stops_within_a_second(store: KeyStore, tmp_path: Path) -> None:
-    clock = Clock()
-    key_id, key = store.create("old")
-    authenticator = Authenticator(store, clock=clock)
-    authenticator.identify(f"Bearer {key}")
-    with KeyStore(tmp_path / "keys.db") as elsewhere:
+async def test_keys_made_and_revoked_elsewhere_are_known_after_a_refresh(store: KeyStore, path: Path) -> None:
+    keys = directory(store)
+    with KeyStore(path) as elsewhere:
+        key_id, key = elsewhere.create("new")
+        keys.refresh()
+        assert (await identify(keys, key)).tenant == "new"
         assert elsewhere.revoke(key_id)
-    clock.now += 0.5
+    keys.refresh()
     with pytest.raises(MeshError):
-        authenticator.identify(f"Bearer {key}")
+        await identify(keys, key)
+
+
+async def test_an_expired_key_stops_without_a_refresh(store: KeyStore) -> None:
+    clock = Clock()
+    _, key = store.create("short", expires_at=clock.now + 10)
+    keys = directory(store, clock)
+    await identify(keys, key)
+    clock.now += 10
+    with pytest.raises(MeshError):
+        await identify(keys, key)
+
+
+async def test_a_rotated_key_s_old_secret_works_for_its_grace_only(store: KeyStore) -> None:
+    key_id, old = store.create("team")
+    new = store.rotate(key_id, grace_seconds=60)
+    assert new is not None
+    keys = directory(store)
+    assert (await identify(keys, old)).key_id == (await identify(keys, new)).key_id == key_id
+    newest = store.rotate(key_id)
+    assert newest is not None
+    keys.refresh()
+    assert (await identify(keys, newest)).key_id == key_id
+    for ended in (old, new):
+        with pytest.raises(MeshError):
+            await identify(keys, ended)
+
+
+async def test_before_the_keys_were_ever_read_nobody_is_told_that_a_key_is_bad(store: KeyStore) -> None:
+    with pytest.raises(MeshError) as caught:
+        await identify(KeyDirectory(lambda: store), "tl-any")
+    assert caught.value.reason is Reason.NO_READY_WORKER

@@ -4,11 +4,15 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from services.common.keystore import KeyStore
+from services.common import audit
+from services.common.database import Database, DatabaseError
+from services.common.keystore import KeyStore, hash_of
+from services.common.quota import NO_LIMITS, KeyLimits
 
 
 @pytest.fixture
@@ -101,5 +105,57 @@ def test_processes_that_write_at_the_same_time_wait_for_each_other(path: Path) -
 
 def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
     path.write_bytes(b"not a database, certainly not one" * 100)
-    with pytest.raises(sqlite3.DatabaseError):
+    with pytest.raises(DatabaseError):
         KeyStore(path)
+
+
+_FIRST_TABLES = """
+CREATE TABLE keys (
+    id TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, name TEXT NOT NULL, tenant TEXT NOT NULL, models TEXT,
+    priority INTEGER NOT NULL, admin INTEGER NOT NULL, debug INTEGER NOT NULL, created_at REAL NOT NULL
+) STRICT
+"""
+
+
+def test_a_file_of_the_first_version_keeps_its_keys_and_takes_new_ones(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(_FIRST_TABLES)
+        values = ("key-old", hash_of("tl-old"), "ada", "ada", None, 0, 1, 0, 1.0)
+        database.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    with KeyStore(path) as store:
+        record = store.find("tl-old")
+        assert record is not None
+        assert (record.id, record.admin, record.limits, record.allow_degrade) == ("key-old", True, NO_LIMITS, False)
+        _, key = store.create("new", limits=KeyLimits(rpm=3, tpm=4, concurrency=5, budget=6.5))
+    with KeyStore(path) as store:
+        found = store.find(key)
+        assert found is not None
+        assert found.limits == KeyLimits(rpm=3, tpm=4, concurrency=5, budget=6.5)
+
+
+def test_a_file_of_a_later_version_is_refused_and_left_alone(path: Path) -> None:
+    KeyStore(path).close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE counters SET value = 99 WHERE name = 'schema'")
+    with pytest.raises(DatabaseError, match="later tokenloom"):
+        KeyStore(path)
+
+
+def test_an_expired_key_is_not_found(store: KeyStore) -> None:
+    _, key = store.create("ada", expires_at=1.0)
+    assert store.find(key) is None
+
+
+def test_every_change_is_in_the_audit_trail_and_no_secret_is(store: KeyStore, path: Path) -> None:
+    key_id, key = store.create("ada", actor="ops")
+    rotated = store.rotate(key_id, actor="ops")
+    store.revoke(key_id, actor="boss")
+    with Database(path) as database:
+        entries = audit.read(database)
+    assert [(entry["actor"], entry["action"], entry["target"]) for entry in entries] == [
+        ("boss", "keys.revoke", key_id),
+        ("ops", "keys.rotate", key_id),
+        ("ops", "keys.create", key_id),
+    ]
+    assert key not in str(entries)
+    assert str(rotated) not in str(entries)
