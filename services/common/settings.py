@@ -73,6 +73,10 @@ class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
 class SimSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How fast and how large a simulated engine is."""
 
+    runner: Literal["generate", "pooling"] = "generate"
+    """What it does, as with vLLM: one engine generates text, or it embeds and scores."""
+    embedding_dimensions: Annotated[int, Meta(ge=1, le=4096)] = 64
+    """Components of the embeddings of a runner that pools."""
     prefill_tokens_per_second: Positive = 20_000.0
     decode_step_ms: Positive = 10.0
     """A decode step with one sequence."""

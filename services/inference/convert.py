@@ -27,6 +27,7 @@ __all__ = [
     "load_to_proto",
     "model_card_to_proto",
     "tokenize_prompt_from_proto",
+    "usage_metadata",
 ]
 
 _MAX_MODEL_CHARACTERS: Final = 256
@@ -92,6 +93,8 @@ def tokenize_prompt_from_proto(request: inference_pb2.TokenizeRequest, card: Eng
         case "text":
             return request.text
         case "chat":
+            if request.without_special_tokens:
+                raise invalid("without_special_tokens", "only of a text")
             return chat_from_proto(request.chat, card)[0]
         case _:
             raise invalid("prompt", "one of text and chat is required", "missing_required_parameter")
@@ -114,6 +117,7 @@ def model_card_to_proto(card: EngineCard) -> inference_pb2.ModelCard:
         max_context_token_count=card.max_context_tokens,
         capabilities=sorted(_CAPABILITIES[capability] for capability in card.capabilities),
         vocabulary_size=card.vocabulary_size,
+        embedding_dimension_count=card.embedding_dimensions,
     )
 
 
@@ -134,6 +138,15 @@ def load_to_proto(load: Load, state: router_pb2.WorkerState.ValueType) -> router
     if load.decode_step_seconds_per_sequence is not None:
         report.decode_step_per_sequence_duration.CopyFrom(duration_to_proto(load.decode_step_seconds_per_sequence))
     return report
+
+
+def usage_metadata(prompt: int, cached: int, output: int) -> tuple[tuple[str, str], ...]:
+    """The trailing metadata that repeats a call's usage, in tokens."""
+    return (
+        ("x-tokenloom-usage-prompt-tokens", str(prompt)),
+        ("x-tokenloom-usage-cached-tokens", str(cached)),
+        ("x-tokenloom-usage-output-tokens", str(output)),
+    )
 
 
 def _prompt(

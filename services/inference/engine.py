@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from services.common.errors import MeshError
+
+if TYPE_CHECKING:
+    from services.inference.pooling import Pooler
 
 __all__ = [
     "Capability",
@@ -288,6 +291,8 @@ class EngineCard:
     max_running: int
     """Sequences that it runs at the same time."""
     kv_cache_tokens: int
+    embedding_dimensions: int = 0
+    """Components of its embeddings; 0 where it does not embed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +337,22 @@ class Engine(Protocol):
         """Stops a generation; its sink hears nothing more. Unknown ids are ignored."""
         ...
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
-        """The tokens of a text, or of a conversation rendered with the model's chat template."""
+    @property
+    def pooler(self) -> "Pooler | None":
+        """What embeds and scores; None where the model does neither."""
+        ...
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+        """The tokens of a text, or of a conversation rendered with the model's chat template.
+
+        `special_tokens`: with those that the tokenizer adds at the beginning of a text.
+        """
+        ...
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own, with U+FFFD where it is part of a character."""
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens of the vocabulary, with U+FFFD where they end inside a character."""
         ...

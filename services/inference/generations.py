@@ -147,7 +147,7 @@ class Generations:
         """`clock` gives seconds."""
         self.metrics = metrics
         self.clock = clock
-        self._spans = spans
+        self.spans = spans
         self._running: dict[str, Run] = {}
         self._numbers = count(1)
         self._idle = asyncio.Event()
@@ -159,7 +159,7 @@ class Generations:
 
     def start(self, engine: Engine, generation: Generation, sink: Sink, request_id: str) -> Run:
         """A run that is to be submitted next."""
-        span = self._spans.start(generation, request_id)
+        span = self.spans.start(generation, request_id)
         if span is not None:
             generation = replace(generation, traceparent=span.traceparent)
         run = Run(self, engine, generation, sink, span)

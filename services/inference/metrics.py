@@ -20,7 +20,7 @@ class WorkerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
             "tokenloom_inference_requests",
-            "Generations that are over, by how they ended.",
+            "Requests that are over: generations by how they ended, what is pooled by what it was.",
             ["outcome"],
             registry=registry,
         )
@@ -48,8 +48,14 @@ class WorkerMetrics:
         """Output was handed to the network."""
         self._output.inc(tokens)
 
+    def pooled(self, operation: str, prompt_tokens: int, cached_tokens: int) -> None:
+        """An embedding or a scoring is done."""
+        self._requests.labels(operation).inc()
+        self._prompt.inc(prompt_tokens)
+        self._cached.inc(cached_tokens)
+
     def ended(self, outcome: str) -> None:
-        """A generation is over: "stop", "length", "cancelled", or a Reason in lower case."""
+        """A request is over: "stop", "length", "cancelled", or a Reason in lower case."""
         self._requests.labels(outcome).inc()
 
 

@@ -11,8 +11,10 @@ from services.common.errors import MeshError, Reason
 from services.common.rpc import metadata_of
 from services.inference import convert
 from services.inference.call import Call
+from services.inference.convert import usage_metadata
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
+from services.inference.pooling_calls import PoolingCalls
 from services.inference.session import Session
 
 __all__ = ["InferenceServicer", "WorkerServicer", "register"]
@@ -24,6 +26,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, gate: Gate, generations: Generations) -> None:
         self._gate = gate
         self._generations = generations
+        self.pooling = PoolingCalls(gate, generations)
+        """What is answered beside Generate."""
 
     async def Generate(  # type: ignore[override]  # grpc.aio takes a coroutine that writes, the stub knows only generators
         self,
@@ -49,15 +53,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             run.cancel()
 
     async def Embed(
-        self,
-        request: inference_pb2.EmbedRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+        self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.EmbedResponse:
-        """Refuses: neither engine embeds."""
-        card = self._gate.engine.card
-        convert.check_model(request.model, card)
-        abilities = " and ".join(sorted(capability.value for capability in card.capabilities))
-        raise MeshError(Reason.UNIMPLEMENTED, f"the model {card.model!r} can {abilities}, not embed", field="model")
+        """One embedding a text."""
+        return await self.pooling.embed(request, context)
 
     async def Tokenize(
         self,
@@ -65,27 +64,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> inference_pb2.TokenizeResponse:
         """Tokenizes as Generate would."""
-        engine = self._gate.engine
-        token_ids = await engine.tokenize(convert.tokenize_prompt_from_proto(request, engine.card))
-        return inference_pb2.TokenizeResponse(
-            token_ids=token_ids, max_context_token_count=engine.card.max_context_tokens
-        )
+        return await self.pooling.tokenize(request)
 
     async def Detokenize(
         self,
-        request: inference_pb2.DetokenizeRequest,  # noqa: ARG002  # gRPC's signature
+        request: inference_pb2.DetokenizeRequest,
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> inference_pb2.DetokenizeResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "tokens can't be turned into text yet")
+        """Turns tokens back into text."""
+        return await self.pooling.detokenize(request)
 
     async def Score(
-        self,
-        request: inference_pb2.ScoreRequest,  # noqa: ARG002  # gRPC's signature
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+        self, request: inference_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.ScoreResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "texts can't be scored yet")
+        """One score a text."""
+        return await self.pooling.score(request, context)
 
     async def ListModels(
         self,
@@ -119,7 +112,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 if event.HasField("delta"):
                     self._generations.metrics.output(len(event.delta.token_ids))
                 elif event.HasField("completed"):
-                    context.set_trailing_metadata(_usage_metadata(event.completed.usage))
+                    usage = event.completed.usage
+                    context.set_trailing_metadata(
+                        usage_metadata(usage.prompt_token_count, usage.cached_token_count, usage.output_token_count)
+                    )
                 await context.write(event)
 
 
@@ -202,11 +198,3 @@ def register(server: grpc.aio.Server, inference: InferenceServicer, worker: Work
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
         worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     ]
-
-
-def _usage_metadata(usage: generation_pb2.Usage) -> tuple[tuple[str, str], ...]:
-    return (
-        ("x-tokenloom-usage-prompt-tokens", str(usage.prompt_token_count)),
-        ("x-tokenloom-usage-cached-tokens", str(usage.cached_token_count)),
-        ("x-tokenloom-usage-output-tokens", str(usage.output_token_count)),
-    )

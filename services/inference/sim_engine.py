@@ -146,9 +146,23 @@ class SimEngine:
         if sequence is not None:
             self._remove(sequence)
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
-        """The tokens of a text or a conversation; see Engine.tokenize."""
+    @property
+    def pooler(self) -> None:
+        """None: it generates. See SimPooler."""
+        return
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+        """The tokens of a text or a conversation; see Engine.tokenize. There are no special tokens to leave out."""
+        del special_tokens
         return self._prompt_tokens(prompt)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own; see Engine.token_texts."""
+        return [sim_text.token_text(token_id) for token_id in token_ids]
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens; see Engine.detokenize."""
+        return sim_text.detokenize(token_ids)
 
     def _prompt_tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
         # Text that can't fit is refused before it is tokenized, which would hold everybody up.

@@ -1,6 +1,8 @@
 """One span for each generation of a worker, after OpenTelemetry's GenAI conventions."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
@@ -9,7 +11,7 @@ from services.common.errors import MeshError
 from services.common.tracing import context_from, traceparent_of
 from services.inference.engine import FinishReason, Generation, Usage
 
-__all__ = ["GenerationSpan", "Spans"]
+__all__ = ["GenerationSpan", "PoolingSpan", "Spans"]
 
 
 class GenerationSpan:
@@ -51,6 +53,25 @@ class GenerationSpan:
         self._span.end()
 
 
+class PoolingSpan:
+    """The span of one embedding or scoring; without a tracer there is none."""
+
+    def __init__(self, span: Span | None, traceparent: str) -> None:
+        self._span = span
+        self.traceparent = traceparent
+        """The trace context for the engine's own span."""
+
+    def pooled(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """It is done, and that is what it cost."""
+        if self._span is not None:
+            self._span.set_attributes(
+                {
+                    "gen_ai.usage.input_tokens": prompt_tokens,
+                    "gen_ai.usage.cache_read.input_tokens": cached_tokens,
+                }
+            )
+
+
 class Spans:
     """Starts the spans of a worker's generations."""
 
@@ -58,6 +79,36 @@ class Spans:
         """Without a tracer there are no spans, and trace context is passed on as it came."""
         self._tracer = tracer
         self._worker = worker
+
+    @contextmanager
+    def pooling(self, operation: str, model: str, request_id: str, traceparent: str) -> "Iterator[PoolingSpan]":
+        """The span of an embedding or a scoring, for as long as the block; what fails it is told."""
+        if self._tracer is None:
+            yield PoolingSpan(None, traceparent)
+            return
+        span = self._tracer.start_span(
+            operation,
+            context=context_from(traceparent),
+            kind=SpanKind.SERVER,
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "tokenloom",
+                "gen_ai.request.model": model,
+                "tokenloom.request_id": request_id,
+                "tokenloom.worker": self._worker,
+            },
+        )
+        try:
+            yield PoolingSpan(span, traceparent_of(span))
+        except MeshError as error:
+            span.set_attribute("error.type", error.reason.value)
+            span.set_status(Status(StatusCode.ERROR, error.message))
+            raise
+        except asyncio.CancelledError:
+            span.set_attribute("tokenloom.cancelled", True)
+            raise
+        finally:
+            span.end()
 
     def start(self, generation: Generation, request_id: str) -> GenerationSpan | None:
         """The span of a generation, a child of what its `traceparent` names."""

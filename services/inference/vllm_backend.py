@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -22,11 +22,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
+from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Generation
+from services.inference.pooling import Jobs
 from services.inference.vllm_environment import has_cuda, vllm_version
 from services.inference.vllm_params import Limits, Plan
 from services.inference.vllm_prompts import Prompts
 from services.inference.vllm_replay import Replay
+
+if TYPE_CHECKING:
+    from services.inference.vllm_pooling import VllmPooler
 
 __all__ = ["Backend", "start_backend"]
 
@@ -35,6 +40,7 @@ _CPU_BLOCK_SIZE: Final = 32
 _MAX_RUNNING: Final = 64
 # They are said elsewhere in the settings, or are ours to decide.
 _OURS: Final = {"model": "model.path", "otlp_traces_endpoint": "otlp_endpoint", "disable_log_stats": None}
+_TEXTS_A_TURN: Final = 512
 _SHUTDOWN_SECONDS: Final = 2.0
 # The names that vLLM has for our fields, where they differ.
 _FIELDS: Final = {"logprobs": "logprob_count", "input_ids": "prompt", "input_text": "prompt"}
@@ -71,13 +77,12 @@ class Backend:
         arguments = plan.arguments()
         if not detokenize:
             arguments |= {"stop": None, "detokenize": False}
-        traceparent = generation.traceparent
         with self.refusals("messages" if generation.kind == "chat" else "prompt"):
             return await self.llm.add_request(
                 generation.id,
                 tokens_input(plan.tokens),
                 SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
-                trace_headers={"traceparent": traceparent} if traceparent and self._traces else None,
+                trace_headers=self.trace_headers(generation.traceparent),
                 priority=generation.priority,
             )
 
@@ -85,9 +90,39 @@ class Backend:
         """What turns a continuation's tokens into text; None for a new generation, whose text vLLM makes."""
         return Replay(self.llm.get_tokenizer(), plan) if plan.emitted_token_ids else None
 
-    @property
-    def _traces(self) -> bool:
-        return self.llm.observability_config.otlp_traces_endpoint is not None
+    def trace_headers(self, traceparent: str) -> dict[str, str] | None:
+        """What vLLM's own span of a request is to hang on; None while nothing is traced."""
+        traces = self.llm.observability_config.otlp_traces_endpoint is not None
+        return {"traceparent": traceparent} if traceparent and traces else None
+
+    async def pooler(self, max_queued: int, prefill: PrefillMeter) -> "VllmPooler | None":
+        """What embeds and scores, which the card then says too; None where the engine generates. On the event loop.
+
+        Raises:
+            ConfigError: the model pools, but neither embeddings nor scores.
+        """
+        config = self.llm.model_config
+        if config.runner_type != "pooling":
+            return None
+        # It brings half of vLLM's HTTP server along, which engines that generate do without.
+        from services.inference.vllm_pooling import VllmPooler, pooling_abilities  # noqa: PLC0415
+
+        tasks = await self.llm.get_supported_tasks()
+        can = pooling_abilities(config, tasks)
+        if not can:
+            raise ConfigError(f"model.path: this model neither embeds nor scores, vLLM says it can {', '.join(tasks)}")
+        size = config.embedding_size if Capability.EMBED in can else 0
+        self.card = dataclasses.replace(self.card, capabilities=can, embedding_dimensions=size)
+        return VllmPooler(self, tasks, Jobs(self.card.max_running, max_queued), prefill)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own; gives way to other tasks meanwhile."""
+        texts: list[str] = []
+        for token_id in token_ids:
+            texts.append(self.token_text(token_id))
+            if not len(texts) % _TEXTS_A_TURN:
+                await asyncio.sleep(0)
+        return texts
 
     async def release(self, request_id: str) -> None:
         """Frees what the engine holds for a request, if it holds anything."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
 from services.inference.calibration import MovingMean, PrefillMeter
-from services.inference.engine import ChatMessage, EngineCard, FinishReason, Generation, Load, Sink, Timings
+from services.inference.engine import Capability, ChatMessage, EngineCard, FinishReason, Generation, Load, Sink, Timings
+from services.inference.pooling import check_can
 from services.inference.vllm_environment import prepare_environment
 from services.inference.vllm_params import Plan, plan
 from services.inference.vllm_stats import EngineStats
@@ -20,6 +21,7 @@ from services.inference.vllm_stream import Stream
 
 if TYPE_CHECKING:
     from services.inference.vllm_backend import Backend
+    from services.inference.vllm_pooling import VllmPooler
 
 __all__ = ["VllmEngine"]
 
@@ -45,6 +47,7 @@ class VllmEngine:
         self._streams: dict[str, Stream] = {}
         self._alive = False
         self._backend: Backend
+        self._pooler: VllmPooler | None = None
 
     async def __aenter__(self) -> Self:
         """Starts vLLM; other tasks of the loop go on meanwhile.
@@ -86,6 +89,11 @@ class VllmEngine:
                 await self._in_thread(starting.result().shut_down)
             raise
         self._backend.watch()
+        try:
+            self._pooler = await self._backend.pooler(self._settings.max_queued, self._prefill)
+        except BaseException:
+            await self._stop()
+            raise
         self._alive = True
         _log.info("vLLM is ready", extra={"seconds": round(time.monotonic() - begun, 2), "model": self.card.model})
 
@@ -124,6 +132,8 @@ class VllmEngine:
     @property
     def load(self) -> Load:
         """How it is this moment: vLLM's own numbers of its last step, within what is known to be there now."""
+        if self._pooler is not None:
+            return self._pooler.load(alive=self._alive)
         there = len(self._streams)
         running = min(self._stats.running, there)
         return Load(
@@ -139,11 +149,27 @@ class VllmEngine:
             alive=self._alive,
         )
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+    @property
+    def pooler(self) -> "VllmPooler | None":
+        """What embeds and scores; None where the model generates."""
+        self._ready()
+        return self._pooler
+
+    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
         """The tokens of a text, or of a conversation rendered with the model's chat template."""
         backend = self._ready()
         with backend.refusals("prompt" if isinstance(prompt, str) else "messages"):
+            if isinstance(prompt, str) and not special_tokens:
+                return await backend.prompts.plain_tokens(prompt)
             return await backend.prompts.tokens(prompt)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own; see Engine.token_texts."""
+        return await self._ready().token_texts(token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens; see Engine.detokenize."""
+        return await self._ready().prompts.text(token_ids)
 
     async def submit(self, generation: Generation, sink: Sink) -> None:
         """Starts a generation; returns when vLLM has accepted it.
@@ -151,6 +177,7 @@ class VllmEngine:
         Raises:
             MeshError: see Engine.submit; NO_READY_WORKER while the engine starts again.
         """
+        check_can(self.card, Capability.GENERATE)
         self._check_room(self._ready())
         if generation.id in self._streams:
             raise MeshError(Reason.INTERNAL, "two generations have the same id")

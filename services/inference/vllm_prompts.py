@@ -29,6 +29,7 @@ class Prompts:
         self._chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
         self._plain = TokenizeParams(max_total_tokens=None, add_special_tokens=True)
         self._rendered = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+        self._backwards = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
         self._special = _pattern(self._tokenizer)
         self._longest_token: int = getattr(self._tokenizer, "max_chars_per_token", 0)
 
@@ -77,6 +78,16 @@ class Prompts:
             elif text:
                 tokens += await self._encode(text, self._rendered)
         return tokens
+
+    async def plain_tokens(self, text: str) -> list[int]:
+        """The tokens of a text alone, without those that the tokenizer adds; raises MeshError as tokens() does."""
+        self._check_length("prompt", len(text))
+        return await self._encode(text, self._rendered)
+
+    async def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        prompt = await self._renderer.tokenize_prompt_async({"prompt_token_ids": list(token_ids)}, self._backwards)
+        return str(prompt["prompt"])
 
     async def _encode(self, text: str, params: Any) -> list[int]:
         prompt = await self._renderer.tokenize_prompt_async({"prompt": text}, params)

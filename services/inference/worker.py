@@ -21,6 +21,7 @@ from services.inference.metrics import LoadCollector, WorkerMetrics
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.sim_engine import SimEngine
+from services.inference.sim_pooling import SimPooler
 from services.inference.spans import Spans
 
 __all__ = ["Worker"]
@@ -79,6 +80,8 @@ class Worker:
     def _make_engine(self) -> AbstractAsyncContextManager[Engine]:
         settings = self._settings
         if settings.engine == "sim":
+            if settings.sim.runner == "pooling":
+                return SimPooler(settings.sim, settings.model.name, settings.max_queued)
             return SimEngine(settings.sim, settings.model.name, settings.max_queued)
         from services.inference.vllm_engine import VllmEngine  # noqa: PLC0415  # vLLM takes seconds to import
 
@@ -111,11 +114,12 @@ class Worker:
         try:
             async with asyncio.timeout(self._settings.drain_seconds):
                 await self._generations.wait_idle()
+                await self._inference.pooling.wait_idle()
         except TimeoutError:
             _log.warning("drained for long enough; what still runs moves elsewhere")
-        self._generations.fail_all(
-            MeshError(Reason.NO_READY_WORKER, "this worker is stopping", retry_after_seconds=_RETRY_SECONDS)
-        )
+        stopping = MeshError(Reason.NO_READY_WORKER, "this worker is stopping", retry_after_seconds=_RETRY_SECONDS)
+        self._generations.fail_all(stopping)
+        self._inference.pooling.fail_all(stopping)
         self._sessions.close()
 
     def _register(self, server: grpc.aio.Server) -> list[str]:

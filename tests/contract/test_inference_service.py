@@ -214,7 +214,7 @@ async def test_embedding_is_refused_with_what_the_model_can() -> None:
     async with sim_worker() as worker:
         error = await failure(worker.inference.Embed(inference_pb2.EmbedRequest(model="sim", texts=["a"])))
     assert error.reason == Reason.UNIMPLEMENTED
-    assert "chat and generate" in error.message
+    assert "can generate, not embed" in error.message
 
 
 async def test_tokenizing_gives_the_tokens_of_generate() -> None:

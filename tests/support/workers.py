@@ -23,8 +23,10 @@ from services.common.settings import SimSettings
 from services.inference.gate import Gate
 from services.inference.generations import Generations
 from services.inference.metrics import WorkerMetrics
+from services.inference.pooling_calls import PoolingCalls
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.sim_engine import SimEngine
+from services.inference.sim_pooling import SimPooler
 from services.inference.spans import Spans
 from tests.support.ports import free_port
 
@@ -51,9 +53,10 @@ class SimWorker:
 
     address: str
     channel: grpc.aio.Channel
-    engine: SimEngine
+    engine: SimEngine | SimPooler
     gate: Gate
     generations: Generations
+    pooling: PoolingCalls
     registry: CollectorRegistry
     server: rpc.Server
 
@@ -85,7 +88,7 @@ async def sim_worker(
     model: str = "sim",
     max_queued: int = 64,
     tracer: Tracer | None = None,
-    make_engine: Callable[[SimSettings, str, int], SimEngine] = SimEngine,
+    make_engine: Callable[[SimSettings, str, int], SimEngine | SimPooler] = SimEngine,
 ) -> AsyncIterator[SimWorker]:
     """Serves a worker on a free port for as long as the block; it is not registered with any router."""
     gate, registry = Gate(), CollectorRegistry()
@@ -104,6 +107,7 @@ async def sim_worker(
             engine=engine,
             gate=gate,
             generations=generations,
+            pooling=inference.pooling,
             registry=registry,
             server=server,
         )

@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from tokenloom.inference.v1 import generation_pb2 as tokenloom_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tokenloom/inference/v1/inference.proto\x12\x16tokenloom.inference.v1\x1a\x1cgoogle/api/annotations.proto\x1a\'tokenloom/inference/v1/generation.proto\"\xcb\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x33\n\ttoken_ids\x18\x03 \x03(\x0b\x32 .tokenloom.inference.v1.TokenIds\x12\x1c\n\x0f\x64imension_count\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12prompt_token_limit\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x12\n\x10_dimension_countB\x15\n\x13_prompt_token_limit\"t\n\rEmbedResponse\x12\x35\n\nembeddings\x18\x01 \x03(\x0b\x32!.tokenloom.inference.v1.Embedding\x12,\n\x05usage\x18\x02 \x01(\x0b\x32\x1d.tokenloom.inference.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"s\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x1f\n\x12prompt_token_limit\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x15\n\x13_prompt_token_limit\"M\n\rScoreResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12,\n\x05usage\x18\x02 \x01(\x0b\x32\x1d.tokenloom.inference.v1.Usage\"\xa8\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x03 \x01(\x0b\x32\".tokenloom.inference.v1.ChatPromptH\x00\x12\x1e\n\x16without_special_tokens\x18\x04 \x01(\x08\x12\x18\n\x10with_token_texts\x18\x05 \x01(\x08\x42\x08\n\x06prompt\"[\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1f\n\x17max_context_token_count\x18\x02 \x01(\r\x12\x13\n\x0btoken_texts\x18\x03 \x03(\t\"\x13\n\x11ListModelsRequest\"G\n\x12ListModelsResponse\x12\x31\n\x06models\x18\x01 \x03(\x0b\x32!.tokenloom.inference.v1.ModelCard\"\xc4\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x17max_context_token_count\x18\x02 \x01(\r\x12\x38\n\x0c\x63\x61pabilities\x18\x03 \x03(\x0e\x32\".tokenloom.inference.v1.Capability\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12!\n\x19\x65mbedding_dimension_count\x18\x06 \x01(\r*\x9a\x02\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41PABILITY_GENERATE\x10\x01\x12\x13\n\x0f\x43\x41PABILITY_CHAT\x10\x02\x12\x14\n\x10\x43\x41PABILITY_EMBED\x10\x03\x12\x14\n\x10\x43\x41PABILITY_SCORE\x10\x04\x12\x14\n\x10\x43\x41PABILITY_TOOLS\x10\x05\x12\x18\n\x14\x43\x41PABILITY_REASONING\x10\x06\x12 \n\x1c\x43\x41PABILITY_STRUCTURED_OUTPUT\x10\x07\x12\x15\n\x11\x43\x41PABILITY_IMAGES\x10\x08\x12\x14\n\x10\x43\x41PABILITY_AUDIO\x10\t\x12\x17\n\x13\x43\x41PABILITY_LOGPROBS\x10\n2\xee\x05\n\x10InferenceService\x12|\n\x08Generate\x12\'.tokenloom.inference.v1.GenerateRequest\x1a(.tokenloom.inference.v1.GenerateResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/api/v1/generate:\x01*0\x01\x12n\n\x05\x45mbed\x12$.tokenloom.inference.v1.EmbedRequest\x1a%.tokenloom.inference.v1.EmbedResponse\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/api/v1/embed:\x01*\x12z\n\x08Tokenize\x12\'.tokenloom.inference.v1.TokenizeRequest\x1a(.tokenloom.inference.v1.TokenizeResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/api/v1/tokenize:\x01*\x12\x82\x01\n\nDetokenize\x12).tokenloom.inference.v1.DetokenizeRequest\x1a*.tokenloom.inference.v1.DetokenizeResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/api/v1/detokenize:\x01*\x12n\n\x05Score\x12$.tokenloom.inference.v1.ScoreRequest\x1a%.tokenloom.inference.v1.ScoreResponse\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/api/v1/score:\x01*\x12{\n\nListModels\x12).tokenloom.inference.v1.ListModelsRequest\x1a*.tokenloom.inference.v1.ListModelsResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/api/v1/modelsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tokenloom/inference/v1/inference.proto\x12\x16tokenloom.inference.v1\x1a\x1cgoogle/api/annotations.proto\x1a\'tokenloom/inference/v1/generation.proto\"\xe3\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x33\n\ttoken_ids\x18\x03 \x03(\x0b\x32 .tokenloom.inference.v1.TokenIds\x12\x1c\n\x0f\x64imension_count\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12prompt_token_limit\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0ekeep_beginning\x18\x06 \x01(\x08\x42\x12\n\x10_dimension_countB\x15\n\x13_prompt_token_limit\"t\n\rEmbedResponse\x12\x35\n\nembeddings\x18\x01 \x03(\x0b\x32!.tokenloom.inference.v1.Embedding\x12,\n\x05usage\x18\x02 \x01(\x0b\x32\x1d.tokenloom.inference.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"s\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x1f\n\x12prompt_token_limit\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x15\n\x13_prompt_token_limit\"M\n\rScoreResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12,\n\x05usage\x18\x02 \x01(\x0b\x32\x1d.tokenloom.inference.v1.Usage\"\xa8\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x03 \x01(\x0b\x32\".tokenloom.inference.v1.ChatPromptH\x00\x12\x1e\n\x16without_special_tokens\x18\x04 \x01(\x08\x12\x18\n\x10with_token_texts\x18\x05 \x01(\x08\x42\x08\n\x06prompt\"[\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1f\n\x17max_context_token_count\x18\x02 \x01(\r\x12\x13\n\x0btoken_texts\x18\x03 \x03(\t\"\x13\n\x11ListModelsRequest\"G\n\x12ListModelsResponse\x12\x31\n\x06models\x18\x01 \x03(\x0b\x32!.tokenloom.inference.v1.ModelCard\"\xc4\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x17max_context_token_count\x18\x02 \x01(\r\x12\x38\n\x0c\x63\x61pabilities\x18\x03 \x03(\x0e\x32\".tokenloom.inference.v1.Capability\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12!\n\x19\x65mbedding_dimension_count\x18\x06 \x01(\r*\x9a\x02\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43\x41PABILITY_GENERATE\x10\x01\x12\x13\n\x0f\x43\x41PABILITY_CHAT\x10\x02\x12\x14\n\x10\x43\x41PABILITY_EMBED\x10\x03\x12\x14\n\x10\x43\x41PABILITY_SCORE\x10\x04\x12\x14\n\x10\x43\x41PABILITY_TOOLS\x10\x05\x12\x18\n\x14\x43\x41PABILITY_REASONING\x10\x06\x12 \n\x1c\x43\x41PABILITY_STRUCTURED_OUTPUT\x10\x07\x12\x15\n\x11\x43\x41PABILITY_IMAGES\x10\x08\x12\x14\n\x10\x43\x41PABILITY_AUDIO\x10\t\x12\x17\n\x13\x43\x41PABILITY_LOGPROBS\x10\n2\xee\x05\n\x10InferenceService\x12|\n\x08Generate\x12\'.tokenloom.inference.v1.GenerateRequest\x1a(.tokenloom.inference.v1.GenerateResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/api/v1/generate:\x01*0\x01\x12n\n\x05\x45mbed\x12$.tokenloom.inference.v1.EmbedRequest\x1a%.tokenloom.inference.v1.EmbedResponse\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/api/v1/embed:\x01*\x12z\n\x08Tokenize\x12\'.tokenloom.inference.v1.TokenizeRequest\x1a(.tokenloom.inference.v1.TokenizeResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/api/v1/tokenize:\x01*\x12\x82\x01\n\nDetokenize\x12).tokenloom.inference.v1.DetokenizeRequest\x1a*.tokenloom.inference.v1.DetokenizeResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/api/v1/detokenize:\x01*\x12n\n\x05Score\x12$.tokenloom.inference.v1.ScoreRequest\x1a%.tokenloom.inference.v1.ScoreResponse\"\x18\x82\xd3\xe4\x93\x02\x12\"\r/api/v1/score:\x01*\x12{\n\nListModels\x12).tokenloom.inference.v1.ListModelsRequest\x1a*.tokenloom.inference.v1.ListModelsResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/api/v1/modelsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,32 +45,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['Score']._serialized_options = b'\202\323\344\223\002\022\"\r/api/v1/score:\001*'
   _globals['_INFERENCESERVICE'].methods_by_name['ListModels']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\020\022\016/api/v1/models'
-  _globals['_CAPABILITY']._serialized_start=1335
-  _globals['_CAPABILITY']._serialized_end=1617
+  _globals['_CAPABILITY']._serialized_start=1359
+  _globals['_CAPABILITY']._serialized_end=1641
   _globals['_EMBEDREQUEST']._serialized_start=138
-  _globals['_EMBEDREQUEST']._serialized_end=341
-  _globals['_EMBEDRESPONSE']._serialized_start=343
-  _globals['_EMBEDRESPONSE']._serialized_end=459
-  _globals['_EMBEDDING']._serialized_start=461
-  _globals['_EMBEDDING']._serialized_end=488
-  _globals['_DETOKENIZEREQUEST']._serialized_start=490
-  _globals['_DETOKENIZEREQUEST']._serialized_end=543
-  _globals['_DETOKENIZERESPONSE']._serialized_start=545
-  _globals['_DETOKENIZERESPONSE']._serialized_end=579
-  _globals['_SCOREREQUEST']._serialized_start=581
-  _globals['_SCOREREQUEST']._serialized_end=696
-  _globals['_SCORERESPONSE']._serialized_start=698
-  _globals['_SCORERESPONSE']._serialized_end=775
-  _globals['_TOKENIZEREQUEST']._serialized_start=778
-  _globals['_TOKENIZEREQUEST']._serialized_end=946
-  _globals['_TOKENIZERESPONSE']._serialized_start=948
-  _globals['_TOKENIZERESPONSE']._serialized_end=1039
-  _globals['_LISTMODELSREQUEST']._serialized_start=1041
-  _globals['_LISTMODELSREQUEST']._serialized_end=1060
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1062
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1133
-  _globals['_MODELCARD']._serialized_start=1136
-  _globals['_MODELCARD']._serialized_end=1332
-  _globals['_INFERENCESERVICE']._serialized_start=1620
-  _globals['_INFERENCESERVICE']._serialized_end=2370
+  _globals['_EMBEDREQUEST']._serialized_end=365
+  _globals['_EMBEDRESPONSE']._serialized_start=367
+  _globals['_EMBEDRESPONSE']._serialized_end=483
+  _globals['_EMBEDDING']._serialized_start=485
+  _globals['_EMBEDDING']._serialized_end=512
+  _globals['_DETOKENIZEREQUEST']._serialized_start=514
+  _globals['_DETOKENIZEREQUEST']._serialized_end=567
+  _globals['_DETOKENIZERESPONSE']._serialized_start=569
+  _globals['_DETOKENIZERESPONSE']._serialized_end=603
+  _globals['_SCOREREQUEST']._serialized_start=605
+  _globals['_SCOREREQUEST']._serialized_end=720
+  _globals['_SCORERESPONSE']._serialized_start=722
+  _globals['_SCORERESPONSE']._serialized_end=799
+  _globals['_TOKENIZEREQUEST']._serialized_start=802
+  _globals['_TOKENIZEREQUEST']._serialized_end=970
+  _globals['_TOKENIZERESPONSE']._serialized_start=972
+  _globals['_TOKENIZERESPONSE']._serialized_end=1063
+  _globals['_LISTMODELSREQUEST']._serialized_start=1065
+  _globals['_LISTMODELSREQUEST']._serialized_end=1084
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1086
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1157
+  _globals['_MODELCARD']._serialized_start=1160
+  _globals['_MODELCARD']._serialized_end=1356
+  _globals['_INFERENCESERVICE']._serialized_start=1644
+  _globals['_INFERENCESERVICE']._serialized_end=2394
 # @@protoc_insertion_point(module_scope)

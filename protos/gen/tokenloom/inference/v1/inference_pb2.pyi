@@ -87,12 +87,15 @@ class EmbedRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DIMENSION_COUNT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_LIMIT_FIELD_NUMBER: _builtins.int
+    KEEP_BEGINNING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model to use. Required."""
     dimension_count: _builtins.int
     """Components to keep of each embedding, for models that were trained to be shortened. Absent: all."""
     prompt_token_limit: _builtins.int
     """Keep only this many tokens of each text's end. Absent: a text that is too long is refused."""
+    keep_beginning: _builtins.bool
+    """With `prompt_token_limit`: keep each text's beginning instead of its end."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The texts, 1 to 256 of them. Not together with `token_ids`."""
@@ -109,10 +112,11 @@ class EmbedRequest(_message.Message):
         token_ids: _abc.Iterable[_generation_pb2.TokenIds] | None = ...,
         dimension_count: _builtins.int | None = ...,
         prompt_token_limit: _builtins.int | None = ...,
+        keep_beginning: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count", "_prompt_token_limit", b"_prompt_token_limit", "dimension_count", b"dimension_count", "prompt_token_limit", b"prompt_token_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count", "_prompt_token_limit", b"_prompt_token_limit", "dimension_count", b"dimension_count", "model", b"model", "prompt_token_limit", b"prompt_token_limit", "texts", b"texts", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count", "_prompt_token_limit", b"_prompt_token_limit", "dimension_count", b"dimension_count", "keep_beginning", b"keep_beginning", "model", b"model", "prompt_token_limit", b"prompt_token_limit", "texts", b"texts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dimension_count: _TypeAlias = _typing.Literal["dimension_count"]  # noqa: Y015
     _WhichOneofArgType__dimension_count: _TypeAlias = _typing.Literal["_dimension_count", b"_dimension_count"]  # noqa: Y015
@@ -244,7 +248,9 @@ class ScoreRequest(_message.Message):
     query: _builtins.str
     """What to compare with. Required."""
     prompt_token_limit: _builtins.int
-    """Keep only this many tokens of query and text together. Absent: what is too long is refused."""
+    """Keep only this many tokens, of their beginning: of query and text together where a cross-encoder reads both, of each
+    where an embedding model compares them. Absent: what is too long is refused.
+    """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The texts, 1 to 256 of them."""

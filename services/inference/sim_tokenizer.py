@@ -1,0 +1,51 @@
+"""The tokenizer of the simulated engines, with the bounds of a model's context."""
+
+from collections.abc import Sequence
+
+from services.common.errors import MeshError, Reason
+from services.inference import sim_text
+from services.inference.engine import ChatMessage, EngineCard
+
+__all__ = ["SimTokenizer"]
+
+
+class SimTokenizer:
+    """Turns prompts into tokens and back for one simulated model."""
+
+    def __init__(self, card: EngineCard) -> None:
+        self._card = card
+
+    def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+        """The tokens of a text, or of a conversation.
+
+        Raises:
+            MeshError: CONTEXT_LENGTH_EXCEEDED, it is longer than the model takes, whatever its tokens are.
+        """
+        if isinstance(prompt, str):
+            return self.tokens(prompt, "prompt")
+        self._check_characters("messages", sum(len(message.content) for message in prompt))
+        return sim_text.render_chat(prompt)
+
+    def tokens(self, text: str, field: str, *, limit: int | None = None) -> list[int]:
+        """The tokens of a text, which is `field` in errors; one that is cut to a `limit` later may be of any length."""
+        if limit is None:
+            self._check_characters(field, len(text))
+        return sim_text.tokenize(text)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        return sim_text.detokenize(token_ids)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own."""
+        return [sim_text.token_text(token_id) for token_id in token_ids]
+
+    def _check_characters(self, field: str, characters: int) -> None:
+        # Text that can't fit is refused before it is tokenized, which would hold everybody up.
+        least = characters // sim_text.LONGEST_TOKEN
+        if least > self._card.max_context_tokens:
+            raise MeshError(
+                Reason.CONTEXT_LENGTH_EXCEEDED,
+                f"the model's context is {self._card.max_context_tokens} tokens, and {field} has at least {least}",
+                field=field,
+            )
