@@ -15,6 +15,7 @@ from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
 from services.router.fleet import Fleet
 from services.router.memory import AnswerLengths, Prefixes
+from services.router.policy import Policies
 from services.router.request import Request
 from services.router.scheduler import Scheduler
 from services.router.worker import Outcome
@@ -39,6 +40,7 @@ def build(workers: int, slots: int) -> tuple[Fleet, Admission]:
     admission = Admission(
         fleet=fleet,
         scheduler=Scheduler(fleet, prefixes, lengths, clock=clock, rng=random.Random(1)),
+        policies=Policies(fleet, clock=clock),
         prefixes=prefixes,
         lengths=lengths,
         decisions=Decisions(),

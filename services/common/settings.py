@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from services.common.policy import Policy
+
 __all__ = [
     "Address",
     "GatewaySettings",
@@ -60,6 +62,17 @@ class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     """Longest that a request waits before it is refused."""
     ready_grace_seconds: Annotated[float, Meta(ge=0)] = 5.0
     """How long a request waits for a worker to register when there is none at all."""
+    routing: Policy = Policy()
+    """The policy in force at the start, unless `policy_path` has one."""
+    policy_path: str | None = None
+    """The file that keeps the policy: read at the start and whenever it changes, written when an operator sets another
+    one; null: what is set lasts as long as the process."""
+    pools: list[Name] | None = None
+    """The pools that a policy may name; null: any."""
+    models: list[str] | None = None
+    """The models that a policy may name, beside those that workers serve; null: any."""
+    expected_workers: Annotated[int, Meta(ge=0)] = 0
+    """Workers that there are when all is well; 0: as many as were seen lately."""
 
 
 class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

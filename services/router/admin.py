@@ -1,29 +1,47 @@
 """tokenloom.router.v1.RouterAdminService: the fleet and the decisions, for operators. Rights are the edge's matter."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
+from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
+from services.common.policy import policy_json
+from services.common.rpc import metadata_of
 from services.router import wire
 from services.router.admission import Admission
 from services.router.decisions import Decisions
 from services.router.fleet import Clock, Fleet
+from services.router.policy import Policies
+from services.router.policy_file import PolicyFile
 
 __all__ = ["AdminServicer"]
 
 _BETWEEN_UPDATES_SECONDS: Final = 0.1
+_log = logging.getLogger(__name__)
 
 
 class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
     """What operators ask of the router."""
 
-    def __init__(self, fleet: Fleet, admission: Admission, decisions: Decisions, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        admission: Admission,
+        decisions: Decisions,
+        policies: Policies,
+        policy_file: PolicyFile,
+        clock: Clock,
+    ) -> None:
         self._fleet = fleet
         self._admission = admission
         self._decisions = decisions
+        self._policies = policies
+        self._policy_file = policy_file
         self._clock = clock
         self._closing = asyncio.Event()
         self._watches: set[asyncio.Event] = set()
@@ -46,47 +64,53 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         del request, context
         changed = asyncio.Event()
         self._watches.add(changed)
-        unsubscribe = self._fleet.subscribe(lambda _: changed.set())
+        unsubscribe = (self._fleet.subscribe(lambda _: changed.set()), self._policies.subscribe(changed.set))
         try:
             while not self._closing.is_set():
                 changed.clear()
-                yield admin_pb2.WatchFleetResponse(workers=self._workers(), waiting_count=self._admission.waiting_count)
+                yield self._seen()
                 await asyncio.sleep(_BETWEEN_UPDATES_SECONDS)
                 await changed.wait()
         finally:
-            unsubscribe()
+            for each in unsubscribe:
+                each()
             self._watches.discard(changed)
 
     async def DrainWorker(self, request: admin_pb2.DrainWorkerRequest, context: Any) -> admin_pb2.DrainWorkerResponse:
         """Takes a worker out of service, also when its process comes back."""
-        del context
-        self._drain(request.worker_id, drained=True)
+        self._found(request.worker_id, "worker.drain", context, self._fleet.drain(request.worker_id, True))
         return admin_pb2.DrainWorkerResponse()
 
     async def UndrainWorker(
         self, request: admin_pb2.UndrainWorkerRequest, context: Any
     ) -> admin_pb2.UndrainWorkerResponse:
-        """Puts a worker back into service."""
-        del context
-        self._drain(request.worker_id, drained=False)
+        """Puts a worker back into service, drained or cordoned."""
+        found = self._fleet.drain(request.worker_id, False) and self._fleet.cordon(request.worker_id, False)
+        self._found(request.worker_id, "worker.undrain", context, found)
         return admin_pb2.UndrainWorkerResponse()
 
     async def CordonWorker(
         self, request: admin_pb2.CordonWorkerRequest, context: Any
     ) -> admin_pb2.CordonWorkerResponse:
-        """Refuses: not there yet."""
-        del request, context
-        raise MeshError(Reason.UNIMPLEMENTED, "workers can't be cordoned yet")
+        """Takes a worker out of service without telling it, also when its process comes back."""
+        self._found(request.worker_id, "worker.cordon", context, self._fleet.cordon(request.worker_id, True))
+        return admin_pb2.CordonWorkerResponse()
 
     async def GetPolicy(self, request: admin_pb2.GetPolicyRequest, context: Any) -> admin_pb2.GetPolicyResponse:
-        """Refuses: not there yet."""
+        """The policy in force."""
         del request, context
-        raise MeshError(Reason.UNIMPLEMENTED, "there is no routing policy yet")
+        return admin_pb2.GetPolicyResponse(
+            policy_json=policy_json(self._policies.current), version=self._policies.version
+        )
 
     async def SetPolicy(self, request: admin_pb2.SetPolicyRequest, context: Any) -> admin_pb2.SetPolicyResponse:
-        """Refuses: not there yet."""
-        del request, context
-        raise MeshError(Reason.UNIMPLEMENTED, "there is no routing policy yet")
+        """Puts a policy in force, and keeps it where the router has a file for it."""
+        policy = wire.policy(request.policy_json)
+        try:
+            version = self._policy_file.set(policy, by=_caller(context))
+        except ConfigError as error:
+            raise MeshError(Reason.INVALID_REQUEST, str(error), field="policy_json") from error
+        return admin_pb2.SetPolicyResponse(version=version)
 
     async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:
         """The decisions of a request, oldest first."""
@@ -99,6 +123,22 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
     def _workers(self) -> list[admin_pb2.Worker]:
         return [wire.worker(worker, self._clock) for worker in self._fleet.workers]
 
-    def _drain(self, worker_id: str, *, drained: bool) -> None:
-        if not self._fleet.drain(worker_id, drained):
+    def _seen(self) -> admin_pb2.WatchFleetResponse:
+        degradation = self._policies.degradation
+        return admin_pb2.WatchFleetResponse(
+            workers=self._workers(),
+            waiting_count=self._admission.waiting_count,
+            models=wire.served(self._policies.aliases, self._fleet.workers, self._clock),
+            degradation_level=wire.degradation(degradation.level),
+            degradation_reason=degradation.reason,
+        )
+
+    def _found(self, worker_id: str, what: str, context: Any, found: bool) -> None:
+        if not found:
             raise MeshError(Reason.NOT_FOUND, "no worker of this name is registered", field="worker_id")
+        _log.info("operated", extra={"audit": what, "by": _caller(context), "worker": worker_id})
+
+
+def _caller(context: Any) -> str:
+    """Whose key it is; the edge has found that out, and lets nobody else say it."""
+    return str(metadata_of(context).get("x-tokenloom-key", "inside the mesh"))

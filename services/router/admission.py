@@ -8,10 +8,13 @@ from enum import Enum
 from typing import Final, Protocol
 
 from services.common.errors import MeshError, Reason
+from services.router.choosing import Chooser
 from services.router.deadlines import Deadlines
 from services.router.decisions import Decisions, Record
 from services.router.fleet import Clock, Fleet
 from services.router.memory import AnswerLengths, Prefixes
+from services.router.policy import Policies, Resolution
+from services.router.pools import Choice
 from services.router.request import Request
 from services.router.scheduler import Decision, Scheduler, Verdict
 from services.router.waiting import LaneKey, WaitingLine
@@ -51,6 +54,9 @@ class Ticket:
         lease: the worker, once granted.
         error: why not, once refused.
         decision: the last decision about it.
+        ways: how the policy lets it be served, best first.
+        way: the one of these that it was decided for.
+        output_token_limit: most tokens of output that the mesh allows it; 0 where it does not limit them.
         queue_seconds: how long it waited, once answered.
     """
 
@@ -61,12 +67,15 @@ class Ticket:
         "error",
         "lane",
         "lease",
+        "output_token_limit",
         "queue_seconds",
         "request",
         "settle",
         "state",
         "tokens",
         "unready_since",
+        "way",
+        "ways",
     )
 
     def __init__(self, request: Request, settle: "Settle", *, asked_at: float, deadline: float) -> None:
@@ -74,7 +83,10 @@ class Ticket:
         self.settle = settle
         self.asked_at = asked_at
         self.deadline = deadline
-        self.lane = LaneKey(request.model or "", _constraint(request))
+        self.ways: tuple[Choice, ...] = (Choice(request),)
+        self.way = self.ways[0]
+        self.output_token_limit = 0
+        self.lane = _lane(request, self.ways)
         self.tokens = 0.0
         self.state = _State.ASKED
         self.lease: Lease | None = None
@@ -82,6 +94,22 @@ class Ticket:
         self.decision: Decision | None = None
         self.queue_seconds = 0.0
         self.unready_since: float | None = None
+
+    def resolve(self, resolution: Resolution) -> None:
+        """Takes in what the policy makes of it."""
+        self.ways, self.way = resolution.choices, resolution.choices[0]
+        self.output_token_limit = resolution.output_token_limit
+        self.lane = _lane(self.request, self.ways)
+
+    @property
+    def reason(self) -> str:
+        """The decision in one line."""
+        if self.decision is None:
+            return ""
+        model = self.way.request.model
+        rule = f"; rule {self.way.rule}" if self.way.rule else ""
+        stands_in = "" if model == self.request.model else f"; {model} answers for {self.request.model}"
+        return f"{self.decision.reason}{rule}{stands_in}"
 
     @property
     def tenant(self) -> str:
@@ -102,9 +130,16 @@ class Ticket:
 Settle = Callable[[Ticket], None]
 
 
-def _constraint(request: Request) -> object:
+def _lane(request: Request, ways: tuple[Choice, ...]) -> LaneKey:
+    first = ways[0].request.model or ""
+    others = {way.request.model or "" for way in ways} - {first}
+    return LaneKey(first, _constraint(request, ways), tuple(sorted(others)))
+
+
+def _constraint(request: Request, ways: tuple[Choice, ...]) -> object:
     # Lengths within a power of two of each other fit the same workers, near enough.
-    return request.excluded, request.subset, request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
+    length = request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
+    return request.excluded, request.subset, length, tuple((way.request.model, way.request.pools) for way in ways)
 
 
 class Admission:
@@ -115,6 +150,7 @@ class Admission:
         *,
         fleet: Fleet,
         scheduler: Scheduler,
+        policies: Policies,
         prefixes: Prefixes,
         lengths: AnswerLengths,
         decisions: Decisions,
@@ -126,6 +162,8 @@ class Admission:
     ) -> None:
         self._fleet = fleet
         self._scheduler = scheduler
+        self._chooser = Chooser(scheduler)
+        self._policies = policies
         self._prefixes = prefixes
         self._lengths = lengths
         self._decisions = decisions
@@ -156,10 +194,13 @@ class Admission:
         allowed = request.timeout_seconds
         wait = self._max_wait_seconds if allowed is None else min(allowed, self._max_wait_seconds)
         ticket = Ticket(request, settle, asked_at=now, deadline=now + wait)
-        error = _invalid(request)
-        if error is not None:
+        try:
+            _check(request)
+            ticket.resolve(self._policies.resolve(request))
+        except MeshError as error:
             self._refuse(ticket, error)
-        elif request.occupies_slot and self._line.has_lane(ticket.lane):
+            return ticket
+        if request.occupies_slot and self._line.has_lane(ticket.lane):
             # Those before it found no room, so there is none for it either.
             self._queue_behind(ticket, now)
         else:
@@ -171,7 +212,7 @@ class Admission:
         state, ticket.state = ticket.state, _State.OVER
         if state is _State.GRANTED and ticket.lease is not None:
             if outcome is Outcome.COMPLETED:
-                self._lengths.note(ticket.request, output_tokens)
+                self._lengths.note(ticket.lease.request, output_tokens)
             self._fleet.release(ticket.lease, outcome)
         elif state is _State.WAITING:
             self._leave_line(ticket)
@@ -214,12 +255,13 @@ class Admission:
 
     def _pick(self, ticket: Ticket) -> Decision:
         started = time.perf_counter()
-        decision = ticket.decision = self._scheduler.pick(ticket.request, asked_at=ticket.asked_at)
+        decision, ticket.way = self._chooser.pick(ticket.ways, asked_at=ticket.asked_at)
+        ticket.decision = decision
         self._observer.picked(time.perf_counter() - started)
         return decision
 
     def _queue_behind(self, ticket: Ticket, now: float) -> None:
-        verdict = self._scheduler.judge(ticket.request, asked_at=ticket.asked_at)
+        verdict = self._chooser.judge(ticket.ways, asked_at=ticket.asked_at)
         self._wait_or_refuse(ticket, verdict, now)
 
     def _wait_or_refuse(self, ticket: Ticket, verdict: Verdict, now: float) -> None:
@@ -239,7 +281,7 @@ class Admission:
             self._refuse(ticket, self._too_late(ticket))
             return
         ticket.state = _State.WAITING
-        ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.request)
+        ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
         self._look_again(ticket, check_at)
 
@@ -251,7 +293,7 @@ class Admission:
             self._sooner.set()
 
     def _reconsider(self, ticket: Ticket, now: float) -> None:
-        verdict = self._scheduler.judge(ticket.request, asked_at=ticket.asked_at)
+        verdict = self._chooser.judge(ticket.ways, asked_at=ticket.asked_at)
         if now >= ticket.deadline:
             late = verdict is Verdict.FULL or self._is_clients_deadline(ticket)
             self._refuse(ticket, self._too_late(ticket) if late else self._error(verdict, ticket))
@@ -301,13 +343,13 @@ class Admission:
                 skipped.add(lane)
 
     def _grant(self, ticket: Ticket, decision: Decision) -> None:
-        worker, request = decision.worker, ticket.request
+        worker, request = decision.worker, ticket.way.request
         assert worker is not None
         ticket.state = _State.GRANTED
         ticket.queue_seconds = self._clock() - ticket.asked_at
         ticket.lease = self._fleet.grant(worker, request, output_tokens=decision.output_tokens)
         self._prefixes.note(request, worker.worker_id)
-        self._record(ticket, worker.worker_id, decision.reason)
+        self._record(ticket, worker.worker_id, ticket.reason)
         self._observer.decided("granted", ticket.queue_seconds)
         ticket.settle(ticket)
 
@@ -335,6 +377,9 @@ class Admission:
                 reason=reason,
                 queue_seconds=ticket.queue_seconds,
                 looked_at=decision.looked_at if decision is not None else [],
+                prompt_tokens=request.prompt_tokens,
+                rule=ticket.way.rule,
+                degraded=bool(worker_id) and ticket.way.degraded,
             )
         )
 
@@ -348,7 +393,7 @@ class Admission:
         return self._no_capacity(ticket)
 
     def _no_capacity(self, ticket: Ticket) -> MeshError:
-        after = self._scheduler.retry_after_seconds(ticket.request, waiting=len(self._line))
+        after = self._scheduler.retry_after_seconds(ticket.ways[0].request, waiting=len(self._line))
         message = f"every worker is busy; try again in {after:.0f} s"
         return MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=after)
 
@@ -364,13 +409,12 @@ class Admission:
         return MeshError(Reason.NO_READY_WORKER, message, retry_after_seconds=max(1.0, self._ready_grace_seconds))
 
 
-def _invalid(request: Request) -> MeshError | None:
+def _check(request: Request) -> None:
     if request.timeout_seconds is not None and request.timeout_seconds <= 0:
-        return MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline has passed")
+        raise MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline has passed")
     if request.model == "":
         message = "model is required"
-        return MeshError(Reason.INVALID_REQUEST, message, field="model", code="missing_required_parameter")
+        raise MeshError(Reason.INVALID_REQUEST, message, field="model", code="missing_required_parameter")
     if request.model is not None and len(request.model) > _LONGEST_MODEL_NAME:
         message = f"model has more than {_LONGEST_MODEL_NAME} characters"
-        return MeshError(Reason.INVALID_REQUEST, message, field="model", code="string_above_max_length")
-    return None
+        raise MeshError(Reason.INVALID_REQUEST, message, field="model", code="string_above_max_length")

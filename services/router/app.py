@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import grpc.aio
@@ -27,6 +28,8 @@ from services.router.gpus import GpuWatch
 from services.router.memory import AnswerLengths, Prefixes
 from services.router.metrics import FleetCollector, RouterMetrics
 from services.router.picker import Picker
+from services.router.policy import Policies
+from services.router.policy_file import PolicyFile
 from services.router.scheduler import Scheduler
 from services.router.servicer import RouterServicer
 
@@ -49,6 +52,7 @@ class RunningRouter:
     metrics_port: int
     fleet: Fleet
     admission: Admission
+    policies: Policies
 
 
 @asynccontextmanager
@@ -57,12 +61,14 @@ async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> 
 
     Raises:
         OSError: an address is in use or not ours.
+        ConfigError: the routing policy of the settings does not fit them.
     """
     registry = CollectorRegistry()
     core = _Core(settings, RouterMetrics(registry))
-    registry.register(FleetCollector(core.fleet, core.admission, core.clock))
+    registry.register(FleetCollector(core.fleet, core.admission, core.policies, core.clock))
     doors = _Doors(core, tracer or process_tracer())
     with serve_metrics(settings.metrics, registry) as metrics_port:
+        core.policy_file.load()
         async with (
             serve(settings.listen, doors.register, grace_seconds=_GRACE_SECONDS) as server,
             _background(core, settings.telemetry),
@@ -70,7 +76,11 @@ async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> 
             await server.set_serving(True)
             try:
                 yield RunningRouter(
-                    port=server.port, metrics_port=metrics_port, fleet=core.fleet, admission=core.admission
+                    port=server.port,
+                    metrics_port=metrics_port,
+                    fleet=core.fleet,
+                    admission=core.admission,
+                    policies=core.policies,
                 )
             finally:
                 await server.set_serving(False)
@@ -80,10 +90,9 @@ async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> 
 @asynccontextmanager
 async def _background(core: "_Core", telemetry: Sequence[str]) -> AsyncIterator[None]:
     watches = [GpuWatch(address, core.fleet, clock=core.clock) for address in telemetry]
+    works = (core.admission.keep_deadlines(), core.policies.follow(), core.policy_file.watch())
     async with asyncio.TaskGroup() as tasks:
-        running_tasks = [
-            tasks.create_task(work) for work in (core.admission.keep_deadlines(), *map(GpuWatch.run, watches))
-        ]
+        running_tasks = [tasks.create_task(work) for work in (*works, *map(GpuWatch.run, watches))]
         try:
             yield
         finally:
@@ -98,12 +107,23 @@ class _Core:
         self.clock: Clock = time.monotonic
         self.fleet = Fleet(self.clock)
         self.decisions = Decisions()
+        self.policies = Policies(
+            self.fleet,
+            settings.routing,
+            clock=self.clock,
+            pools=settings.pools,
+            models=settings.models,
+            expected_workers=settings.expected_workers,
+        )
+        path = settings.policy_path
+        self.policy_file = PolicyFile(None if path is None else Path(path), self.policies)
         lengths, prefixes = AnswerLengths(), Prefixes()
         # Who wins a tie is no secret.
         rng = random.Random()  # noqa: S311
         self.admission = Admission(
             fleet=self.fleet,
             scheduler=Scheduler(self.fleet, prefixes, lengths, clock=self.clock, rng=rng),
+            policies=self.policies,
             prefixes=prefixes,
             lengths=lengths,
             decisions=self.decisions,
@@ -121,7 +141,14 @@ class _Doors:
     def __init__(self, core: _Core, tracer: Tracer) -> None:
         self._admission = core.admission
         self._inside = RouterServicer(core.fleet, core.admission, tracer)
-        self._admin = AdminServicer(core.fleet, core.admission, core.decisions, core.clock)
+        self._admin = AdminServicer(
+            fleet=core.fleet,
+            admission=core.admission,
+            decisions=core.decisions,
+            policies=core.policies,
+            policy_file=core.policy_file,
+            clock=core.clock,
+        )
         self._picker = Picker(core.admission, tracer)
 
     def register(self, server: grpc.aio.Server) -> list[str]:

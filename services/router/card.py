@@ -33,6 +33,7 @@ class Card:
         models: the models it serves, with the longest sequence each takes, in tokens.
         abilities: what each model can do ("generate", "embed", ...); one that is not named is taken to do everything.
         block_tokens: tokens of one block of its prefix cache; 0 when it tells nothing of that.
+        pool: the pool it belongs to.
         gpu_uuids: the GPUs that it runs on.
         max_running: sequences that it runs at the same time, at least 1.
         kv_tokens: tokens of KV cache; 0 where it is not known.
@@ -44,6 +45,7 @@ class Card:
     models: Mapping[str, int]
     abilities: Mapping[str, frozenset[str]] = field(default_factory=dict)
     block_tokens: int = 0
+    pool: str = ""
     gpu_uuids: tuple[str, ...] = ()
     max_running: int = 1
     kv_tokens: int = 0

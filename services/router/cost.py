@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-__all__ = ["PRIOR", "Demand", "Gauges", "Outlook", "Prediction", "Rates", "better", "outlook", "predict"]
+from services.common.policy import SloClass
+
+__all__ = ["PRIOR", "Demand", "Gauges", "Outlook", "Prediction", "Rates", "against", "better", "outlook", "predict"]
 
 PRIOR_OUTPUT_TOKENS: Final = 128.0
 _MOST_FAILURES: Final = 0.9
@@ -151,3 +153,17 @@ def predict(ahead: Outlook, demand: Demand, elapsed: float) -> Prediction:
     if total > kv_free:
         ttft += (total - kv_free) * kv_token
     return ttft, tpot, (ttft + output * tpot) * attempts
+
+
+def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
+    """A prediction whose cost counts the seconds beyond a request's targets, too; `output` is in tokens.
+
+    cost += weight x (TTFT beyond its target + output x TPOT beyond its target)
+    """
+    ttft, tpot, cost = prediction
+    late = 0.0
+    if slo.ttft_seconds is not None and ttft > slo.ttft_seconds:
+        late += ttft - slo.ttft_seconds
+    if slo.tpot_seconds is not None and tpot > slo.tpot_seconds:
+        late += output * (tpot - slo.tpot_seconds)
+    return ttft, tpot, cost + slo.weight * late

@@ -23,6 +23,11 @@ class Record(NamedTuple):
     reason: str
     queue_seconds: float
     looked_at: list[Look]
+    prompt_tokens: int = 0
+    rule: str = ""
+    """The policy's rule that chose the pools; empty when none did."""
+    degraded: bool = False
+    """Whether a smaller model was chosen than was asked for."""
 
 
 class Decisions:

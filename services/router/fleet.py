@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from services.common.errors import MeshError, Reason
 from services.router.card import Card, Load
 from services.router.cost import PRIOR, Rates, better
 from services.router.reading import HEALTHY, Condition, worst
@@ -18,6 +19,9 @@ Listener = Callable[[Worker], None]
 
 # Names of models whose workers are away: they are not unknown, only not there.
 _REMEMBERED_MODELS: Final = 1024
+# A worker that is lost counts as missing for so long; after that the fleet is taken to be smaller.
+_MISSED_SECONDS: Final = 600.0
+_MOST_MISSED: Final = 4096
 
 
 class Fleet:
@@ -29,8 +33,12 @@ class Fleet:
         self._by_model: dict[str, list[Worker]] = {}
         self._by_gpu: dict[str, list[Worker]] = {}
         self._contexts: dict[str, tuple[int, int]] = {}
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, set[str]] = OrderedDict()
+        """Models that are or were served, with the pools that did."""
+        self._missed: OrderedDict[str, float] = OrderedDict()
+        """Workers that were lost, with the time since when."""
         self._drained: set[str] = set()
+        self._cordoned: set[str] = set()
         self._conditions: dict[str, Condition] = {}
         self._hopes: dict[str, Rates] = {}
         self._listeners: list[Listener] = []
@@ -64,16 +72,50 @@ class Fleet:
         """Whether a worker serves the model or has served it."""
         return model is None or model in self._by_model or model in self._known
 
+    @property
+    def known_models(self) -> list[str]:
+        """The models that some worker serves or has served."""
+        return list(self._known)
+
+    def has_served(self, model: str, pool: str) -> bool:
+        """Whether a worker of the pool serves the model or has served it."""
+        return pool in self._known.get(model, ())
+
+    def health(self, expected: int = 0) -> tuple[int, int]:
+        """How many workers take work, of how many there should be: `expected`, or for 0 those that were there lately.
+
+        Those that an operator took out of service are missed by nobody.
+        """
+        now = self._clock()
+        while self._missed and next(iter(self._missed.values())) < now - _MISSED_SECONDS:
+            self._missed.popitem(last=False)
+        out = {*self._drained, *self._cordoned}
+        workers = [worker for worker in self._workers.values() if worker.worker_id not in out]
+        healthy = sum(worker.is_ready(now) for worker in workers)
+        if expected:
+            return healthy, max(healthy, expected - len(out))
+        return healthy, len(workers) + sum(name not in out for name in self._missed)
+
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener` with each worker that changed or went, until the returned function is called."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
     def register(self, card: Card) -> Worker:
-        """Adds a worker. One of the same name is gone from then on."""
-        old = self._workers.pop(card.worker_id, None)
-        now = self._clock()
-        worker = Worker(card, now=now, drained=card.worker_id in self._drained, condition=self._condition_of(card))
+        """Adds a worker. One of the same name is gone from then on.
+
+        Raises:
+            MeshError: ALREADY_EXISTS, that one is at another address and still heard of: two processes of one name
+                would take it from each other for ever.
+        """
+        name, now = card.worker_id, self._clock()
+        if self._is_taken(card, now):
+            raise MeshError(Reason.ALREADY_EXISTS, "a live worker has this name", field="registration.worker_id")
+        old = self._workers.pop(name, None)
+        self._missed.pop(name, None)
+        worker = Worker(card, now=now, drained=name in self._drained, condition=self._condition_of(card))
+        if name in self._cordoned:
+            worker.set_cordoned(True, now)
         self._workers[card.worker_id] = worker
         if self.populated_at is None:
             self.populated_at = now
@@ -88,6 +130,9 @@ class Fleet:
         if self._workers.get(worker.worker_id) is not worker:
             return
         del self._workers[worker.worker_id]
+        self._missed[worker.worker_id] = self._clock()
+        if len(self._missed) > _MOST_MISSED:
+            self._missed.popitem(last=False)
         self._index()
         worker.leave()
         self._changed(worker)
@@ -108,6 +153,16 @@ class Fleet:
             return False
         (self._drained.add if drained else self._drained.discard)(worker_id)
         worker.set_drained(drained, self._clock())
+        self._changed(worker)
+        return True
+
+    def cordon(self, worker_id: str, cordoned: bool) -> bool:
+        """Takes a worker out of service without telling it, or back; the name stays out. False: not registered."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return False
+        (self._cordoned.add if cordoned else self._cordoned.discard)(worker_id)
+        worker.set_cordoned(cordoned, self._clock())
         self._changed(worker)
         return True
 
@@ -163,7 +218,7 @@ class Fleet:
         for worker in self._workers.values():
             for model in worker.card.models:
                 self._by_model.setdefault(model, []).append(worker)
-                self._known[model] = None
+                self._known.setdefault(model, set()).add(worker.card.pool)
                 self._known.move_to_end(model)
             for uuid in worker.card.gpu_uuids:
                 self._by_gpu.setdefault(uuid, []).append(worker)
@@ -173,6 +228,10 @@ class Fleet:
             self._contexts[model] = (min(contexts), max(contexts))
         while len(self._known) > _REMEMBERED_MODELS:
             self._known.popitem(last=False)
+
+    def _is_taken(self, card: Card, now: float) -> bool:
+        worker = self._workers.get(card.worker_id)
+        return worker is not None and worker.endpoint != card.endpoint and worker.is_heard(now)
 
     def _condition_of(self, card: Card) -> Condition:
         return worst([self._conditions.get(uuid, HEALTHY) for uuid in card.gpu_uuids])

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from services.router.admission import Admission
 from services.router.fleet import Clock, Fleet
+from services.router.policy import Policies
 from services.router.worker import Worker
 
 __all__ = ["FleetCollector", "RouterMetrics"]
@@ -48,13 +49,14 @@ class RouterMetrics:
 class FleetCollector(Collector):
     """The fleet as it is when it is asked for."""
 
-    def __init__(self, fleet: Fleet, admission: Admission, clock: Clock) -> None:
+    def __init__(self, fleet: Fleet, admission: Admission, policies: Policies, clock: Clock) -> None:
         self._fleet = fleet
         self._admission = admission
+        self._policies = policies
         self._clock = clock
 
     def collect(self) -> Iterable[Metric]:
-        """Workers by state, leases, and requests that wait."""
+        """Workers by state, leases, requests that wait, and how far the mesh is degraded."""
         workers, now = self._fleet.workers, self._clock()
         by_state = GaugeMetricFamily("tokenloom_router_workers", "Registered workers, by state", labels=["state"])
         states = [_state(worker, now) for worker in workers]
@@ -65,6 +67,12 @@ class FleetCollector(Collector):
         yield GaugeMetricFamily("tokenloom_router_leases", "Leases that are out", value=leases)
         waiting = self._admission.waiting_count
         yield GaugeMetricFamily("tokenloom_router_waiting_requests", "Requests that wait", value=waiting)
+        level = self._policies.degradation.level
+        yield GaugeMetricFamily(
+            "tokenloom_router_degradation_level", "0: not degraded, 1: short outputs, 2: refusing", value=level
+        )
+        version = self._policies.version
+        yield GaugeMetricFamily("tokenloom_router_policy_version", "Policies since the start, from 1", value=version)
 
 
 def _state(worker: Worker, now: float) -> str:

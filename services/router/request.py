@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.common.policy import SloClass
+
 __all__ = ["Request"]
 
 
@@ -24,10 +26,14 @@ class Request:
         timeout_seconds: time until the request is not worth starting; None leaves it to the router.
         prefix_hashes: what the prompt begins with, as services.common.prefix hashes its text; none where not known.
         prompt_token_ids: the prompt's tokens, where they are known.
-        slo_class: what its client may wait for; empty for the default.
-        attempt: which try of the same request it is, from 1.
+        slo_class: what its client may wait for, by name; empty leaves it to the policy.
+        attempt: which try of the same request it is, from 1; from the second one on the model is no alias.
         needs: what the model must be able to do, as the worker's card names it.
         occupies_slot: whether it runs in the engine; one that does not is never kept waiting for a slot.
+        task: what is to be done: "generate", "embed", "score" or "tokenize".
+        allow_degrade: whether a smaller model may answer when this one has no room.
+        pools: pools to pick from, once the policy has chosen them; None allows all.
+        slo: what it may wait for, once the policy has said so; None where that makes no difference.
     """
 
     model: str | None
@@ -47,3 +53,7 @@ class Request:
     attempt: int = 1
     needs: frozenset[str] = frozenset()
     occupies_slot: bool = True
+    task: str = "generate"
+    allow_degrade: bool = False
+    pools: frozenset[str] | None = None
+    slo: SloClass | None = None

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from services.router.cost import Demand, Prediction, predict
+from services.router.cost import Demand, Prediction, against, predict
 from services.router.fleet import Clock, Fleet
 from services.router.memory import AnswerLengths, Prefixes
 from services.router.request import Request
 from services.router.worker import STALE_SECONDS, Worker
 
-__all__ = ["Decision", "Look", "Scheduler", "Verdict"]
+__all__ = ["OUTSIDE_POOL", "Decision", "Look", "Scheduler", "Verdict"]
 
 # Costs closer than this are equal: what two equal workers measure of themselves differs by as much.
 _TIE_SHARE: Final = 1.08
@@ -19,6 +19,8 @@ _TIE_SECONDS: Final = 0.0005
 # A router that has just started does not know yet who is there.
 _SETTLING_SECONDS: Final = 1.0
 _FULL: Final = "full"
+OUTSIDE_POOL: Final = "outside the pool"
+"""Why a worker of another pool than the policy's is out of the question."""
 
 
 class Verdict(Enum):
@@ -97,6 +99,7 @@ class Scheduler:
         prompt, (holder, held) = request.prompt_tokens, self._prefixes.holder(request)
         cold, warm = Demand(prompt, output, prompt + output), Demand(prompt - held, output, prompt + output)
         plain = not request.excluded and request.subset is None and context == 0 and not request.needs
+        plain = plain and request.pools is None
         looked_at: list[Look] = []
         out: dict[str, int] = {}
         full, occupies = 0, request.occupies_slot
@@ -115,6 +118,8 @@ class Scheduler:
                 looked_at.append((name, why, _NO_PREDICTION))
                 continue
             prediction = predict(worker.outlook, warm if name == holder else cold, now - worker.outlook_at)
+            if request.slo is not None:
+                prediction = against(request.slo, prediction, output)
             looked_at.append((name, why, prediction))
             open_to.append(worker)
             predictions.append(prediction)
@@ -177,6 +182,8 @@ class Scheduler:
         return self._unfit(worker, request, context)
 
     def _unfit(self, worker: Worker, request: Request, context: int) -> str:
+        if request.pools is not None and worker.card.pool not in request.pools:
+            return OUTSIDE_POOL
         if request.subset is not None and worker.endpoint not in request.subset:
             return "outside the subset"
         if context and request.model is not None and worker.card.models[request.model] < context:

@@ -154,14 +154,7 @@ class _Session:
             self._edit().rejections.add(handle=handle, status=status_from_error(ticket.error))
             return
         assert ticket.lease is not None
-        assert ticket.decision is not None
-        self._edit().grants.add(
-            handle=handle,
-            worker_id=ticket.lease.worker.worker_id,
-            endpoint=ticket.lease.worker.endpoint,
-            queue_duration=wire.duration(ticket.queue_seconds),
-            reason=ticket.decision.reason,
-        )
+        self._edit().grants.append(wire.grant(handle, ticket, ticket.lease))
 
     def _edit(self) -> router_pb2.SessionResponse:
         if self._closed:

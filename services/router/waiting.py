@@ -21,6 +21,8 @@ class LaneKey(NamedTuple):
 
     model: str
     constraint: Hashable
+    others: tuple[str, ...] = ()
+    """Further models whose workers may serve them."""
 
 
 class Waits(Protocol):
@@ -155,10 +157,12 @@ class WaitingLine(Generic[W]):
         lanes = self._models.setdefault(waiter.lane.model, {})
         key = waiter.lane
         if key not in lanes and len(lanes) >= _MOST_LANES:
-            key = LaneKey(waiter.lane.model, "mixed")
+            key = key._replace(constraint="mixed")
         lane = lanes.get(key)
         if lane is None:
             lane = lanes[key] = _Lane(self._fairness)
+            for model in key.others:
+                self._models.setdefault(model, {})[key] = lane
         self._next_order += 1
         self._orders[waiter] = (self._next_order, key)
         lane.add(self._next_order, waiter)
@@ -172,9 +176,10 @@ class WaitingLine(Generic[W]):
         lane = lanes[key]
         lane.remove(order, waiter)
         if not lane.classes:
-            del lanes[key]
-            if not lanes:
-                del self._models[key.model]
+            for model in (key.model, *key.others):
+                del self._models[model][key]
+                if not self._models[model]:
+                    del self._models[model]
 
     def serve(self, waiter: W) -> None:
         """Takes a request out because it is served, and charges its tenant."""

@@ -2,7 +2,7 @@
 
 import ipaddress
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -10,14 +10,31 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import admin_pb2, router_pb2
 
+from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
+from services.common.policy import Policy, parse_policy
+from services.router.admission import Ticket
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Record
+from services.router.degradation import Level
 from services.router.fleet import Clock
 from services.router.request import Request
-from services.router.worker import Outcome, Worker
+from services.router.worker import Lease, Outcome, Worker
 
-__all__ = ["capability_name", "card", "decision", "duration", "load", "outcome", "request", "worker"]
+__all__ = [
+    "capability_name",
+    "card",
+    "decision",
+    "degradation",
+    "duration",
+    "grant",
+    "load",
+    "outcome",
+    "policy",
+    "request",
+    "served",
+    "worker",
+]
 
 _MOST_SEQUENCES: Final = 65_536
 _LONGEST_ID: Final = 256
@@ -33,6 +50,11 @@ _TASKS: Final = {
     router_pb2.TASK_GENERATE: "generate",
     router_pb2.TASK_EMBED: "embed",
     router_pb2.TASK_SCORE: "score",
+}
+_LEVELS: Final = {
+    Level.NONE: admin_pb2.DEGRADATION_LEVEL_NONE,
+    Level.SHORT_OUTPUTS: admin_pb2.DEGRADATION_LEVEL_SHORT_OUTPUTS,
+    Level.REFUSING: admin_pb2.DEGRADATION_LEVEL_REFUSING,
 }
 _OUTCOMES: Final = {
     router_pb2.OUTCOME_COMPLETED: Outcome.COMPLETED,
@@ -58,6 +80,7 @@ def card(message: router_pb2.Registration) -> Card:
         endpoint=message.endpoint,
         models={model.name: model.max_context_token_count for model in message.models},
         abilities={model.name: frozenset(map(capability_name, model.capabilities)) for model in message.models},
+        pool=message.pool,
         gpu_uuids=tuple(message.gpu_uuids),
         max_running=min(max(1, message.max_running_count), _MOST_SEQUENCES),
         kv_tokens=message.kv_cache_token_count,
@@ -127,6 +150,9 @@ def request(message: router_pb2.Acquire) -> Request:
         slo_class=message.slo_class,
         attempt=max(1, message.attempt),
         needs=_needs(message),
+        occupies_slot=message.task != router_pb2.TASK_TOKENIZE,
+        task=_TASKS.get(message.task, "tokenize"),
+        allow_degrade=message.allow_degrade,
     )
 
 
@@ -143,6 +169,28 @@ def capability_name(capability: inference_pb2.Capability.ValueType) -> str:
     return known.name.removeprefix("CAPABILITY_").lower() if known else str(capability)
 
 
+def grant(handle: int, ticket: Ticket, lease: Lease) -> router_pb2.Grant:
+    """A worker for a gateway's request."""
+    message = router_pb2.Grant(
+        handle=handle,
+        worker_id=lease.worker.worker_id,
+        endpoint=lease.worker.endpoint,
+        queue_duration=duration(ticket.queue_seconds),
+        reason=ticket.reason,
+        model=lease.request.model or "",
+        degraded=ticket.way.degraded,
+        output_token_limit=ticket.output_token_limit,
+    )
+    decision = ticket.decision
+    if (
+        decision is not None
+        and decision.prediction is not None
+        and lease.worker.load.prefill_tokens_per_second is not None
+    ):
+        message.predicted_time_to_first_token_duration.CopyFrom(duration(decision.prediction[0]))
+    return message
+
+
 def outcome(value: router_pb2.Outcome.ValueType) -> Outcome:
     """How a lease ended."""
     return _OUTCOMES.get(value, Outcome.CANCELLED)
@@ -156,7 +204,35 @@ def worker(worker: Worker, clock: Clock) -> admin_pb2.Worker:
         lease_count=len(worker.leases),
         last_report_time=_timestamp(worker.reported_at, clock),
         drained=worker.drained,
+        cordoned=worker.cordoned,
+        excluded_reason=worker.excluded_reason(clock()),
+        report_age_duration=duration(clock() - worker.reported_at),
     )
+
+
+def served(
+    names: Mapping[str, tuple[str, ...]], workers: Iterable[Worker], clock: Clock
+) -> list[admin_pb2.ServedModel]:
+    """The names that requests may use, by name; `names` has the models behind each alias."""
+    found: dict[str, admin_pb2.ServedModel] = {}
+    now = clock()
+    for worker in workers:
+        for card in worker.card.said.models:
+            _count(found.setdefault(card.name, admin_pb2.ServedModel(name=card.name)), card, worker.is_ready(now))
+    aliases = {}
+    for name, targets in names.items():
+        alias = aliases[name] = admin_pb2.ServedModel(name=name, target_models=targets)
+        for target in targets:
+            if target in found:
+                behind = found[target]
+                _count(alias, behind.card, behind.ready_worker_count)
+    return [model for _, model in sorted({**found, **aliases}.items())]
+
+
+def _count(model: admin_pb2.ServedModel, card: inference_pb2.ModelCard, ready: int) -> None:
+    model.ready_worker_count += ready
+    if card.max_context_token_count >= model.card.max_context_token_count:
+        model.card.CopyFrom(card)
 
 
 def decision(record: Record, clock: Clock) -> admin_pb2.Decision:
@@ -167,6 +243,9 @@ def decision(record: Record, clock: Clock) -> admin_pb2.Decision:
         worker_id=record.worker_id,
         reason=record.reason,
         queue_duration=duration(record.queue_seconds),
+        prompt_token_count=record.prompt_tokens,
+        rule=record.rule,
+        degraded=record.degraded,
     )
     for worker_id, why, (ttft, tpot, cost) in record.looked_at:
         candidate = message.candidates.add(worker_id=worker_id, excluded_reason=why)
@@ -175,6 +254,23 @@ def decision(record: Record, clock: Clock) -> admin_pb2.Decision:
             candidate.predicted_time_per_output_token_duration.CopyFrom(duration(tpot))
             candidate.cost_duration.CopyFrom(duration(cost))
     return message
+
+
+def policy(text: str) -> Policy:
+    """The policy that an operator sends.
+
+    Raises:
+        MeshError: INVALID_REQUEST, it has not the shape of one.
+    """
+    try:
+        return parse_policy(text, where="routing")
+    except ConfigError as error:
+        raise MeshError(Reason.INVALID_REQUEST, str(error), field="policy_json") from error
+
+
+def degradation(level: Level) -> admin_pb2.DegradationLevel.ValueType:
+    """How far the mesh is degraded."""
+    return _LEVELS[level]
 
 
 def duration(seconds: float) -> Duration:

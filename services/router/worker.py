@@ -58,6 +58,7 @@ class Worker:
         self.registered_at = now
         self.reported_at = now
         self.drained = drained
+        self.cordoned = False
         self.condition = condition
         self.leases: set[Lease] = set()
         self.gone = False
@@ -89,13 +90,23 @@ class Worker:
         """Its state for people and metrics."""
         if self.drained:
             return "drained"
+        if self.cordoned:
+            return "cordoned"
         if self.condition.lost:
             return "gpu lost"
         return self.load.state.value
 
     def is_ready(self, now: float) -> bool:
         """Whether it takes work, full or not."""
-        return not self.blocked and now - self.reported_at <= STALE_SECONDS
+        return not self.blocked and self.is_heard(now)
+
+    def is_heard(self, now: float) -> bool:
+        """Whether it has reported lately."""
+        return now - self.reported_at <= STALE_SECONDS
+
+    def excluded_reason(self, now: float) -> str:
+        """Why it gets no work at all, in words; empty when it does."""
+        return self.blocked or ("" if self.is_heard(now) else f"silent for {now - self.reported_at:.1f} s")
 
     def has_room(self, now: float) -> bool:
         """Whether it takes another request now."""
@@ -154,6 +165,11 @@ class Worker:
         """Takes it out of service or back, and has it told."""
         self.drained = drained
         self.news.set()
+        self._refresh(now)
+
+    def set_cordoned(self, cordoned: bool, now: float) -> None:
+        """Takes it out of service or back, without a word to it."""
+        self.cordoned = cordoned
         self._refresh(now)
 
     def set_condition(self, condition: Condition, now: float) -> None:

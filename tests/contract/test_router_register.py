@@ -44,16 +44,31 @@ async def test_a_worker_takes_no_work_before_its_first_report() -> None:
 async def test_a_second_registration_of_a_name_replaces_the_first_and_ends_its_stream() -> None:
     async with (
         running_router() as (router, to_router),
-        worker_link(router, to_router, endpoint="127.0.0.1:5001"),
+        worker_link(router, to_router, max_running=1),
         gateway_session(to_router) as gateway,
     ):
         await gateway.granted()
         first = router.fleet.workers[0]
-        async with worker_link(router, to_router, endpoint="127.0.0.1:5002"):
+        async with worker_link(router, to_router, max_running=2):
             assert first.gone
             (worker,) = router.fleet.workers
-            assert (worker.endpoint, len(worker.leases)) == ("127.0.0.1:5002", 0)
-            assert (await gateway.granted()).endpoint == "127.0.0.1:5002"
+            assert (worker.card.max_running, len(worker.leases)) == (2, 0)
+            await gateway.granted()
+
+
+async def test_a_name_that_is_heard_of_at_another_address_is_not_given_away() -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router, endpoint="127.0.0.1:5001"):
+        first = router.fleet.workers[0]
+        call: Any = router_pb2_grpc.RouterServiceStub(to_router).Register()
+        registration = router_pb2.Registration(
+            worker_id="worker-0", endpoint="127.0.0.1:5002", models=[inference_pb2.ModelCard(name="demo")]
+        )
+        await call.write(router_pb2.RegisterRequest(registration=registration))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert error_from_call(caught.value).reason is Reason.ALREADY_EXISTS
+        assert router.fleet.workers == [first]
+        assert not first.gone
 
 
 async def test_measured_speeds_and_load_reach_the_scheduler() -> None:

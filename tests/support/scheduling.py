@@ -8,6 +8,7 @@ from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
 from services.router.fleet import Fleet
 from services.router.memory import AnswerLengths, Prefixes
+from services.router.policy import Policies
 from services.router.request import Request
 from services.router.scheduler import Scheduler
 from services.router.worker import Worker
@@ -26,9 +27,11 @@ class Bench:
         self.scheduler = Scheduler(
             self.fleet, self.prefixes, self.lengths, clock=self.clock, rng=random.Random(settings.pop("seed", 1))
         )
+        self.policies = Policies(self.fleet, settings.pop("policy", None), clock=self.clock)
         self.admission = Admission(
             fleet=self.fleet,
             scheduler=self.scheduler,
+            policies=self.policies,
             prefixes=self.prefixes,
             lengths=self.lengths,
             decisions=self.decisions,
@@ -51,7 +54,9 @@ class Bench:
 
     def worker(self, worker_id: str = "w0", *, models: dict[str, int] | None = None, **card: Any) -> Worker:
         """Registers a worker that is ready and idle."""
-        chosen = {"endpoint": f"10.0.0.1:{5000 + len(self.fleet.workers)}", "max_running": 8, **card}
+        before = self.fleet.get(worker_id)
+        endpoint = before.endpoint if before else f"10.0.0.1:{5000 + len(self.fleet.workers)}"
+        chosen = {"endpoint": endpoint, "max_running": 8, **card}
         worker = self.fleet.register(Card(worker_id=worker_id, models=models or {"demo": 8192}, **chosen))
         self.report(worker)
         return worker

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from services.common.errors import MeshError, Reason
 from services.router.card import Card, Load, WorkerState, believable
 from services.router.reading import Condition, GpuReading, condition_of, worst
 from services.router.worker import Outcome
@@ -61,6 +62,16 @@ def test_a_second_registration_of_a_name_replaces_the_first() -> None:
     assert bench.fleet.workers == [second]
     bench.admission.finish(ticket, Outcome.COMPLETED)
     assert second.occupied == 0
+
+
+def test_a_name_goes_to_another_address_only_once_the_first_has_fallen_silent() -> None:
+    bench = Bench()
+    bench.worker("w0")
+    with pytest.raises(MeshError) as caught:
+        bench.worker("w0", endpoint="10.0.0.2:5000")
+    assert caught.value.reason is Reason.ALREADY_EXISTS
+    bench.now += 2.5
+    assert bench.worker("w0", endpoint="10.0.0.2:5000").endpoint == "10.0.0.2:5000"
 
 
 def test_the_leases_of_a_lost_worker_vanish() -> None:

@@ -542,7 +542,9 @@ class Registration(_message.Message):
     KV_CACHE_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     KV_BLOCK_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """Its name, unique in the fleet. A second registration of the same name replaces the first."""
+    """Its name, unique in the fleet. A second registration of the same name replaces the first, unless that one serves at
+    another address and is still heard of: then it is ALREADY_EXISTS.
+    """
     endpoint: _builtins.str
     """Its gRPC address as gateways and the edge reach it: `ip:port`."""
     engine: _builtins.str
