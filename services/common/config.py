@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-__all__ = ["ConfigError", "convert", "load"]
+__all__ = ["ConfigError", "convert", "load", "read"]
 
 T = TypeVar("T")
 _PATH_IN_MESSAGE = re.compile(r" - at `(?P<path>[^`]*)`$")
@@ -23,13 +23,22 @@ def load(path: Path, shape: type[T]) -> T:
     Raises:
         ConfigError: the file can't be read, isn't YAML, or doesn't have the shape.
     """
+    return convert(read(path), shape, where=str(path))
+
+
+def read(path: Path) -> Any:
+    """What a YAML or JSON file says, as plain data; an empty file says {}.
+
+    Raises:
+        ConfigError: the file can't be read, or isn't YAML.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
-    return convert(raw if raw is not None else {}, shape, where=str(path))
+    return raw if raw is not None else {}
 
 
 def convert(raw: object, shape: type[T], *, where: str) -> T:
@@ -43,7 +52,7 @@ def convert(raw: object, shape: type[T], *, where: str) -> T:
 def _explain(message: str, raw: object) -> str:
     found = _PATH_IN_MESSAGE.search(message)
     if found is None:
-        return message
+        return f"{message}{_value_note('', raw)}"
     path = found["path"]
     what = message[: found.start()]
     return f"{path.removeprefix('$.').removeprefix('$') or 'the file'}: {what}{_value_note(path, raw)}"

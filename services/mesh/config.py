@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from services.common import config
 from services.common.config import ConfigError
+from services.common.policy import Policy, policy_from
 from services.common.settings import Address, JwtSettings, LedgerSettings, ModelSettings, Name, SimSettings
 
 __all__ = ["DEMO_MODEL", "EdgeConfig", "MeshConfig", "PoolConfig", "WorkerConfig", "load_mesh", "parse_sim"]
@@ -64,6 +65,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
 
     models: Annotated[list[ModelSettings], Meta(min_length=1)]
     pools: Annotated[list[PoolConfig], Meta(min_length=1)]
+    routing: Policy = Policy()
+    """Which model, which pools and how well, by what a request is; may be changed while the mesh runs."""
     edge: EdgeConfig = EdgeConfig()
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
@@ -91,7 +94,23 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         _check_not_taken(where, workers)
         for index, pool in enumerate(self.pools):
             self._check_pool(f"{where}: pools[{index}]", pool)
+        self.routing.check(f"{where}: routing", pools=self.pool_names, models=self.model_names)
         return self
+
+    @property
+    def pool_names(self) -> list[str]:
+        """The pools, in order."""
+        return [pool.name for pool in self.pools]
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models, in order."""
+        return [model.name for model in self.models]
+
+    @property
+    def worker_count(self) -> int:
+        """How many workers it has when all is well."""
+        return sum(len(pool.workers) for pool in self.pools)
 
     def model(self, name: str) -> ModelSettings:
         """The model of a name that is checked."""
@@ -144,7 +163,11 @@ def load_mesh(path: Path) -> MeshConfig:
     Raises:
         ConfigError: it can't be used.
     """
-    mesh = config.load(path, MeshConfig).check(str(path))
+    raw = config.read(path)
+    if isinstance(raw, dict) and "routing" in raw:
+        # It names the key at fault more exactly.
+        policy_from(raw["routing"], where=f"{path}: routing")
+    mesh = config.convert(raw, MeshConfig, where=str(path)).check(str(path))
     models = [msgspec.structs.replace(model, path=_resolved(model.path, path.parent)) for model in mesh.models]
     return msgspec.structs.replace(mesh, models=models)
 

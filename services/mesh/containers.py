@@ -80,6 +80,10 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         metrics=f"{_ANY}:{_METRICS}",
         otlp_endpoint=mesh.otlp_endpoint,
         telemetry=[f"telemetry:{_GRPC}"],
+        routing=mesh.routing,
+        pools=mesh.pool_names,
+        models=mesh.model_names,
+        expected_workers=mesh.worker_count,
     )
     yield Container(name="router", service="router", address=next(hosts), settings=router)
     gateway = GatewaySettings(

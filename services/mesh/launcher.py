@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from services.mesh.child import Child, StartError
 from services.mesh.config import MeshConfig
 from services.mesh.edge_drain import drain_edge
 from services.mesh.plan import ProcessPlan, database_of, plan_processes
+from services.mesh.policy_watch import PolicyWatch
 from services.mesh.probe import lists_models, poll
 from services.mesh.state import State
 
@@ -27,8 +29,18 @@ _STOP_ORDER: Final = ("envoy", "gateway", "inference", "router", "telemetry")
 class Launcher:
     """Starts the processes of a mesh, keeps them running, and stops them in order."""
 
-    def __init__(self, mesh: MeshConfig, state: State, *, restart: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        mesh: MeshConfig,
+        state: State,
+        *,
+        restart: bool,
+        say: Callable[[str], None],
+        config: Path | None = None,
+    ) -> None:
+        """`config` is the file that describes the mesh, where there is one: its routing policy is followed."""
         self._mesh = mesh
+        self._config = config
         self._state = state
         self._restart = restart
         self._say = say
@@ -48,6 +60,8 @@ class Launcher:
         try:
             if not await _unless(stop, self._make_model()):
                 return 0
+            # What was set while the last mesh ran is over with it.
+            self._state.policy.unlink(missing_ok=True)
             self._children = [
                 Child(plan, self._state, say=self._say) for plan in plan_processes(self._mesh, self._state)
             ]
@@ -115,6 +129,9 @@ class Launcher:
     async def _keep(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as keeping:
             kept = [keeping.create_task(child.keep(self._write, restart=self._restart)) for child in self._children]
+            if self._config is not None:
+                watch = PolicyWatch(self._config, self._mesh, self._state, say=self._say)
+                kept.append(keeping.create_task(watch.run()))
             await stop.wait()
             self._say("stopping…")
             for task in kept:

@@ -72,7 +72,7 @@ class _Planner:
         """In the order in which a request needs them last to first."""
         telemetry = self._python("telemetry", "telemetry", TelemetrySettings, redis_url=self._mesh.redis_url)
         yield telemetry
-        router = self._python("router", "router", RouterSettings, telemetry=[_grpc(telemetry)])
+        router = self._router(_grpc(telemetry))
         yield router
         for pool in self._mesh.pools:
             for worker in pool.workers:
@@ -80,6 +80,19 @@ class _Planner:
         gateway = self._gateway(_grpc(router))
         yield gateway
         yield self._envoy(telemetry=telemetry, router=router, gateway=gateway)
+
+    def _router(self, telemetry: str) -> ProcessPlan:
+        return self._python(
+            "router",
+            "router",
+            RouterSettings,
+            telemetry=[telemetry],
+            routing=self._mesh.routing,
+            policy_path=str(self._state.policy.resolve()),
+            pools=self._mesh.pool_names,
+            models=self._mesh.model_names,
+            expected_workers=self._mesh.worker_count,
+        )
 
     def _worker(self, pool: PoolConfig, worker: WorkerConfig, router: str) -> ProcessPlan:
         port = self._ports.pick()

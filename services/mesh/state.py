@@ -50,6 +50,11 @@ class State:
         return found
 
     @property
+    def policy(self) -> Path:
+        """The routing policy that was set while the mesh runs."""
+        return self.folder / "policy.json"
+
+    @property
     def demo_model(self) -> Path:
         """The model that the launcher makes."""
         return self.folder / "models" / "demo"

@@ -39,7 +39,7 @@ def up(arguments: Namespace) -> int:
         with state.lock():
             state.mesh_file.unlink(missing_ok=True)
             check_free(mesh.edge.host, mesh.edge.port)
-            launcher = Launcher(mesh, state, restart=arguments.restart, say=_say)
+            launcher = Launcher(mesh, state, restart=arguments.restart, say=_say, config=arguments.config)
             return run(launcher.run)
     except MeshRunningError as error:
         _say(f"tokenloom: {error}")

@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from services.common.config import ConfigError
-from services.common.settings import WorkerSettings
+from services.common.settings import RouterSettings, WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
 from services.mesh.config import MeshConfig, load_mesh, parse_sim
 from services.mesh.defaults import default_mesh, otlp_endpoint_of
 from services.mesh.plan import plan_processes
+from services.mesh.policy_watch import PolicyWatch
 from services.mesh.state import State
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,13 @@ def test_the_documented_example_is_understood(tmp_path: Path) -> None:
 
 WRONG: list[tuple[str, str, list[str]]] = [
     ("name: large", "name: 7", ["pools[0].name", "7"]),
+    ("models:", "routing: {aliases: {chat: 7}}\nmodels:", ["routing.aliases.chat", "7"]),
+    ("models:", "routing: {aliases: {chat: nope}}\nmodels:", ["routing.aliases.chat", "nope", "demo-small"]),
+    (
+        "models:",
+        "routing: {rules: [{name: r, pools: [huge]}]}\nmodels:",
+        ["routing.rules[0].pools[0]", "huge", "large"],
+    ),
     ("engine: vllm", "engine: tgi", ["pools[0].workers[0].engine", "tgi"]),
     ("serves: [demo]", "serves: [nope]", ["pools[0].serves", "nope", "demo"]),
     ("serves: [demo]", "serves: [demo, demo-small]", ["pools[0].workers[0].model", "demo-small"]),
@@ -203,6 +211,32 @@ def test_processes_have_ports_of_their_own_and_know_each_other(tmp_path: Path) -
     worker = msgspec.convert(configs["l40-0"], WorkerSettings)
     assert worker.advertise == f"127.0.0.1:{plans['l40-0'].ports['grpc']}"
     assert (worker.gpu, worker.engine_args, worker.pool) == (0, {"max_model_len": 8192}, "large")
+
+
+def test_the_router_is_told_the_policy_and_what_it_may_name(tmp_path: Path) -> None:
+    text = "routing: {aliases: {chat: demo}}" + EXAMPLE
+    plans = {plan.name: plan for plan in plan_processes(load(tmp_path, text), State(tmp_path))}
+    router = msgspec.convert(json.loads(plans["router"].config), RouterSettings)
+    assert router.routing.aliases == {"chat": "demo"}
+    assert (router.pools, router.models, router.expected_workers) == (["large", "small"], ["demo", "demo-small"], 2)
+    assert router.policy_path == str(tmp_path / "policy.json")
+
+
+def test_a_policy_that_changes_in_the_file_is_handed_on_and_a_wrong_one_is_told_of(tmp_path: Path) -> None:
+    file, state, said = tmp_path / "mesh.yaml", State(tmp_path / "state"), list[str]()
+    state.make()
+    watch = PolicyWatch(file, load(tmp_path, EXAMPLE), state, say=said.append)
+    watch.look()
+    assert not said
+    file.write_text("routing: {aliases: {chat: nope}}" + EXAMPLE)
+    watch.look()
+    watch.look()
+    assert len(said) == 1
+    assert "routing.aliases.chat" in said[0]
+    assert not state.policy.exists()
+    file.write_text("routing: {aliases: {chat: demo}}" + EXAMPLE)
+    watch.look()
+    assert json.loads(state.policy.read_text()) == {"aliases": {"chat": "demo"}}
 
 
 def test_the_committed_compose_file_is_what_its_mesh_yaml_gives() -> None:
