@@ -8,6 +8,7 @@ from msgspec import Meta
 from services.common.policy import Policy
 
 __all__ = [
+    "AdapterSettings",
     "Address",
     "GatewaySettings",
     "GrantSettings",
@@ -75,12 +76,47 @@ class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     """Workers that there are when all is well; 0: as many as were seen lately."""
 
 
+class AdapterSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One LoRA adapter, which is served under a name of its own."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}$")]
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    """Its folder; a relative one is inside adapters_dir."""
+
+
 class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One model, as mesh.yaml lists it."""
 
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     path: str | None = None
     """A folder or a Hugging Face id; null only for the simulated engine."""
+    tool_call_parser: str | None = None
+    """vLLM's parser of the function calls that the model writes, for example "hermes"; null refuses tools."""
+    reasoning_parser: str | None = None
+    """vLLM's parser that tells the model's thinking from its answer, for example "deepseek_r1"; null: all is answer."""
+    adapters_dir: str | None = None
+    """The only folder to take LoRA adapters from, at the start or while it runs; null serves none."""
+    adapters: list[AdapterSettings] = []
+    """Adapters to serve from the start."""
+    adapter_bases: list[str] = []
+    """Other names of this model, as adapters may have them in base_model_name_or_path."""
+    max_adapters: Annotated[int, Meta(ge=1, le=1024)] = 16
+    """Adapters that can be loaded at the same time."""
+    max_image_pixels: Count = 50_000_000
+    """Of an image that is sent along, decoded."""
+    max_audio_seconds: Positive = 600.0
+    """Of a piece of sound that is sent along."""
+
+    def __post_init__(self) -> None:
+        """Checks what one key says about another one."""
+        names = [adapter.name for adapter in self.adapters]
+        if self.adapters and self.adapters_dir is None:
+            raise ValueError("adapters: need adapters_dir, the folder that they are in")
+        if len(names) > self.max_adapters:
+            raise ValueError(f"adapters: at most max_adapters, which is {self.max_adapters}, got {len(names)}")
+        for name in names:
+            if names.count(name) > 1 or name == self.name:
+                raise ValueError(f"adapters: the name {name!r} is taken already")
 
 
 class SimSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -118,6 +118,7 @@ def model_card_to_proto(card: EngineCard) -> inference_pb2.ModelCard:
         capabilities=sorted(_CAPABILITIES[capability] for capability in card.capabilities),
         vocabulary_size=card.vocabulary_size,
         embedding_dimension_count=card.embedding_dimensions,
+        base_model=card.base_model,
     )
 
 

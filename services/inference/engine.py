@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from services.inference.pooling import Pooler
 
 __all__ = [
+    "AdapterControl",
     "Capability",
     "ChatMessage",
     "ChatOptions",
@@ -33,6 +34,8 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "Usage",
+    "card_of",
+    "cards_of",
 ]
 
 StopCause = str | int
@@ -288,6 +291,8 @@ class EngineCard:
     max_context_tokens: int
     vocabulary_size: int
     capabilities: frozenset[Capability]
+    base_model: str = ""
+    """The model that this one adapts; empty for the engine's own."""
     max_running: int
     """Sequences that it runs at the same time."""
     kv_cache_tokens: int
@@ -315,6 +320,39 @@ class Load:
     """False: the engine is dead or starts again, and submit() fails."""
 
 
+class AdapterControl(Protocol):
+    """Which LoRA adapters an engine serves."""
+
+    @property
+    def cards(self) -> Sequence[EngineCard]:
+        """One for each of them."""
+        ...
+
+    async def load(self, name: str, path: str) -> EngineCard:
+        """Serves the adapter in a folder as a model of its own.
+
+        Raises:
+            MeshError: INVALID_REQUEST, it can't be taken or doesn't fit; ALREADY_EXISTS; FAILED_PRECONDITION, the
+                engine takes no more.
+        """
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Serves an adapter no more; generations that use it go on. Raises MeshError (NOT_FOUND)."""
+        ...
+
+
+def cards_of(engine: "Engine") -> Sequence[EngineCard]:
+    """An engine's own card, and those of its adapters."""
+    return (engine.card, *(engine.adapters.cards if engine.adapters is not None else ()))
+
+
+def card_of(engine: "Engine", model: str) -> EngineCard:
+    """The card of one of an engine's models; its own where it has no such model."""
+    card = engine.card
+    return card if card.model == model else next((card for card in cards_of(engine) if card.model == model), card)
+
+
 class Engine(Protocol):
     """One engine on one GPU (or group of them). An async context manager that starts and stops it."""
 
@@ -335,6 +373,11 @@ class Engine(Protocol):
 
     def abort(self, generation_id: str) -> None:
         """Stops a generation; its sink hears nothing more. Unknown ids are ignored."""
+        ...
+
+    @property
+    def adapters(self) -> "AdapterControl | None":
+        """What loads and unloads adapters; None where the engine takes none."""
         ...
 
     @property

@@ -11,7 +11,7 @@ from services.common.errors import MeshError, Reason
 from services.common.rpc import metadata_of
 from services.inference import convert, convert_pooling
 from services.inference.convert import usage_metadata
-from services.inference.engine import Engine
+from services.inference.engine import Engine, card_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations
 from services.inference.pooling import Embedded, Pooler, Scored
@@ -53,7 +53,7 @@ class PoolingCalls:
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeResponse:
         """Tokenizes as Generate would."""
         engine = self._gate.engine
-        prompt = convert.tokenize_prompt_from_proto(request, engine.card)
+        prompt = convert.tokenize_prompt_from_proto(request, card_of(engine, request.model))
         token_ids = await engine.tokenize(prompt, special_tokens=not request.without_special_tokens)
         return inference_pb2.TokenizeResponse(
             token_ids=token_ids,

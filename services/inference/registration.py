@@ -10,7 +10,7 @@ from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.rpc import channel
 from services.inference import convert
-from services.inference.engine import EngineCard, Load
+from services.inference.engine import EngineCard, Load, cards_of
 from services.inference.gate import Gate, State
 
 __all__ = ["Registration", "registration_to_proto"]
@@ -71,18 +71,27 @@ class Registration:
         return "the router ended the stream"
 
     async def _messages(self) -> AsyncIterator[router_pb2.RegisterRequest]:
-        yield router_pb2.RegisterRequest(registration=self._registration)
+        told = self._cards(())
+        yield router_pb2.RegisterRequest(registration=_with_models(self._registration, told))
         while True:
             state, load = self._now()
-            yield router_pb2.RegisterRequest(load=convert.load_to_proto(load, _STATES[state]))
-            await self._wait(_gist(state, load))
+            report = convert.load_to_proto(load, _STATES[state])
+            cards = self._cards(told)
+            if cards != told:
+                told = cards
+                report.models.extend(map(convert.model_card_to_proto, cards))
+            yield router_pb2.RegisterRequest(load=report)
+            await self._wait(_gist(state, load), told)
 
-    async def _wait(self, told: tuple[State, int, int]) -> None:
+    async def _wait(self, gist: tuple[State, int, int], cards: Sequence[EngineCard]) -> None:
         # Load has no event to wait for: it is read, not pushed.
         for _ in range(_CHECKS_A_REPORT):
             await asyncio.sleep(self._report_seconds / _CHECKS_A_REPORT)
-            if _gist(*self._now()) != told:
+            if _gist(*self._now()) != gist or self._cards(cards) != cards:
                 return
+
+    def _cards(self, known: Sequence[EngineCard]) -> Sequence[EngineCard]:
+        return known if self._gate.state is State.STARTING else tuple(cards_of(self._gate.engine))
 
     def _now(self) -> tuple[State, Load]:
         state = self._gate.state
@@ -132,6 +141,17 @@ def registration_to_proto(
         max_running_count=card.max_running,
         kv_cache_token_count=card.kv_cache_tokens,
     )
+
+
+def _with_models(registration: router_pb2.Registration, cards: Sequence[EngineCard]) -> router_pb2.Registration:
+    """What the worker serves by now: adapters come and go, and routers are lost and found."""
+    if not cards:
+        return registration
+    current = router_pb2.Registration()
+    current.CopyFrom(registration)
+    del current.models[:]
+    current.models.extend(map(convert.model_card_to_proto, cards))
+    return current
 
 
 def _gist(state: State, load: Load) -> tuple[State, int, int]:

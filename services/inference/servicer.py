@@ -12,6 +12,7 @@ from services.common.rpc import metadata_of
 from services.inference import convert
 from services.inference.call import Call
 from services.inference.convert import usage_metadata
+from services.inference.engine import AdapterControl, card_of, cards_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
 from services.inference.pooling_calls import PoolingCalls
@@ -85,8 +86,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         request: inference_pb2.ListModelsRequest,  # noqa: ARG002  # gRPC's signature
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> inference_pb2.ListModelsResponse:
-        """The one model of this worker."""
-        return inference_pb2.ListModelsResponse(models=[convert.model_card_to_proto(self._gate.engine.card)])
+        """The model of this worker, and its adapters."""
+        return inference_pb2.ListModelsResponse(models=map(convert.model_card_to_proto, cards_of(self._gate.engine)))
 
     def _start(
         self, request: generation_pb2.GenerateRequest, call: Call, context: grpc.aio.ServicerContext[Any, Any]
@@ -97,7 +98,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             engine = self._gate.admit()
             generation = convert.generation_from_proto(
                 request,
-                engine.card,
+                card_of(engine, request.model),
                 generation_id=self._generations.new_id(request_id),
                 traceparent=str(metadata.get("traceparent", "")),
             )
@@ -145,19 +146,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def LoadAdapter(
         self,
-        request: worker_pb2.LoadAdapterRequest,  # noqa: ARG002  # gRPC's signature
+        request: worker_pb2.LoadAdapterRequest,
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> worker_pb2.LoadAdapterResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "adapters can't be loaded yet")
+        """Serves an adapter."""
+        card = await self._adapters().load(request.name, request.path)
+        return worker_pb2.LoadAdapterResponse(model=convert.model_card_to_proto(card))
 
     async def UnloadAdapter(
         self,
-        request: worker_pb2.UnloadAdapterRequest,  # noqa: ARG002  # gRPC's signature
+        request: worker_pb2.UnloadAdapterRequest,
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> worker_pb2.UnloadAdapterResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "adapters can't be unloaded yet")
+        """Serves an adapter no more."""
+        await self._adapters().unload(request.name)
+        return worker_pb2.UnloadAdapterResponse()
 
     async def Sleep(
         self,
@@ -182,6 +185,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.ReloadWeightsResponse:
         """Refuses: not there yet."""
         raise MeshError(Reason.UNIMPLEMENTED, "weights can't be reloaded yet")
+
+    def _adapters(self) -> AdapterControl:
+        if (adapters := self._gate.engine.adapters) is None:
+            message = "this worker takes no adapters: its model has no setting adapters_dir, or its engine can't"
+            raise MeshError(Reason.FAILED_PRECONDITION, message)
+        return adapters
 
     def close(self) -> None:
         """Ends every session once what is waiting is written, and takes no new one."""

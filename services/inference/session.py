@@ -11,7 +11,7 @@ from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.status import status_from_error
 from services.inference import convert, convert_events
-from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage
+from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage, card_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
 
@@ -101,7 +101,7 @@ class Session:
         engine = self._gate.admit()
         generation = convert.generation_from_proto(
             submission.request,
-            engine.card,
+            card_of(engine, submission.request.model),
             generation_id=self._generations.new_id(submission.request_id),
             priority=submission.priority,
             traceparent=submission.traceparent,

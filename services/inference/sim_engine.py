@@ -147,6 +147,11 @@ class SimEngine:
             self._remove(sequence)
 
     @property
+    def adapters(self) -> None:
+        """None: there are no weights to adapt."""
+        return
+
+    @property
     def pooler(self) -> None:
         """None: it generates. See SimPooler."""
         return

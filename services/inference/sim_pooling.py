@@ -83,6 +83,11 @@ class SimPooler:
         """Nothing to stop: it generates nothing."""
 
     @property
+    def adapters(self) -> None:
+        """None: there are no weights to adapt."""
+        return
+
+    @property
     def pooler(self) -> Self:
         """Itself."""
         return self

@@ -38,8 +38,17 @@ __all__ = ["Backend", "start_backend"]
 _CPU_KV_CACHE_BYTES: Final = 64 << 20
 _CPU_BLOCK_SIZE: Final = 32
 _MAX_RUNNING: Final = 64
+# Different adapters in one batch, each of which takes room on the card.
+_LORA_SLOTS: Final = 4
 # They are said elsewhere in the settings, or are ours to decide.
-_OURS: Final = {"model": "model.path", "otlp_traces_endpoint": "otlp_endpoint", "disable_log_stats": None}
+_OURS: Final = {
+    "model": "model.path",
+    "otlp_traces_endpoint": "otlp_endpoint",
+    "disable_log_stats": None,
+    "enable_lora": "model.adapters_dir",
+    "max_cpu_loras": "model.max_adapters",
+    "reasoning_parser": "model.reasoning_parser",
+}
 _TEXTS_A_TURN: Final = 512
 _SHUTDOWN_SECONDS: Final = 2.0
 # The names that vLLM has for our fields, where they differ.
@@ -68,7 +77,7 @@ class Backend:
         """Returns when the engine process is gone."""
         await asyncio.wait([self.llm.output_handler])
 
-    async def add(self, generation: Generation, plan: Plan, *, detokenize: bool) -> Any:
+    async def add(self, generation: Generation, plan: Plan, *, detokenize: bool, lora: Any = None) -> Any:
         """Hands a request to the engine; returns the collector that its outputs come through.
 
         Raises:
@@ -82,6 +91,7 @@ class Backend:
                 generation.id,
                 tokens_input(plan.tokens),
                 SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
+                lora_request=lora,
                 trace_headers=self.trace_headers(generation.traceparent),
                 priority=generation.priority,
             )
@@ -212,6 +222,7 @@ def _defaults(settings: WorkerSettings, path: str, *, cuda: bool) -> dict[str, A
         "max_num_seqs": _MAX_RUNNING,
         "scheduling_policy": "priority",
         "use_tqdm_on_load": False,
+        **_lora(settings, cuda=cuda),
     }
     if cuda:
         return defaults | {"gpu_memory_utilization": settings.gpu_memory_utilization}
@@ -221,6 +232,21 @@ def _defaults(settings: WorkerSettings, path: str, *, cuda: bool) -> dict[str, A
         "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
         "dtype": "float32" if _is_float32(path) else "bfloat16",
     }
+
+
+def _lora(settings: WorkerSettings, *, cuda: bool) -> dict[str, Any]:
+    model = settings.model
+    if model.adapters_dir is None:
+        return {}
+    if cuda:
+        slots = settings.engine_args.get("max_loras", min(_LORA_SLOTS, model.max_adapters))
+        return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": model.max_adapters}
+    if "max_loras" in settings.engine_args:
+        raise ConfigError("engine_args.max_loras: can't be set on a CPU, it follows from model.max_adapters")
+    # On a CPU, vLLM takes the last slot for requests that use no adapter, in a batch with others that do: what is in it
+    # would change what they say. So there is always one slot more than adapters, and slots are taken in their order.
+    slots = model.max_adapters + 1
+    return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots}
 
 
 def _is_float32(path: str) -> bool:

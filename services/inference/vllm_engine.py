@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
 from services.inference.calibration import MovingMean, PrefillMeter
-from services.inference.engine import Capability, ChatMessage, EngineCard, FinishReason, Generation, Load, Sink, Timings
+from services.inference.engine import (
+    Capability,
+    ChatMessage,
+    EngineCard,
+    FinishReason,
+    Generation,
+    Load,
+    Sink,
+    Timings,
+)
 from services.inference.pooling import check_can
+from services.inference.vllm_adapters import Adapters
 from services.inference.vllm_environment import prepare_environment
 from services.inference.vllm_params import Plan, plan
 from services.inference.vllm_stats import EngineStats
@@ -46,6 +56,7 @@ class VllmEngine:
         self._served_seconds = MovingMean()
         self._streams: dict[str, Stream] = {}
         self._alive = False
+        self._adapters = Adapters(settings.model)
         self._backend: Backend
         self._pooler: VllmPooler | None = None
 
@@ -90,6 +101,7 @@ class VllmEngine:
             raise
         self._backend.watch()
         try:
+            await self._adapters.open(self._backend)
             self._pooler = await self._backend.pooler(self._settings.max_queued, self._prefill)
         except BaseException:
             await self._stop()
@@ -148,6 +160,11 @@ class VllmEngine:
             prefix_hit_tokens=self._stats.prefix_hits,
             alive=self._alive,
         )
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What loads and unloads adapters; None where the settings name no folder to take them from."""
+        return self._adapters if self._settings.model.adapters_dir is not None else None
 
     @property
     def pooler(self) -> "VllmPooler | None":
@@ -230,23 +247,30 @@ class VllmEngine:
     async def _run(self, stream: Stream, todo: Plan, backend: "Backend") -> None:
         begun = time.monotonic()
         try:
-            await self._generate(stream, todo, backend)
+            async with self._adapters.lease(stream.generation.model) as lora:
+                await self._generate_or_release(stream, todo, backend, lora)
             self._served_seconds.observe(time.monotonic() - begun)
-        except asyncio.CancelledError:
-            await backend.release(stream.generation.id)
-            raise
         except MeshError as error:
             stream.fail(error)
         except Exception as error:  # noqa: BLE001  # one request's fault must not take the others along
             if not isinstance(error, backend.dead):
                 _log.error("a generation failed", exc_info=error)
-                await backend.release(stream.generation.id)
             stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
         finally:
             del self._streams[stream.generation.id]
             stream.accept()
 
-    async def _generate(self, stream: Stream, todo: Plan, backend: "Backend") -> None:
+    async def _generate_or_release(self, stream: Stream, todo: Plan, backend: "Backend", lora: Any) -> None:
+        """`lora` is vLLM's request for the adapter to use; None uses none."""
+        try:
+            await self._generate(stream, todo, backend, lora)
+        except BaseException as error:
+            # The adapter is in use as long as the engine goes on with it.
+            if not isinstance(error, backend.dead):
+                await backend.release(stream.generation.id)
+            raise
+
+    async def _generate(self, stream: Stream, todo: Plan, backend: "Backend", lora: Any) -> None:
         replay = backend.replay(todo)
         if replay is not None and (replay.stopped or not todo.remaining_tokens):
             stream.accept()
@@ -254,7 +278,7 @@ class VllmEngine:
             stops = replay.stopped or todo.ended_by_token
             stream.complete(FinishReason.STOP if stops else FinishReason.LENGTH, todo, _NO_TIME)
             return
-        outputs = await backend.add(stream.generation, todo, detokenize=replay is None)
+        outputs = await backend.add(stream.generation, todo, detokenize=replay is None, lora=lora)
         stream.accept()
         output = await outputs.get()
         self._observe_prefill(output)

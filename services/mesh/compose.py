@@ -1,6 +1,7 @@
 """compose.yaml: every process of a mesh, Envoy and Redis, from the same mesh.yaml."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
@@ -56,16 +57,22 @@ def _service(mesh: MeshConfig, container: Container) -> dict[str, Any]:
 
 
 def _storage(container: Container) -> dict[str, Any]:
+    volumes = list(_volumes(container))
+    return {"volumes": volumes} if volumes else {}
+
+
+def _volumes(container: Container) -> Iterator[str]:
     if container.service == "gateway":
-        return {"volumes": [f"state:{STATE_FOLDER}"]}
+        yield f"state:{STATE_FOLDER}"
     if container.model_path == DEMO_FOLDER:
-        return {"volumes": ["models:/models:ro"]}
-    if container.model_path is not None and container.model_path.startswith("/"):
-        return {"volumes": [f"{container.model_path}:{container.model_path}:ro"]}
-    if container.model_path is not None:
+        yield "models:/models:ro"
+    elif container.model_path is not None and container.model_path.startswith("/"):
+        yield f"{container.model_path}:{container.model_path}:ro"
+    elif container.model_path is not None:
         # A Hugging Face id: what is fetched once stays.
-        return {"volumes": ["models:/root/.cache/huggingface"]}
-    return {}
+        yield "models:/root/.cache/huggingface"
+    if container.adapters_dir is not None:
+        yield f"{container.adapters_dir}:{container.adapters_dir}:ro"
 
 
 def _devices(mesh: MeshConfig, container: Container) -> dict[str, Any]:

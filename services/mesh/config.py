@@ -87,7 +87,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         Raises:
             ConfigError: they don't fit.
         """
-        _check_unique(where, "models", [model.name for model in self.models])
+        adapters = [adapter.name for model in self.models for adapter in model.adapters]
+        _check_unique(where, "models", [*(model.name for model in self.models), *adapters])
         _check_unique(where, "pools", [pool.name for pool in self.pools])
         workers = [worker.name for pool in self.pools for worker in pool.workers]
         _check_unique(where, "workers of pools", workers)
@@ -125,6 +126,10 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         for index, model in enumerate(self.models):
             if model.path is not None and model.path.startswith("/") and not Path(model.path).is_dir():
                 raise ConfigError(f"{where}: models[{index}].path: there is no folder, got the value {model.path!r}")
+            if model.adapters_dir is not None and not Path(model.adapters_dir).is_dir():
+                raise ConfigError(
+                    f"{where}: models[{index}].adapters_dir: there is no folder, got the value {model.adapters_dir!r}"
+                )
         return self
 
     def _check_pool(self, where: str, pool: PoolConfig) -> None:
@@ -151,6 +156,10 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
             raise ConfigError(
                 f"{where}.engine_args: the simulated engine takes none, got the value {worker.engine_args!r}"
             )
+        if worker.engine == "sim" and self.model(name).adapters_dir is not None:
+            raise ConfigError(
+                f"{where}: the simulated engine takes no adapters, but the model {name!r} has adapters_dir"
+            )
         if worker.engine == "vllm" and worker.sim is not None:
             raise ConfigError(f"{where}.sim: for engine 'sim' alone, this worker's engine is 'vllm'")
         if worker.engine == "vllm" and self.model(name).path is None and name != DEMO_MODEL:
@@ -158,7 +167,7 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
 
 
 def load_mesh(path: Path) -> MeshConfig:
-    """Reads a mesh.yaml. A model's path that begins with `.` or `~` is made absolute; `.` is the file's folder.
+    """Reads a mesh.yaml. A path of a model that begins with `.` or `~` is made absolute; `.` is the file's folder.
 
     Raises:
         ConfigError: it can't be used.
@@ -168,8 +177,7 @@ def load_mesh(path: Path) -> MeshConfig:
         # It names the key at fault more exactly.
         policy_from(raw["routing"], where=f"{path}: routing")
     mesh = config.convert(raw, MeshConfig, where=str(path)).check(str(path))
-    models = [msgspec.structs.replace(model, path=_resolved(model.path, path.parent)) for model in mesh.models]
-    return msgspec.structs.replace(mesh, models=models)
+    return msgspec.structs.replace(mesh, models=[_with_paths(model, path.parent) for model in mesh.models])
 
 
 def parse_sim(text: str) -> SimSettings:
@@ -197,6 +205,13 @@ def _number(text: str) -> float | str:
         except ValueError:
             continue
     return text
+
+
+def _with_paths(model: ModelSettings, folder: Path) -> ModelSettings:
+    adapters_dir = (
+        None if model.adapters_dir is None else str((folder / Path(model.adapters_dir).expanduser()).resolve())
+    )
+    return msgspec.structs.replace(model, path=_resolved(model.path, folder), adapters_dir=adapters_dir)
 
 
 def _resolved(path: str | None, folder: Path) -> str | None:

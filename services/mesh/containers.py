@@ -45,6 +45,8 @@ class Container:
     worker: WorkerConfig | None = None
     model_path: str | None = None
     """The folder or Hugging Face id that a worker loads."""
+    adapters_dir: str | None = None
+    """The folder that it may take adapters from."""
 
 
 def containers(mesh: MeshConfig) -> list[Container]:
@@ -134,4 +136,5 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         settings=settings,
         worker=worker,
         model_path=model.path if worker.engine == "vllm" else None,
+        adapters_dir=model.adapters_dir,
     )

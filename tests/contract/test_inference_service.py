@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tokenloom.inference.v1 import generation_pb2 as pb
-from tokenloom.inference.v1 import inference_pb2
+from tokenloom.inference.v1 import inference_pb2, worker_pb2
 
 from services.common.errors import MeshError, Reason
 from services.common.settings import SimSettings
@@ -38,6 +38,16 @@ async def failure(call: Any) -> MeshError:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await (rest(call) if hasattr(call, "read") else call)
     return error_from_call(raised.value)
+
+
+async def test_the_simulated_engine_takes_no_adapters() -> None:
+    async with sim_worker() as worker:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await worker.worker.LoadAdapter(worker_pb2.LoadAdapterRequest(name="a", path="a"))
+        assert error_from_call(caught.value).reason is Reason.FAILED_PRECONDITION
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await worker.worker.UnloadAdapter(worker_pb2.UnloadAdapterRequest(name="a"))
+        assert error_from_call(caught.value).reason is Reason.FAILED_PRECONDITION
 
 
 async def test_a_generation_streams_started_then_deltas_then_completed() -> None:

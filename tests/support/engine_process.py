@@ -20,15 +20,15 @@ from tests.support.sinks import Kept
 __all__ = ["generate", "worker_settings"]
 
 
-def worker_settings(model: str, **others: Any) -> WorkerSettings:
-    """The settings of a worker with vLLM on a model's folder."""
+def worker_settings(model: str, *, model_settings: ModelSettings | None = None, **others: Any) -> WorkerSettings:
+    """The settings of a worker with vLLM on a model's folder, or with a model of other settings."""
     return WorkerSettings(
         name="vllm-test",
         listen="127.0.0.1:0",
         metrics="127.0.0.1:0",
         advertise="127.0.0.1:0",
         routers=[],
-        model=ModelSettings(name="demo", path=model),
+        model=model_settings or ModelSettings(name="demo", path=model),
         engine="vllm",
         **others,
     )

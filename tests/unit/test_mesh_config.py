@@ -66,6 +66,17 @@ WRONG: list[tuple[str, str, list[str]]] = [
     ("serves: [demo]", "serves: [nope]", ["pools[0].serves", "nope", "demo"]),
     ("serves: [demo]", "serves: [demo, demo-small]", ["pools[0].workers[0].model", "demo-small"]),
     ("serves: [demo]", "serves: []", ["pools[0].serves"]),
+    ("{name: demo-small}", "{name: demo-small, max_adapters: 0}", ["models[1].max_adapters", "0"]),
+    ("{name: demo-small}", "{name: demo-small, tool_call_parser: 1}", ["models[1].tool_call_parser", "1"]),
+    ("{name: demo-small}", "{name: demo-small, adapters: [{name: a, path: a}]}", ["models[1]", "adapters_dir"]),
+    ("{name: demo-small}", "{name: demo-small, adapters_dir: .}", ["simulated", "demo-small", "adapters_dir"]),
+    (
+        "./models/demo}",
+        "./models/demo, adapters_dir: a, adapters: [{name: a b, path: a}]}",
+        ["adapters[0].name", "a b"],
+    ),
+    ("./models/demo}", "./models/demo, adapters_dir: a, adapters: [{name: demo, path: a}]}", ["models[0]", "demo"]),
+    ("./models/demo}", "./models/demo, adapters_dir: a, adapters: [{name: demo-small, path: a}]}", ["demo-small"]),
     ("name: sim-0", "name: l40-0", ["l40-0", "twice"]),
     ("name: sim-0", "name: router", ["router"]),
     ("name: small", "name: large", ["large", "twice"]),
@@ -93,6 +104,22 @@ def test_what_is_wrong_is_told_in_one_line_with_key_and_value(
     assert "\n" not in message
     for part in (*said, "mesh.yaml"):
         assert part in message, message
+
+
+def test_what_is_said_of_a_model_reaches_its_workers(tmp_path: Path) -> None:
+    said = "tool_call_parser: hermes, reasoning_parser: qwen3, adapters_dir: ./a, adapters: [{name: poet, path: p}]"
+    mesh = load(tmp_path, EXAMPLE.replace("./models/demo}", f"./models/demo, {said}}}"))
+    with pytest.raises(ConfigError, match=r"models\[0\]\.path"):
+        mesh.check_folders("mesh.yaml")
+    (tmp_path / "models" / "demo").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"models\[0\]\.adapters_dir: there is no folder"):
+        mesh.check_folders("mesh.yaml")
+    (plan,) = (plan for plan in plan_processes(mesh, State(tmp_path / "state")) if plan.name == "l40-0")
+    model = msgspec.json.decode(plan.config, type=WorkerSettings).model
+    assert (model.tool_call_parser, model.reasoning_parser) == ("hermes", "qwen3")
+    assert (model.adapters_dir, model.adapters[0].name) == (str(tmp_path / "a"), "poet")
+    volumes = compose_file(mesh)["services"]["l40-0"]["volumes"]
+    assert f"{tmp_path / 'a'}:{tmp_path / 'a'}:ro" in volumes
 
 
 def test_vllm_needs_the_path_of_its_model(tmp_path: Path) -> None:
