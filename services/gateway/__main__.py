@@ -13,15 +13,19 @@ from services.common.keystore import KeyStore
 from services.common.metrics import serve_metrics
 from services.common.rpc import serve
 from services.common.settings import GatewaySettings
-from services.gateway.app import App, Handler
+from services.gateway.app import App
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
+from services.gateway.conversations import Conversations, RedisShelf, connect
 from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
 from services.gateway.generation import Generator
 from services.gateway.identity import Authenticator, KeyDirectory
 from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.models import Models
+from services.gateway.responses import Responses
 from services.gateway.router_client import RouterClient
+from services.gateway.routes import Route, Routes
 from services.gateway.server import serve_http
 from services.gateway.worker_sessions import WorkerSessions
 
@@ -37,6 +41,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         keys = KeyDirectory(lambda: KeyStore(settings.database))
         tokens = None if settings.jwt is None else JwtTokens(settings.jwt)
         authenticator = Authenticator(keys, tokens)
+        conversations = await _conversations(settings, resources)
         async with asyncio.TaskGroup() as tasks:
             routers = RouterClient(settings.routers)
             workers = WorkerSessions(tasks)
@@ -44,10 +49,9 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
             generator = Generator(routers, workers)
             app = App(
-                handlers=_handlers(settings, generator, metrics),
+                routes=_routes(settings, generator, metrics, fleet, conversations),
                 authenticator=authenticator,
                 authorization=HttpAuthorization(authenticator),
-                fleet=fleet,
                 metrics=metrics,
                 is_ready=lambda: routers.connected and keys.is_loaded and not stop.is_set(),
             )
@@ -68,12 +72,27 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
     return 0
 
 
-def _handlers(settings: GatewaySettings, generator: Generator, metrics: GatewayMetrics) -> dict[str, Handler]:
+async def _conversations(settings: GatewaySettings, resources: AsyncExitStack) -> Conversations:
+    if settings.redis_url is None:
+        return Conversations()
+    redis = await resources.enter_async_context(connect(settings.redis_url))
+    return Conversations(RedisShelf(redis))
+
+
+def _routes(
+    settings: GatewaySettings,
+    generator: Generator,
+    metrics: GatewayMetrics,
+    fleet: FleetWatch,
+    conversations: Conversations,
+) -> Routes:
     limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
-    return {
-        "/v1/chat/completions": Endpoint(CHAT, generator, metrics, limits),
-        "/v1/completions": Endpoint(COMPLETIONS, generator, metrics, limits),
-    }
+    return Routes(
+        Route("POST", "/v1/chat/completions", Endpoint(CHAT, generator, metrics, limits)),
+        Route("POST", "/v1/completions", Endpoint(COMPLETIONS, generator, metrics, limits)),
+        *Responses(generator, metrics, limits, conversations).routes,
+        *Models(fleet).routes,
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from time import monotonic
-from typing import Any, Final
+from typing import Any
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
@@ -12,18 +12,15 @@ from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.common.tracing import context_from, traceparent_of, tracer
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
-from services.gateway.fleet import FleetWatch, Model
 from services.gateway.generation import Caller
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator, Identity
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.routes import Routes
 
-__all__ = ["App", "Handler"]
+__all__ = ["App"]
 
 _log = logging.getLogger(__name__)
-_MODEL_PREFIX: Final = "/v1/models/"
-
-Handler = Callable[[Request, Response, Identity, Caller], Awaitable[None]]
 
 
 class App:
@@ -32,18 +29,16 @@ class App:
     def __init__(
         self,
         *,
-        handlers: dict[str, Handler],
+        routes: Routes,
         authenticator: Authenticator,
         authorization: HttpAuthorization,
-        fleet: FleetWatch,
         metrics: GatewayMetrics,
         is_ready: Callable[[], bool],
     ) -> None:
-        """`handlers` answer POST requests, by path. `is_ready` tells whether /readyz should say so."""
-        self._handlers = handlers
+        """`is_ready` tells whether /readyz should say so."""
+        self._routes = routes
         self._authenticator = authenticator
         self._authorization = authorization
-        self._fleet = fleet
         self._metrics = metrics
         self._is_ready = is_ready
 
@@ -60,27 +55,27 @@ class App:
         if request.path in ("/healthz", "/readyz"):
             await self._probe(request, response)
             return
+        endpoint = self._routes.label(request.path)
         with tracer().start_as_current_span(
-            f"{request.method} {request.path if request.path in self._handlers else '/v1/models'}",
+            f"{request.method} {endpoint}",
             context=context_from(request.header(b"traceparent"), request.header(b"tracestate")),
             kind=SpanKind.SERVER,
             record_exception=False,
             set_status_on_exception=False,
             attributes={"tokenloom.request_id": request_id},
         ) as span:
-            await self._answer(request, response, request_id, span)
+            await self._answer(request, response, endpoint, span)
 
     async def _probe(self, request: Request, response: Response) -> None:
         ok = request.path == "/healthz" or self._is_ready()
         await response.send_json(200 if ok else 503, {"status": "ok" if ok else "not ready"})
 
-    async def _answer(self, request: Request, response: Response, request_id: str, span: Span) -> None:
-        endpoint = self._endpoint_label(request.path)
+    async def _answer(self, request: Request, response: Response, endpoint: str, span: Span) -> None:
         began = monotonic()
         outcome = "ok"
         self._metrics.open_requests.inc()
         try:
-            await self._dispatch(request, response, request_id, span)
+            await self._dispatch(request, response, span)
         except ClientLeftError:
             outcome = "client_left"
             span.set_attribute("error.type", "client_left")
@@ -94,7 +89,7 @@ class App:
             _log.info(
                 "request",
                 extra={
-                    "request": request_id,
+                    "request": response.request_id,
                     "endpoint": endpoint,
                     "outcome": outcome,
                     "status": response.status or 499,
@@ -103,36 +98,14 @@ class App:
                 },
             )
 
-    async def _dispatch(self, request: Request, response: Response, request_id: str, span: Span) -> None:
+    async def _dispatch(self, request: Request, response: Response, span: Span) -> None:
         identity = await self._authenticator.identify(request.header(b"authorization"))
-        handler = self._handlers.get(request.path)
-        if handler is not None:
-            _require_method(request, response, "POST")
-            identity.check_endpoint(endpoint_of(request.path))
-            response.facts["tenant"] = identity.tenant
-            await handler(request, response, identity, _caller(request, request_id, identity, span))
-        elif request.path == "/v1/models" or request.path.startswith(_MODEL_PREFIX):
-            _require_method(request, response, "GET")
-            await self._models(request, response)
-        else:
-            raise MeshError(Reason.NOT_FOUND, f"there is no {request.path[:200]}", code="unknown_url")
-
-    async def _models(self, request: Request, response: Response) -> None:
-        if request.path == "/v1/models":
-            body: dict[str, Any] = {"object": "list", "data": [_model_body(model) for model in self._fleet.models]}
-        else:
-            name = request.path.removeprefix(_MODEL_PREFIX)
-            model = self._fleet.model(name)
-            if model is None:
-                raise MeshError(Reason.MODEL_NOT_FOUND, f"the model {name[:256]!r} does not exist", field="model")
-            body = _model_body(model)
-        await response.send_json(200, body)
-
-    def _endpoint_label(self, path: str) -> str:
-        # Bounded: what clients make up must not become labels.
-        if path in self._handlers:
-            return path
-        return "/v1/models" if path.startswith("/v1/models") else "other"
+        route = self._routes.find(request, response)
+        if (endpoint := endpoint_of(request.path)) != "models":
+            # Anybody may know what there is: clients ask before anything else.
+            identity.check_endpoint(endpoint)
+        response.facts["tenant"] = identity.tenant
+        await route.handler(request, response, identity, _caller(request, response.request_id, identity, span))
 
 
 def _caller(request: Request, request_id: str, identity: Identity, span: Span) -> Caller:
@@ -154,19 +127,3 @@ async def _answer_error(response: Response, error: Exception, span: Span) -> str
         span.set_status(Status(StatusCode.ERROR, error.message))
     await error_response(response, error)
     return error.reason.value.lower()
-
-
-def _require_method(request: Request, response: Response, method: str) -> None:
-    if request.method != method:
-        response.add_header("allow", method)
-        raise MeshError(Reason.METHOD_NOT_ALLOWED, f"use {method} for {request.path}")
-
-
-def _model_body(model: Model) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "tokenloom",
-        "max_model_len": model.max_context_tokens,
-    }

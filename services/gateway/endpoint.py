@@ -4,11 +4,9 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, Generic, TypeVar
 
 import msgspec
-from opentelemetry import trace
 from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.errors import MeshError
@@ -20,6 +18,7 @@ from services.gateway.http import Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Ending, Prompt
+from services.gateway.recording import describe, record
 from services.gateway.rendering import DONE, Renderer, Show
 from services.gateway.rendering_chat import ChatRenderer
 from services.gateway.rendering_completion import CompletionRenderer
@@ -77,7 +76,7 @@ class Endpoint(Generic[R]):
         body.check()
         identity.check_model(body.model)
         generates = self._kind.convert(body)
-        self._describe(body)
+        describe(self._kind.operation, body)
         answer = _Answer(self._generator, self._metrics, body=body, response=response, identity=identity, caller=caller)
         renderers = self._renderers(body, caller, len(generates))
         async with while_connected(request, response, self._limits.timeout_seconds):
@@ -110,22 +109,6 @@ class Endpoint(Generic[R]):
             )
             for number in range(prompts)
         ]
-
-    def _describe(self, body: R) -> None:
-        span = trace.get_current_span()
-        if span.is_recording():
-            span.update_name(f"{self._kind.operation} {body.model}")
-            wanted: dict[str, Any] = {
-                "gen_ai.operation.name": self._kind.operation,
-                "gen_ai.provider.name": "tokenloom",
-                "gen_ai.request.model": body.model,
-                "gen_ai.request.stream": bool(body.stream),
-                "gen_ai.request.max_tokens": body.max_tokens,
-                "gen_ai.request.temperature": body.temperature,
-                "gen_ai.request.top_p": body.top_p,
-                "gen_ai.request.choice.count": body.n,
-            }
-            span.set_attributes({key: value for key, value in wanted.items() if value is not None})
 
 
 class _Answer:
@@ -184,7 +167,7 @@ class _Answer:
                     await response.send_events(head + renderer.last(running.ending))
                 return running.ending
             finally:
-                self._record(running)
+                record(running, self._body.model, self._response, self._metrics)
 
     async def _whole_one(
         self, generate: pb.GenerateRequest, renderer: Renderer
@@ -196,39 +179,12 @@ class _Answer:
                 assert running.ending is not None
                 return renderer.choices(pieces, running.prompt, running.ending), running.prompt, running.ending
             finally:
-                self._record(running)
+                record(running, self._body.model, self._response, self._metrics)
 
     def _show_route(self, generation: Generation) -> None:
         if self._identity.debug and not self._response.started:
             self._response.add_header("x-tokenloom-worker", generation.worker_id)
             self._response.add_header("x-tokenloom-route", generation.route)
-
-    def _record(self, generation: Generation) -> None:
-        span, facts = trace.get_current_span(), self._response.facts
-        facts.update(model=self._body.model, worker=generation.worker_id)
-        ending, first_at, last_at = generation.ending, generation.first_token_at, monotonic()
-        if first_at is not None:
-            seconds = first_at - generation.started_at
-            self._metrics.time_to_first_token.observe(seconds)
-            span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
-            facts["ttft_ms"] = round(1000 * seconds, 1)
-        if ending is None:
-            return
-        self._metrics.count_tokens(ending.prompt_tokens, ending.cached_tokens, ending.output_tokens)
-        facts.update(
-            input_tokens=ending.prompt_tokens, cached_tokens=ending.cached_tokens, output_tokens=ending.output_tokens
-        )
-        if first_at is not None and ending.output_tokens > 1:
-            facts["tpot_ms"] = round(1000 * (last_at - first_at) / (ending.output_tokens - 1), 2)
-        span.set_attributes(
-            {
-                "gen_ai.response.finish_reasons": [ending.finish_reason],
-                "gen_ai.usage.input_tokens": ending.prompt_tokens,
-                "gen_ai.usage.output_tokens": ending.output_tokens,
-                "gen_ai.usage.cache_read.input_tokens": ending.cached_tokens,
-                "tokenloom.worker": generation.worker_id,
-            }
-        )
 
 
 def _wants_scores(body: GenerationRequest) -> bool:

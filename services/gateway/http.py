@@ -33,6 +33,8 @@ class Request:
         self.path: str = scope["path"]
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self._receive = receive
+        self.parameters: dict[str, str] = {}
+        """What the route's path has in braces."""
 
     def header(self, name: bytes) -> str | None:
         """The value of a header, by its lower-case name; None when it is absent or there are several."""
@@ -83,6 +85,7 @@ class Response:
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self._headers: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
+        self.request_id = request_id
         self.started = False
         self.ended = False
         self.status = 0

@@ -12,16 +12,25 @@ from services.gateway.schema import GenerationRequest, TokenCount
 __all__ = [
     "AssistantMessage",
     "AudioPart",
+    "CallId",
+    "CalledFunction",
     "ChatRequest",
+    "DeveloperMessage",
     "Function",
+    "FunctionName",
     "ImagePart",
+    "ImageUrl",
     "Message",
+    "Name",
+    "NamedFunction",
     "NamedTool",
     "RefusalPart",
     "SpokenMessage",
+    "SystemMessage",
     "TextPart",
     "Tool",
     "ToolCall",
+    "ToolChoice",
     "ToolMessage",
     "UserMessage",
     "text_of",
@@ -167,6 +176,9 @@ class NamedTool(_Strict):
     function: NamedFunction
 
 
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
+
+
 class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions"""
 
@@ -175,7 +187,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     include_reasoning: bool | None = None

@@ -1,0 +1,80 @@
+"""Which handler answers which method and path."""
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from services.common.errors import MeshError, Reason
+from services.gateway.generation import Caller
+from services.gateway.http import Request, Response
+from services.gateway.identity import Identity
+
+__all__ = ["Handler", "Route", "Routes"]
+
+Handler = Callable[[Request, Response, Identity, Caller], Awaitable[None]]
+_PARAMETER: Final = re.compile(r"\{(\w+)(:path)?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path.
+
+    A `{name}` in the path takes what has no slash, a `{name:path}` anything; they are found in `Request.parameters`.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+
+
+class Routes:
+    """The routes of an API."""
+
+    def __init__(self, *routes: Route) -> None:
+        self._exact = {(route.method, route.path): route for route in routes if "{" not in route.path}
+        self._patterns = [(_pattern(route.path), route) for route in routes if "{" in route.path]
+        self._methods: dict[str, list[str]] = {}
+        for route in routes:
+            self._methods.setdefault(route.path, []).append(route.method)
+
+    def label(self, path: str) -> str:
+        """The path of the route that answers a path, braces and all; "other" where there is none: what clients make up
+        must not become labels.
+        """
+        if path in self._methods:
+            return path
+        return next((route.path for pattern, route in self._patterns if pattern.fullmatch(path)), "other")
+
+    def find(self, request: Request, response: Response) -> Route:
+        """The route of a request, whose parameters are set.
+
+        Raises:
+            MeshError: NOT_FOUND; METHOD_NOT_ALLOWED, with the `allow` header on the response.
+        """
+        route = self._exact.get((request.method, request.path))
+        if route is not None:
+            return route
+        allowed = self._methods.get(request.path) if "{" not in request.path else None
+        for pattern, route in self._patterns:
+            found = pattern.fullmatch(request.path)
+            if found is None:
+                continue
+            if route.method == request.method:
+                request.parameters = found.groupdict()
+                return route
+            allowed = self._methods[route.path]
+        if allowed is None:
+            raise MeshError(Reason.NOT_FOUND, f"there is no {request.path[:200]}", code="unknown_url")
+        methods = ", ".join(sorted(allowed))
+        response.add_header("allow", methods)
+        raise MeshError(Reason.METHOD_NOT_ALLOWED, f"use {methods} for {request.path[:200]}")
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    pieces, position = [], 0
+    for found in _PARAMETER.finditer(path):
+        name, is_path = found.groups()
+        pieces += [re.escape(path[position : found.start()]), f"(?P<{name}>{'.+' if is_path else '[^/]+'})"]
+        position = found.end()
+    return re.compile("".join([*pieces, re.escape(path[position:])]))
