@@ -15,9 +15,11 @@ from grpc_reflection.v1alpha import reflection
 from services.common.errors import MeshError, Reason
 from services.common.status import abort
 
-__all__ = ["MAX_MESSAGE_BYTES", "Server", "channel", "metadata_of", "serve"]
+__all__ = ["MAX_MESSAGE_BYTES", "Server", "channel", "metadata_of", "serve", "timeout_seconds"]
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
+_TIMEOUT_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_MOST_TIMEOUT_DIGITS: Final = 8
 _log = logging.getLogger(__name__)
 
 _KEEPALIVE: Final[list[tuple[str, Any]]] = [
@@ -55,6 +57,14 @@ def channel(target: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
 
 
+def timeout_seconds(text: str) -> float | None:
+    """The value of a `grpc-timeout` header; None when it is none."""
+    digits, unit = text[:-1], text[-1:]
+    if not digits.isdecimal() or len(digits) > _MOST_TIMEOUT_DIGITS or unit not in _TIMEOUT_UNITS:
+        return None
+    return int(digits) * _TIMEOUT_UNITS[unit]
+
+
 class Server:
     """A running gRPC server: its port, and the health that it reports."""
 
@@ -77,18 +87,22 @@ async def serve(
     *,
     grace_seconds: float = 5.0,
     max_streams: int = 10_000,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    health_names: Sequence[str] = (),
 ) -> AsyncIterator[Server]:
     """Serves gRPC on `host:port` (port 0: any free one) until the block is left.
 
     `register` adds the servicers and returns their full service names. grpc.health.v1 is served beside them and says
-    NOT_SERVING until set_serving(True). A servicer may raise MeshError; anything else that it raises becomes INTERNAL
-    with its text in the log only.
+    NOT_SERVING until set_serving(True); it knows `health_names` beside the services. A servicer may raise MeshError;
+    anything else that it raises becomes INTERNAL with its text in the log only.
 
     Raises:
         OSError: the address is in use or not ours.
     """
     server = grpc.aio.server(
-        options=_SERVER_OPTIONS, interceptors=[_ErrorInterceptor()], maximum_concurrent_rpcs=max_streams
+        options=[*_SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)],
+        interceptors=[_ErrorInterceptor()],
+        maximum_concurrent_rpcs=max_streams,
     )
     names = list(register(server))
     health_servicer = health.aio.HealthServicer()
@@ -98,7 +112,7 @@ async def serve(
         port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError(f"can't listen on {address}: {error}") from error
-    running = Server(port, health_servicer, names)
+    running = Server(port, health_servicer, [*names, *health_names])
     await running.set_serving(False)
     await server.start()
     try:

@@ -55,6 +55,12 @@ class TelemetrySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unkno
 class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """services.router"""
 
+    picker: Address | None = None
+    """Where it serves the endpoint picker for our own edge, over a leaner server than that of `listen`, which serves it
+    for any other gateway; null does without."""
+    picker_fallbacks: Annotated[int, Meta(ge=0, le=8)] = 0
+    """How many further endpoints other gateways are named after the one picked, for those that can try one after the
+    other (Envoy's override_host policy). An ORIGINAL_DST cluster takes none."""
     telemetry: list[Address] = []
     """Telemetry agents whose GPU readings are joined to the workers."""
     max_waiting: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024

@@ -24,6 +24,7 @@ NETWORK: Final = IPv4Network("172.28.0.0/24")
 STATE_FOLDER: Final = "/var/lib/tokenloom"
 DEMO_FOLDER: Final = "/models/demo"
 _GRPC: Final = 50051
+_PICKER: Final = 50052
 _HTTP: Final = 8000
 _METRICS: Final = 9100
 _ADMIN: Final = 9901
@@ -61,6 +62,7 @@ def edge_of(mesh: MeshConfig) -> Edge:
         admin=f"127.0.0.1:{mesh.edge.admin_port or _ADMIN}",
         gateway=f"gateway:{_HTTP}",
         router=f"router:{_GRPC}",
+        picker=f"router:{_PICKER}",
         telemetry=f"telemetry:{_GRPC}",
         otlp=mesh.otlp_endpoint,
     )
@@ -81,6 +83,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         listen=f"{_ANY}:{_GRPC}",
         metrics=f"{_ANY}:{_METRICS}",
         otlp_endpoint=mesh.otlp_endpoint,
+        picker=f"{_ANY}:{_PICKER}",
         telemetry=[f"telemetry:{_GRPC}"],
         routing=mesh.routing,
         pools=mesh.pool_names,

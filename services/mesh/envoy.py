@@ -28,6 +28,8 @@ class Edge:
     gateway: str
     """The gateway's HTTP side."""
     router: str
+    picker: str
+    """The router's endpoint picker for the edge."""
     telemetry: str
     otlp: str | None = None
     """Where spans go, over OTLP gRPC; None: no tracing."""
@@ -48,6 +50,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
                 *clusters(
                     gateway=edge.gateway,
                     router=edge.router,
+                    picker=edge.picker,
                     telemetry=edge.telemetry,
                 ),
                 *collector,

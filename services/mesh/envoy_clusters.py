@@ -14,11 +14,12 @@ _BUFFER_BYTES: Final = 32 << 10
 _MANY: Final = 100_000
 
 
-def clusters(*, gateway: str, router: str, telemetry: str) -> list[dict[str, Any]]:
+def clusters(*, gateway: str, router: str, picker: str, telemetry: str) -> list[dict[str, Any]]:
     """Every cluster but the tracing collector; addresses are `host:port`."""
     return [
         _fixed("gateway", gateway, _HTTP1),
         _fixed("router", router, _HTTP2),
+        _fixed("picker", picker, _HTTP2),
         _fixed("telemetry", telemetry, _HTTP2),
         _workers(),
     ]

@@ -130,7 +130,7 @@ def _transcoder() -> dict[str, Any]:
 def _picker() -> dict[str, Any]:
     return any_of(
         "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
-        grpc_service={"envoy_grpc": {"cluster_name": "router"}},
+        grpc_service={"envoy_grpc": {"cluster_name": "picker"}},
         processing_mode={
             "request_header_mode": "SKIP",
             "request_body_mode": "BUFFERED",

@@ -82,10 +82,13 @@ class _Planner:
         yield self._envoy(telemetry=telemetry, router=router, gateway=gateway)
 
     def _router(self, telemetry: str) -> ProcessPlan:
+        port = self._ports.pick()
         return self._python(
             "router",
             "router",
             RouterSettings,
+            more_ports={"picker": port},
+            picker=f"{_HOST}:{port}",
             telemetry=[telemetry],
             routing=self._mesh.routing,
             policy_path=str(self._state.policy.resolve()),
@@ -184,6 +187,7 @@ class _Planner:
             admin=f"{_HOST}:{ports['admin']}",
             gateway=f"{_HOST}:{gateway.ports['http']}",
             router=_grpc(router),
+            picker=f"{_HOST}:{router.ports['picker']}",
             telemetry=_grpc(telemetry),
             otlp=self._mesh.otlp_endpoint,
         )

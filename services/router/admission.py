@@ -218,6 +218,26 @@ class Admission:
             self._leave_line(ticket)
             self._observer.decided("withdrawn", self._clock() - ticket.asked_at)
 
+    def served(self, ticket: Ticket, endpoint: str) -> None:
+        """A gateway says who serves a request: another one than was picked, where that one could not be reached."""
+        lease = ticket.lease
+        if ticket.state is not _State.GRANTED or lease is None or lease.worker.endpoint == endpoint:
+            return
+        self._fleet.release(lease, Outcome.FAILED)
+        for worker in self._fleet.workers:
+            if worker.endpoint == endpoint:
+                ticket.lease = self._fleet.grant(worker, lease.request, output_tokens=lease.output_tokens)
+                return
+
+    def next_best(self, ticket: Ticket, most: int) -> list[str]:
+        """The endpoints of the workers that come after the one that was granted, best first."""
+        if not most or ticket.decision is None or ticket.lease is None:
+            return []
+        picked = ticket.lease.worker.worker_id
+        others = [(prediction[2], name) for name, why, prediction in ticket.decision.looked_at if not why]
+        workers = (self._fleet.get(name) for _, name in sorted(others) if name != picked)
+        return [worker.endpoint for worker in workers if worker is not None][:most]
+
     def check_deadlines(self) -> float | None:
         """Answers those who have waited too long; gives the seconds until there is more to do, None for never."""
         now = self._clock()

@@ -1,4 +1,4 @@
-"""The router as a whole: who gets what through its constructor, and one gRPC server for all of it."""
+"""The router as a whole: who gets what through its constructor, one gRPC server for all, and one for the edge."""
 
 import asyncio
 import random
@@ -23,6 +23,8 @@ from services.common.tracing import tracer as process_tracer
 from services.router.admin import AdminServicer
 from services.router.admission import Admission, Observer
 from services.router.decisions import Decisions
+from services.router.edge_picker import EdgePicker
+from services.router.exchange import MAX_SHOWN_BYTES
 from services.router.fleet import Clock, Fleet
 from services.router.gpus import GpuWatch
 from services.router.memory import AnswerLengths, Prefixes
@@ -37,6 +39,8 @@ __all__ = ["RunningRouter", "running"]
 
 # Streams are ended from this side first, so that only unary calls are waited for.
 _GRACE_SECONDS: Final = 1.0
+# As the endpoint picker protocol has them, beside the name of the service.
+_HEALTH_NAMES: Final = ("liveness", "readiness")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +49,12 @@ class RunningRouter:
 
     Attributes:
         port: where it serves gRPC.
+        picker_port: where it serves the endpoint picker for our own edge; 0: nowhere.
         metrics_port: where it serves Prometheus metrics.
     """
 
     port: int
+    picker_port: int
     metrics_port: int
     fleet: Fleet
     admission: Admission
@@ -66,17 +72,25 @@ async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> 
     registry = CollectorRegistry()
     core = _Core(settings, RouterMetrics(registry))
     registry.register(FleetCollector(core.fleet, core.admission, core.policies, core.clock))
-    doors = _Doors(core, tracer or process_tracer())
+    doors = _Doors(core, tracer or process_tracer(), fallbacks=settings.picker_fallbacks)
     with serve_metrics(settings.metrics, registry) as metrics_port:
         core.policy_file.load()
         async with (
-            serve(settings.listen, doors.register, grace_seconds=_GRACE_SECONDS) as server,
+            serve(
+                settings.listen,
+                doors.register,
+                grace_seconds=_GRACE_SECONDS,
+                max_message_bytes=MAX_SHOWN_BYTES,
+                health_names=_HEALTH_NAMES,
+            ) as server,
+            doors.edge(settings.picker) as picker_port,
             _background(core, settings.telemetry),
         ):
             await server.set_serving(True)
             try:
                 yield RunningRouter(
                     port=server.port,
+                    picker_port=picker_port,
                     metrics_port=metrics_port,
                     fleet=core.fleet,
                     admission=core.admission,
@@ -136,9 +150,9 @@ class _Core:
 
 
 class _Doors:
-    """The servicers of the one gRPC server."""
+    """The servicers of the gRPC server, and the edge's picker on a server of its own."""
 
-    def __init__(self, core: _Core, tracer: Tracer) -> None:
+    def __init__(self, core: _Core, tracer: Tracer, *, fallbacks: int) -> None:
         self._admission = core.admission
         self._inside = RouterServicer(core.fleet, core.admission, tracer)
         self._admin = AdminServicer(
@@ -149,7 +163,17 @@ class _Doors:
             policy_file=core.policy_file,
             clock=core.clock,
         )
-        self._picker = Picker(core.admission, tracer)
+        self._picker = Picker(core.admission, tracer, fallbacks=fallbacks)
+        self._edge_picker = EdgePicker(core.admission, tracer)
+
+    @asynccontextmanager
+    async def edge(self, address: str | None) -> AsyncIterator[int]:
+        """Serves the edge's picker, where it is wanted; yields its port or 0."""
+        if address is None:
+            yield 0
+            return
+        async with self._edge_picker.serve(address, grace_seconds=_GRACE_SECONDS) as port:
+            yield port
 
     def register(self, server: grpc.aio.Server) -> list[str]:
         """Adds them, and names their services."""
@@ -165,3 +189,4 @@ class _Doors:
         self._inside.close()
         self._admin.close()
         self._picker.close()
+        self._edge_picker.close()

@@ -22,17 +22,25 @@ __all__ = [
     "CONTINUE_RESPONSE_TRAILERS",
     "CONTINUE_TRAILERS",
     "DESTINATION",
+    "FAIRNESS_ID",
+    "MODEL_NAME",
     "attributes_of",
     "body_pieces",
     "headers_of",
     "picked_in_body",
     "picked_in_headers",
     "refusal",
-    "response_body_piece",
+    "response_body_pieces",
+    "served_of",
     "subset_of",
 ]
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
+MODEL_NAME: Final = "x-gateway-model-name"
+"""The header in which a gateway that shows no body may say which model it is for."""
+FAIRNESS_ID: Final = "x-gateway-inference-fairness-id"
+"""The header in which other gateways say whose request it is."""
+_SERVED: Final = "x-gateway-destination-endpoint-served"
 _LB_NAMESPACE: Final = "envoy.lb"
 _SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
 _SUBSET_KEY: Final = "x-gateway-destination-endpoint-subset"
@@ -87,6 +95,14 @@ def _strings(values: Any) -> list[str]:
     return [value.string_value for value in values.values]
 
 
+def served_of(message: Any) -> str | None:
+    """The endpoint that serves the request, where the gateway tells."""
+    metadata = message.metadata_context.filter_metadata
+    if _LB_NAMESPACE not in metadata or _SERVED not in metadata[_LB_NAMESPACE].fields:
+        return None
+    return metadata[_LB_NAMESPACE].fields[_SERVED].string_value or None
+
+
 @lru_cache(maxsize=1024)
 def picked_in_headers(endpoint: str) -> Any:
     """The answer to request headers that sends the request to `endpoint`."""
@@ -116,19 +132,18 @@ def _metadata(endpoint: str) -> Struct:
 
 
 def body_pieces(body: bytes, *, ended: bool) -> list[Any]:
-    """The answers that hand a streamed body on as it came."""
+    """The answers that hand a streamed request body on as it came."""
+    return [ext_proc.ProcessingResponse(request_body=piece) for piece in _pieces(body, ended=ended)]
+
+
+def response_body_pieces(body: bytes, *, ended: bool) -> list[Any]:
+    """The answers that hand a streamed response body on as it came."""
+    return [ext_proc.ProcessingResponse(response_body=piece) for piece in _pieces(body, ended=ended)]
+
+
+def _pieces(body: bytes, *, ended: bool) -> list[Any]:
     starts = range(0, max(len(body), 1), _PIECE_BYTES)
-    return [
-        ext_proc.ProcessingResponse(
-            request_body=_piece(body[start : start + _PIECE_BYTES], ended=ended and start == starts[-1])
-        )
-        for start in starts
-    ]
-
-
-def response_body_piece(body: bytes, *, ended: bool) -> Any:
-    """The answer that hands a piece of a streamed response body on."""
-    return ext_proc.ProcessingResponse(response_body=_piece(body, ended=ended))
+    return [_piece(body[start : start + _PIECE_BYTES], ended=ended and start == starts[-1]) for start in starts]
 
 
 def _piece(body: bytes, *, ended: bool) -> Any:

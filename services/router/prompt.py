@@ -1,7 +1,7 @@
 """Reads, from the body of a client's request, what the scheduler needs of it."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -9,6 +9,8 @@ from google.protobuf.message import DecodeError
 from tokenloom.inference.v1 import generation_pb2, inference_pb2
 
 from services.common.errors import MeshError, Reason
+from services.common.prefix import salt_of, text_block_hashes
+from services.common.prompt_prefix import prompt_hashes
 from services.common.rpc import MAX_MESSAGE_BYTES
 
 __all__ = ["GrpcBody", "JsonBody", "Wanted"]
@@ -18,6 +20,12 @@ _TOKENS_PER_MESSAGE: Final = 4
 _PREFIX_BYTES: Final = 5
 _PACKAGE: Final = "/tokenloom.inference.v1.InferenceService/"
 _WINDOW_BITS: Final = {"gzip": 31, "deflate": 15}
+# A picture is a few hundred to a thousand tokens for most models; only the worker knows.
+_TOKENS_PER_MEDIUM: Final = 512
+_MOST_HASHED_BYTES: Final = 128 << 10
+_GENERATE: Final = frozenset({"generate"})
+_EMBED: Final = frozenset({"embed"})
+_SCORE: Final = frozenset({"score"})
 
 
 class Wanted(NamedTuple):
@@ -28,6 +36,9 @@ class Wanted(NamedTuple):
     prompt_tokens: int = 0
     exact: bool = False
     max_output_tokens: int = 0
+    prompt_token_ids: Sequence[int] = ()
+    prefix_hashes: Sequence[int] = ()
+    needs: frozenset[str] = frozenset()
     occupies_slot: bool = True
 
 
@@ -91,6 +102,10 @@ class JsonBody:
 
     needed: Final = True
 
+    def __init__(self, path: str) -> None:
+        """`path` is what is asked for, `/v1/embeddings` for example."""
+        self._path = path.partition("?")[0]
+
     def wanted(self, body: bytearray, *, ended: bool) -> Wanted | None:
         """What is asked for; None while the body is not complete.
 
@@ -101,16 +116,23 @@ class JsonBody:
             return None
         try:
             shape = msgspec.json.decode(body, type=_OpenAiRequest)
+            prompt = "".join(str(part, "utf-8") for part in (shape.messages, shape.prompt, shape.input))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             field = "model" if isinstance(error, msgspec.ValidationError) else None
             message = "the body must be a JSON object with a model"
             raise MeshError(Reason.INVALID_REQUEST, message, field=field) from error
-        size = sum(len(memoryview(part)) for part in (shape.messages, shape.prompt, shape.input))
-        limit = shape.max_completion_tokens or shape.max_tokens
+        if self._path.endswith(("/tokenize", "/detokenize")):
+            return Wanted(model=shape.model, occupies_slot=False)
+        embeds = self._path.endswith("/embeddings")
         return Wanted(
             model=shape.model,
-            prompt_tokens=size // _BYTES_PER_TOKEN,
-            max_output_tokens=limit if isinstance(limit, int) and 0 < limit < 1 << 32 else 0,
+            prompt_tokens=len(prompt) // _BYTES_PER_TOKEN,
+            max_output_tokens=1 if embeds else shape.limit,
+            # As it is written: one that goes on begins with the same bytes.
+            prefix_hashes=()
+            if embeds
+            else text_block_hashes(prompt[:_MOST_HASHED_BYTES], salt=salt_of(shape.model, "")),
+            needs=_EMBED if embeds else _GENERATE,
         )
 
 
@@ -122,6 +144,12 @@ class _OpenAiRequest(msgspec.Struct):
     # Whatever else they are is for the server to refuse.
     max_tokens: Any = None
     max_completion_tokens: Any = None
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of output; 0: not limited."""
+        limit = self.max_completion_tokens or self.max_tokens
+        return limit if isinstance(limit, int) and 0 < limit < 1 << 32 else 0
 
 
 def _incomplete(ended: bool) -> Wanted | None:
@@ -136,35 +164,65 @@ def _too_large() -> MeshError:
 
 def _generate(data: bytes) -> Wanted:
     message = generation_pb2.GenerateRequest.FromString(data)
-    emitted = len(message.emitted_token_ids)
+    emitted = message.emitted_token_ids
     kind = message.WhichOneof("prompt")
+    token_ids: tuple[int, ...] = ()
     if kind == "token_ids":
-        tokens = len(message.token_ids.ids)
+        token_ids = (*message.token_ids.ids, *emitted)
+        tokens = len(token_ids)
     elif kind == "chat":
-        tokens = _chat_tokens(message.chat)
+        tokens = _chat_tokens(message.chat) + len(emitted)
     else:
-        tokens = len(message.text) // _BYTES_PER_TOKEN + 1
+        tokens = len(message.text) // _BYTES_PER_TOKEN + 1 + len(emitted)
+    limit = message.sampling.max_tokens
     return Wanted(
         model=message.model,
-        prompt_tokens=tokens + emitted,
+        prompt_tokens=_at_most(tokens, message),
         exact=kind == "token_ids",
-        max_output_tokens=max(1, message.sampling.max_tokens - emitted) if message.sampling.max_tokens else 0,
+        max_output_tokens=max(1, limit - len(emitted)) if limit else 0,
+        prompt_token_ids=token_ids,
+        prefix_hashes=prompt_hashes(message),
+        needs=_GENERATE,
     )
 
 
+def _at_most(tokens: int, message: Any) -> int:
+    return min(tokens, message.prompt_token_limit) if message.HasField("prompt_token_limit") else tokens
+
+
 def _chat_tokens(chat: generation_pb2.ChatPrompt) -> int:
-    size = sum(len(message.content) for message in chat.messages)
-    return size // _BYTES_PER_TOKEN + _TOKENS_PER_MESSAGE * len(chat.messages)
+    size, media = len(chat.template_arguments_json), 0
+    for tool in chat.tools:
+        size += len(tool.name) + len(tool.description) + len(tool.parameters_json)
+    for message in chat.messages:
+        size += len(message.content) + len(message.reasoning)
+        size += sum(len(call.name) + len(call.arguments_json) for call in message.tool_calls)
+        size += sum(len(part.text) for part in message.parts)
+        media += sum(not part.HasField("text") for part in message.parts)
+    return size // _BYTES_PER_TOKEN + _TOKENS_PER_MESSAGE * len(chat.messages) + _TOKENS_PER_MEDIUM * media
 
 
 def _embed(data: bytes) -> Wanted:
     message = inference_pb2.EmbedRequest.FromString(data)
     size = sum(len(text) for text in message.texts)
-    return Wanted(model=message.model, prompt_tokens=size // _BYTES_PER_TOKEN + len(message.texts), max_output_tokens=1)
+    tokens = size // _BYTES_PER_TOKEN + len(message.texts) + sum(len(one.ids) for one in message.token_ids)
+    return Wanted(model=message.model, prompt_tokens=tokens, max_output_tokens=1, needs=_EMBED)
+
+
+def _score(data: bytes) -> Wanted:
+    message = inference_pb2.ScoreRequest.FromString(data)
+    # The query is read with each of the texts.
+    size = sum(len(text) for text in message.texts) + len(message.query) * len(message.texts)
+    tokens = size // _BYTES_PER_TOKEN + len(message.texts)
+    return Wanted(model=message.model, prompt_tokens=tokens, max_output_tokens=1, needs=_SCORE)
 
 
 def _tokenize(data: bytes) -> Wanted:
     return Wanted(model=inference_pb2.TokenizeRequest.FromString(data).model, occupies_slot=False)
+
+
+def _detokenize(data: bytes) -> Wanted:
+    return Wanted(model=inference_pb2.DetokenizeRequest.FromString(data).model, occupies_slot=False)
 
 
 def _any_worker(data: bytes) -> Wanted:
@@ -175,6 +233,8 @@ def _any_worker(data: bytes) -> Wanted:
 _METHODS: Final[dict[str, Callable[[bytes], Wanted]]] = {
     "Generate": _generate,
     "Embed": _embed,
+    "Score": _score,
     "Tokenize": _tokenize,
+    "Detokenize": _detokenize,
     "ListModels": _any_worker,
 }

@@ -353,7 +353,10 @@ async def running_edge(folder: Path, **changes: str) -> AsyncIterator[RunningEdg
             "listen": f"127.0.0.1:{free_port()}",
             "admin": f"127.0.0.1:{free_port()}",
             "gateway": f"127.0.0.1:{gateway}",
-            "router": await router.enter_async_context(_grpc(_add_router, (Picker(seen), Admin()), "router")),
+            "router": (
+                routed := await router.enter_async_context(_grpc(_add_router, (Picker(seen), Admin()), "router"))
+            ),
+            "picker": routed,
             "telemetry": await stack.enter_async_context(
                 _grpc(telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server, Telemetry(), "telemetry")
             ),

@@ -22,6 +22,7 @@ LOCAL = Edge(
     admin="127.0.0.1:9901",
     gateway="127.0.0.1:8000",
     router="127.0.0.1:8002",
+    picker="127.0.0.1:8004",
     telemetry="127.0.0.1:8003",
 )
 
@@ -39,6 +40,7 @@ def traced(otlp: str) -> Edge:
         admin=LOCAL.admin,
         gateway=LOCAL.gateway,
         router=LOCAL.router,
+        picker=LOCAL.picker,
         telemetry=LOCAL.telemetry,
         otlp=otlp,
     )
