@@ -23,7 +23,6 @@ _MOST_TIMEOUT_DIGITS: Final = 8
 _log = logging.getLogger(__name__)
 
 _KEEPALIVE: Final[list[tuple[str, Any]]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
     # A peer that vanished without a FIN is noticed within 30 s.
     ("grpc.keepalive_time_ms", 20_000),
@@ -31,6 +30,7 @@ _KEEPALIVE: Final[list[tuple[str, Any]]] = [
 ]
 _SERVER_OPTIONS: Final[list[tuple[str, Any]]] = [
     *_KEEPALIVE,
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Two processes on one port would share its connections, and half the calls would go to a ghost.
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -52,9 +52,10 @@ def metadata_of(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str | 
     return {str(key): value for key, value in context.invocation_metadata() or ()}
 
 
-def channel(target: str) -> grpc.aio.Channel:
+def channel(target: str, *, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
     """A channel to another process of the mesh. Use it as an async context manager."""
-    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    options = [*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
+    return grpc.aio.insecure_channel(target, options=options)
 
 
 def timeout_seconds(text: str) -> float | None:

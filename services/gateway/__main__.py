@@ -23,10 +23,12 @@ from services.gateway.identity import Authenticator, KeyDirectory
 from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models
+from services.gateway.pooling import pooling_routes
 from services.gateway.responses import Responses
 from services.gateway.router_client import RouterClient
 from services.gateway.routes import Route, Routes
 from services.gateway.server import serve_http
+from services.gateway.worker_calls import WorkerCalls
 from services.gateway.worker_sessions import WorkerSessions
 
 _AUTHORIZATION = "envoy.service.auth.v3.Authorization"
@@ -45,11 +47,17 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         async with asyncio.TaskGroup() as tasks:
             routers = RouterClient(settings.routers)
             workers = WorkerSessions(tasks)
-            fleet = FleetWatch(settings.routers, on_endpoints=workers.keep)
+            calls = WorkerCalls(routers, tasks)
+
+            def keep(endpoints: set[str]) -> None:
+                workers.keep(endpoints)
+                calls.keep(endpoints)
+
+            fleet = FleetWatch(settings.routers, on_endpoints=keep)
             running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
             generator = Generator(routers, workers)
             app = App(
-                routes=_routes(settings, generator, metrics, fleet, conversations),
+                routes=_routes(settings, generator, calls, metrics, fleet, conversations),
                 authenticator=authenticator,
                 authorization=HttpAuthorization(authenticator),
                 metrics=metrics,
@@ -67,6 +75,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 await authorization.set_serving(True)
                 await stop.wait()
             workers.close()
+            calls.close()
             for task in running:
                 task.cancel()
     return 0
@@ -82,6 +91,7 @@ async def _conversations(settings: GatewaySettings, resources: AsyncExitStack) -
 def _routes(
     settings: GatewaySettings,
     generator: Generator,
+    calls: WorkerCalls,
     metrics: GatewayMetrics,
     fleet: FleetWatch,
     conversations: Conversations,
@@ -91,6 +101,7 @@ def _routes(
         Route("POST", "/v1/chat/completions", Endpoint(CHAT, generator, metrics, limits)),
         Route("POST", "/v1/completions", Endpoint(COMPLETIONS, generator, metrics, limits)),
         *Responses(generator, metrics, limits, conversations).routes,
+        *pooling_routes(calls, metrics, limits),
         *Models(fleet).routes,
     )
 

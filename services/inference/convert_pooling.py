@@ -121,8 +121,9 @@ def _texts(texts: Sequence[str]) -> list[str]:
 def _token_limit(request: inference_pb2.EmbedRequest | inference_pb2.ScoreRequest, card: EngineCard) -> int | None:
     if not request.HasField("prompt_token_limit"):
         return None
-    check_integer("prompt_token_limit", request.prompt_token_limit, low=1, high=card.max_context_tokens)
-    return request.prompt_token_limit
+    if request.prompt_token_limit < 1:
+        raise invalid("prompt_token_limit", "must be at least 1", "integer_below_min_value")
+    return min(request.prompt_token_limit, card.max_context_tokens)
 
 
 def _dimensions(request: inference_pb2.EmbedRequest, card: EngineCard) -> int | None:

@@ -19,6 +19,9 @@ OPENAI_PATHS: Final = (
     "/v1/files",
     "/v1/batches",
     "/v1/tokenize",
+    "/v1/detokenize",
+    "/v1/rerank",
+    "/v1/score",
 )
 # Longer than a request may wait for a worker and for its first token.
 _IDLE: Final = "900s"

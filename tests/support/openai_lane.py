@@ -106,7 +106,7 @@ async def _lists_a_model(client: httpx.AsyncClient, lane: Lane) -> bool:
         answer = await client.get(f"{lane.base_url}/v1/models", headers=lane.headers)
     except httpx.TransportError:
         return False
-    return bool(answer.json()["data"])
+    return answer.status_code == 200 and bool(answer.json()["data"])
 
 
 def _address() -> str:

@@ -93,7 +93,9 @@ class EmbedRequest(_message.Message):
     dimension_count: _builtins.int
     """Components to keep of each embedding, for models that were trained to be shortened. Absent: all."""
     prompt_token_limit: _builtins.int
-    """Keep only this many tokens of each text's end. Absent: a text that is too long is refused."""
+    """Keep only this many tokens of each text's end, and never more than the model takes. Absent: a text that is too long is
+    refused.
+    """
     keep_beginning: _builtins.bool
     """With `prompt_token_limit`: keep each text's beginning instead of its end."""
     @_builtins.property
@@ -248,8 +250,9 @@ class ScoreRequest(_message.Message):
     query: _builtins.str
     """What to compare with. Required."""
     prompt_token_limit: _builtins.int
-    """Keep only this many tokens, of their beginning: of query and text together where a cross-encoder reads both, of each
-    where an embedding model compares them. Absent: what is too long is refused.
+    """Keep only this many tokens, and never more than the model takes, of the beginning: of query and text
+    together where a cross-encoder reads both, of each where an embedding model compares them. Absent: what is too long
+    is refused.
     """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

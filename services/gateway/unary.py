@@ -1,0 +1,175 @@
+"""The life of one request that is answered in one piece and generates nothing: decode, call workers, answer."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from opentelemetry import trace
+from tokenloom.router.v1 import router_pb2
+
+from services.common.errors import MeshError
+from services.gateway.decoding import decode
+from services.gateway.endpoint import Limits
+from services.gateway.generation import Caller
+from services.gateway.http import Request, Response, while_connected
+from services.gateway.identity import Identity
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.worker_calls import Work, WorkerCalls
+
+__all__ = ["Ask", "Part", "UnaryEndpoint", "UnaryKind"]
+
+# Calls that one request may have with workers at the same time.
+_MOST_CALLS: Final = 8
+
+
+class _Body(Protocol):
+    model: str
+
+
+R = TypeVar("R", bound=_Body)
+
+
+class Ask:
+    """Makes the calls of one request, and keeps count of what they cost."""
+
+    def __init__(self, calls: WorkerCalls, caller: Caller, task: router_pb2.Task.ValueType) -> None:
+        self._calls = calls
+        self._caller = caller
+        self._task = task
+        self._room = asyncio.Semaphore(_MOST_CALLS)
+        self.request_id = caller.request_id
+        self.created = int(time.time())
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.worker_id = ""
+        self.route = ""
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """What the calls have cost, as OpenAI writes it."""
+        return {"prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens}
+
+    async def one(self, part: "Part") -> Any:
+        """The answer to one call.
+
+        Raises:
+            MeshError: no worker, or the worker refuses; on the field that the client knows.
+        """
+        async with self._room:
+            work = Work(method=part.method, request=part.request, task=self._task, prompt_tokens=part.prompt_tokens)
+            try:
+                answer = await self._calls.call(work, self._caller)
+            except MeshError as error:
+                raise _renamed(error, part.rename) from error
+            finally:
+                if work.lease is not None:
+                    self.worker_id, self.route = work.lease.worker_id, work.lease.reason
+            if hasattr(answer, "usage"):
+                self.prompt_tokens += answer.usage.prompt_token_count
+                self.cached_tokens += answer.usage.cached_token_count
+            return answer
+
+    async def all(self, parts: Sequence["Part"]) -> list[Any]:
+        """The answers to several calls; the first that fails ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.one(part)) for part in parts]
+        except* MeshError as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+def _same(field: str) -> str:
+    return field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One call of a request."""
+
+    method: str
+    """The rpc of InferenceService."""
+    request: Any
+    prompt_tokens: int = 0
+    """What it is thought to cost."""
+    rename: Callable[[str], str] = _same
+    """The client's name for a field of `request`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnaryKind(Generic[R]):
+    """What tells such endpoints apart."""
+
+    operation: str
+    """`gen_ai.operation.name`"""
+    shape: type[R]
+    task: router_pb2.Task.ValueType
+    answer: Callable[[R, Ask], Awaitable[Any]]
+    """The answer's JSON; raises MeshError in terms of the client's request."""
+
+
+class UnaryEndpoint(Generic[R]):
+    """POST of one such endpoint."""
+
+    def __init__(self, kind: UnaryKind[R], calls: WorkerCalls, metrics: GatewayMetrics, limits: Limits) -> None:
+        self._kind = kind
+        self._calls = calls
+        self._metrics = metrics
+        self._limits = limits
+
+    async def __call__(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
+        """Answers one request.
+
+        Raises:
+            MeshError: it failed.
+            ClientLeftError: the client left, and the work is stopped.
+        """
+        body = decode(await request.json_body(self._limits.max_body_bytes), self._kind.shape)
+        identity.check_model(body.model)
+        ask = Ask(self._calls, caller, self._kind.task)
+        self._describe(body)
+        async with while_connected(request, response, self._limits.timeout_seconds):
+            try:
+                answer = await self._kind.answer(body, ask)
+            finally:
+                self._record(body, ask, response)
+            if identity.debug:
+                response.add_header("x-tokenloom-worker", ask.worker_id)
+                response.add_header("x-tokenloom-route", ask.route)
+            await response.send_json(200, answer)
+
+    def _describe(self, body: R) -> None:
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.update_name(f"{self._kind.operation} {body.model}")
+            span.set_attributes(
+                {
+                    "gen_ai.operation.name": self._kind.operation,
+                    "gen_ai.provider.name": "tokenloom",
+                    "gen_ai.request.model": body.model,
+                }
+            )
+
+    def _record(self, body: R, ask: Ask, response: Response) -> None:
+        response.facts.update(model=body.model, worker=ask.worker_id)
+        if ask.prompt_tokens:
+            self._metrics.count_tokens(ask.prompt_tokens, ask.cached_tokens, 0)
+            response.facts.update(input_tokens=ask.prompt_tokens, cached_tokens=ask.cached_tokens)
+            trace.get_current_span().set_attributes(
+                {"gen_ai.usage.input_tokens": ask.prompt_tokens, "tokenloom.worker": ask.worker_id}
+            )
+
+
+def _renamed(error: MeshError, rename: Callable[[str], str]) -> MeshError:
+    if error.field is None:
+        return error
+    field = rename(error.field)
+    return MeshError(
+        error.reason,
+        error.message.replace(error.field, field),
+        field=field,
+        code=error.code,
+        retry_after_seconds=error.retry_after_seconds,
+    )
