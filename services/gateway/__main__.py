@@ -57,7 +57,14 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
             generator = Generator(routers, workers)
             app = App(
-                routes=_routes(settings, generator, calls, metrics, fleet, conversations),
+                routes=_routes(
+                    settings,
+                    generator=generator,
+                    calls=calls,
+                    metrics=metrics,
+                    fleet=fleet,
+                    conversations=conversations,
+                ),
                 authenticator=authenticator,
                 authorization=HttpAuthorization(authenticator),
                 metrics=metrics,
@@ -90,6 +97,7 @@ async def _conversations(settings: GatewaySettings, resources: AsyncExitStack) -
 
 def _routes(
     settings: GatewaySettings,
+    *,
     generator: Generator,
     calls: WorkerCalls,
     metrics: GatewayMetrics,
