@@ -172,13 +172,21 @@ class Policy(_Struct, kw_only=True, frozen=True):
         for name, alias in self.aliases.items():
             if isinstance(alias, str):
                 _check_model(f"{where}.aliases.{name}", alias, models)
+                self._check_no_alias(f"{where}.aliases.{name}", alias)
                 continue
             for index, version in enumerate(alias.models):
+                self._check_no_alias(f"{where}.aliases.{name}.models[{index}].model", version.model)
                 _check_model(f"{where}.aliases.{name}.models[{index}].model", version.model, models)
             listed = [version.model for version in alias.models]
             _check_once(f"{where}.aliases.{name}.models", listed)
             if not any(version.weight for version in alias.models):
                 raise ConfigError(f"{where}.aliases.{name}.models: expected a weight above 0 for at least one of them")
+
+    def _check_no_alias(self, where: str, target: str) -> None:
+        # One that includes the model of its own name is the one exception: a canary beside it.
+        other = self.aliases.get(target)
+        if other is not None and (isinstance(other, str) or all(version.model != target for version in other.models)):
+            raise ConfigError(f"{where}: {target!r} is an alias itself, and stands for something else")
 
     def _check_rules(self, where: str, pools: Collection[str] | None) -> None:
         _check_once(f"{where}.rules", [rule.name for rule in self.rules])

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from services.common.errors import MeshError, Reason
 from services.common.status import abort
 
-__all__ = ["MAX_MESSAGE_BYTES", "Server", "channel", "metadata_of", "serve", "timeout_seconds"]
+__all__ = ["MAX_MESSAGE_BYTES", "Server", "channel", "connected", "metadata_of", "serve", "timeout_seconds"]
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
 _TIMEOUT_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -64,6 +64,19 @@ def timeout_seconds(text: str) -> float | None:
     if not digits.isdecimal() or len(digits) > _MOST_TIMEOUT_DIGITS or unit not in _TIMEOUT_UNITS:
         return None
     return int(digits) * _TIMEOUT_UNITS[unit]
+
+
+async def connected(connection: grpc.aio.Channel, *, within: float) -> None:
+    """Waits until a channel is connected, and no longer than until it is plain that it won't be.
+
+    Raises:
+        TimeoutError: nobody listens there, or nobody answers for `within` seconds.
+    """
+    async with asyncio.timeout(within):
+        while (state := connection.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                raise TimeoutError("no connection")
+            await connection.wait_for_state_change(state)
 
 
 class Server:

@@ -234,6 +234,8 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     jwt: JwtSettings | None = None
     """Tokens of an identity provider that are taken beside keys; null: none."""
     ledger: LedgerSettings = LedgerSettings()
+    fleet_memory_seconds: Annotated[float, Meta(ge=0)] = 60.0
+    """How long requests are placed among the workers that were ready last while no router answers."""
     max_body_bytes: Count = 4 << 20
     request_timeout_seconds: Positive = 600.0
     """Longest that one request may take, queueing included."""

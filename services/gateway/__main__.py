@@ -23,6 +23,7 @@ from services.gateway.identity import Authenticator, KeyDirectory
 from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models
+from services.gateway.placement import Placement
 from services.gateway.pooling import pooling_routes
 from services.gateway.responses import Responses
 from services.gateway.router_client import RouterClient
@@ -45,7 +46,8 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         authenticator = Authenticator(keys, tokens)
         conversations = await _conversations(settings, resources)
         async with asyncio.TaskGroup() as tasks:
-            routers = RouterClient(settings.routers)
+            placement = Placement(memory_seconds=settings.fleet_memory_seconds)
+            routers = RouterClient(settings.routers, placement=placement)
             workers = WorkerSessions(tasks)
             calls = WorkerCalls(routers, tasks)
 
@@ -53,7 +55,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 workers.keep(endpoints)
                 calls.keep(endpoints)
 
-            fleet = FleetWatch(settings.routers, on_endpoints=keep)
+            fleet = FleetWatch(settings.routers, on_endpoints=keep, placement=placement)
             running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
             generator = Generator(routers, workers)
             app = App(
@@ -68,7 +70,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 authenticator=authenticator,
                 authorization=HttpAuthorization(authenticator),
                 metrics=metrics,
-                is_ready=lambda: routers.connected and keys.is_loaded and not stop.is_set(),
+                is_ready=lambda: routers.can_place and keys.is_loaded and not stop.is_set(),
             )
 
             def register(server: grpc.aio.Server) -> list[str]:

@@ -4,7 +4,7 @@ import logging
 import uuid
 from collections.abc import Callable, MutableMapping
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
@@ -21,6 +21,7 @@ from services.gateway.routes import Routes
 __all__ = ["App"]
 
 _log = logging.getLogger(__name__)
+_LONGEST_CLASS: Final = 64
 
 
 class App:
@@ -115,6 +116,8 @@ def _caller(request: Request, request_id: str, identity: Identity, span: Span) -
         priority=identity.priority,
         session_id=(request.header(b"x-session-id") or "")[:256],
         traceparent=traceparent_of(span),
+        slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],
+        allow_degrade=identity.allow_degrade,
     )
 
 

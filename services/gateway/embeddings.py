@@ -32,7 +32,7 @@ async def _answer(body: EmbeddingsRequest, ask: Ask) -> dict[str, Any]:
         "id": f"embd-{ask.request_id}",
         "object": "list",
         "created": ask.created,
-        "model": body.model,
+        "model": ask.model,
         "data": [
             {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
         ],

@@ -13,12 +13,12 @@ from services.common.errors import MeshError
 from services.gateway.convert import from_completion, in_openai_terms
 from services.gateway.convert_chat import from_chat
 from services.gateway.decoding import decode
-from services.gateway.generation import Caller, Generation, Generator
+from services.gateway.generation import Caller, Generator
 from services.gateway.http import Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Ending, Prompt
-from services.gateway.recording import describe, record
+from services.gateway.recording import describe, record, show_route
 from services.gateway.rendering import DONE, Renderer, Show
 from services.gateway.rendering_chat import ChatRenderer
 from services.gateway.rendering_completion import CompletionRenderer
@@ -151,7 +151,8 @@ class _Answer:
         async with self._generator.run(generate, self._caller, keep_ids=bool(self._body.return_token_ids)) as running:
             try:
                 pieces = await running.take()
-                self._show_route(running)
+                show_route(running, response, self._identity)
+                renderer.answered_by(running.model)
                 head = renderer.first(running.prompt)
                 async with self._turn:
                     if not response.started:
@@ -175,16 +176,12 @@ class _Answer:
         async with self._generator.run(generate, self._caller, keep_ids=bool(self._body.return_token_ids)) as running:
             try:
                 pieces = await running.take_whole()
-                self._show_route(running)
+                show_route(running, self._response, self._identity)
+                renderer.answered_by(running.model)
                 assert running.ending is not None
                 return renderer.choices(pieces, running.prompt, running.ending), running.prompt, running.ending
             finally:
                 record(running, self._body.model, self._response, self._metrics)
-
-    def _show_route(self, generation: Generation) -> None:
-        if self._identity.debug and not self._response.started:
-            self._response.add_header("x-tokenloom-worker", generation.worker_id)
-            self._response.add_header("x-tokenloom-route", generation.route)
 
 
 def _wants_scores(body: GenerationRequest) -> bool:

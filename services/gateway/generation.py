@@ -38,6 +38,10 @@ class Caller:
     priority: int = 0
     session_id: str = ""
     traceparent: str = ""
+    slo_class: str = ""
+    """What the client may wait for, by name; empty leaves it to the policy."""
+    allow_degrade: bool = False
+    """Whether a smaller model may answer when the one asked for has no room."""
 
 
 class Generation:
@@ -58,6 +62,7 @@ class Generation:
         self._lease: Lease | None = None
         self._left_workers: list[str] = []
         self._victims = 0
+        self._output_limit = 0
         self.started_at = monotonic()
         self.first_token_at: float | None = None
 
@@ -75,6 +80,16 @@ class Generation:
     def route(self) -> str:
         """Why the router chose that worker."""
         return self._lease.reason if self._lease else ""
+
+    @property
+    def model(self) -> str:
+        """The model that answers, by its own name."""
+        return (self._lease.model if self._lease else "") or self._request.model
+
+    @property
+    def degraded(self) -> bool:
+        """Whether that is a smaller one than was asked for."""
+        return self._lease is not None and self._lease.degraded
 
     @property
     def prompt(self) -> Prompt | None:
@@ -130,6 +145,8 @@ class Generation:
         )
         # A prompt plus the tokens emitted so far is all that a generation is.
         submission.request.emitted_token_ids.extend(self._stream.token_ids)
+        submission.request.model = self.model
+        _shorten(submission.request.sampling, self._output_limit)
         span = tracer().start_span(
             "worker.generate", kind=SpanKind.CLIENT, attributes={"tokenloom.worker": lease.worker_id}
         )
@@ -142,19 +159,28 @@ class Generation:
 
     async def _acquire(self) -> Lease:
         with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT) as span:
+            emitted = len(self._stream.token_ids)
             acquire = router_pb2.Acquire(
                 request_id=self._caller.request_id,
-                model=self._request.model,
-                prompt_token_count=_estimate_prompt_tokens(self._request) + len(self._stream.token_ids),
+                # What one model has begun, the same model goes on with.
+                model=self.model if emitted else self._request.model,
+                prompt_token_count=_estimate_prompt_tokens(self._request) + emitted,
                 max_output_token_count=self._request.sampling.max_tokens,
                 tenant_id=self._caller.tenant,
                 priority=self._caller.priority,
                 session_id=self._caller.session_id,
                 excluded_worker_ids=self._left_workers,
                 traceparent=traceparent_of(span),
+                task=router_pb2.TASK_GENERATE,
+                slo_class=self._caller.slo_class,
+                allow_degrade=self._caller.allow_degrade and not emitted,
+                attempt=len(self._left_workers) + 1,
             )
             lease = self._lease = await self._run.enter_async_context(self._routers.lease(acquire))
             span.set_attribute("tokenloom.worker", lease.worker_id)
+            if not emitted:
+                # What has begun may end as it was promised.
+                self._output_limit = lease.output_token_limit
             return lease
 
     async def _move(self, lost: WorkerLostError) -> None:
@@ -235,6 +261,12 @@ class Generator:
             raise
         finally:
             await generation.finish(outcome)
+
+
+def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:
+    if limit and (not sampling.max_tokens or sampling.max_tokens > limit):
+        sampling.max_tokens = limit
+        sampling.min_tokens = min(sampling.min_tokens, limit)
 
 
 def _outcome(error: MeshError) -> router_pb2.Outcome.ValueType:

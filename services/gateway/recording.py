@@ -7,10 +7,11 @@ from opentelemetry import trace
 
 from services.gateway.generation import Generation
 from services.gateway.http import Response
+from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.schema import GenerationRequest
 
-__all__ = ["describe", "record"]
+__all__ = ["describe", "record", "show_route"]
 
 
 def describe(operation: str, body: GenerationRequest) -> None:
@@ -29,6 +30,17 @@ def describe(operation: str, body: GenerationRequest) -> None:
             "gen_ai.request.choice.count": body.n,
         }
         span.set_attributes({key: value for key, value in wanted.items() if value is not None})
+
+
+def show_route(generation: Generation, response: Response, identity: Identity) -> None:
+    """Says in headers who answers, as far as the caller may know it; too late once the answer has begun."""
+    if response.started:
+        return
+    if generation.degraded:
+        response.add_header("x-tokenloom-degraded", generation.model)
+    if identity.debug:
+        response.add_header("x-tokenloom-worker", generation.worker_id)
+        response.add_header("x-tokenloom-route", generation.route)
 
 
 def record(generation: Generation, model: str, response: Response, metrics: GatewayMetrics) -> None:
@@ -51,6 +63,7 @@ def record(generation: Generation, model: str, response: Response, metrics: Gate
         facts["tpot_ms"] = round(1000 * (last_at - first_at) / (ending.output_tokens - 1), 2)
     span.set_attributes(
         {
+            "gen_ai.response.model": generation.model,
             "gen_ai.response.finish_reasons": [ending.finish_reason],
             "gen_ai.usage.input_tokens": ending.prompt_tokens,
             "gen_ai.usage.output_tokens": ending.output_tokens,

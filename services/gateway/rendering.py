@@ -38,6 +38,10 @@ class Show:
 class Renderer(Protocol):
     """Renders one answer."""
 
+    def answered_by(self, model: str) -> None:
+        """The model that answers, which may have another name than was asked for; before anything is rendered."""
+        ...
+
     def first(self, prompt: Prompt | None) -> bytes:
         """The events before any output."""
         ...

@@ -16,8 +16,17 @@ class ChatRenderer:
     def __init__(self, *, answer_id: str, created: int, model: str, show: Show) -> None:
         self._show = show
         self._head = {"id": f"chatcmpl-{answer_id}", "object": "chat.completion", "created": created, "model": model}
+        self._chunks = self._make_chunks()
+
+    def answered_by(self, model: str) -> None:
+        """The model that answers."""
+        if model != self._head["model"]:
+            self._head["model"] = model
+            self._chunks = self._make_chunks()
+
+    def _make_chunks(self) -> Chunks:
         head = {**self._head, "object": "chat.completion.chunk"}
-        self._chunks = Chunks(head, _choice(0, {"content": HOLE}), show)
+        return Chunks(head, _choice(0, {"content": HOLE}), self._show)
 
     def first(self, prompt: Prompt | None) -> bytes:
         """The role of each choice."""

@@ -19,6 +19,12 @@ class CompletionRenderer:
         self._chunks = Chunks(self._head, _choice(show.first_index, HOLE), show)
         self._offsets = [0] * show.choices
 
+    def answered_by(self, model: str) -> None:
+        """The model that answers."""
+        if model != self._head["model"]:
+            self._head["model"] = model
+            self._chunks = Chunks(self._head, _choice(self._show.first_index, HOLE), self._show)
+
     def first(self, prompt: Prompt | None) -> bytes:
         """The prompt, where it is echoed."""
         if prompt is None or not self._show.echo:

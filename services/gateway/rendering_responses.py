@@ -42,6 +42,7 @@ class ResponsesRenderer:
         """The response object, once it is complete."""
         self._suffix = answer_id
         self._request = request
+        self._model = request.model
         self._created = created
         self._sequence = 0
         self._done: list[dict[str, Any]] = []
@@ -51,6 +52,10 @@ class ResponsesRenderer:
         """The events before any output."""
         started = self.body("in_progress")
         return self._event("response.created", response=started) + self._event("response.in_progress", response=started)
+
+    def answered_by(self, model: str) -> None:
+        """The model that answers, which may have another name than was asked for."""
+        self._model = model
 
     def pieces(self, pieces: Iterable[str | Piece]) -> bytes:
         """The events of output."""
@@ -108,7 +113,7 @@ class ResponsesRenderer:
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
             "metadata": request.metadata or {},
-            "model": request.model,
+            "model": self._model,
             "output": list(self._done),
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,

@@ -17,7 +17,7 @@ from services.gateway.generation import Caller, Generation, Generator
 from services.gateway.http import Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.recording import describe, record
+from services.gateway.recording import describe, record, show_route
 from services.gateway.rendering_responses import ResponsesRenderer
 from services.gateway.routes import Route
 from services.gateway.schema_responses import ResponsesRequest, items_of
@@ -140,12 +140,14 @@ class Responses:
         """Generates, and sends all of a stream but its last events; returns the response object and these events."""
         if not body.stream:
             pieces = await running.take_whole()
-            _show_route(running, response, identity)
+            show_route(running, response, identity)
+            renderer.answered_by(running.model)
             assert running.ending is not None
             return msgspec.json.encode(renderer.whole(pieces, running.ending)), b""
         async with kept_alive(response):
             pieces = await running.take()
-            _show_route(running, response, identity)
+            show_route(running, response, identity)
+            renderer.answered_by(running.model)
             if not response.started:
                 await response.start_events()
             head = renderer.first()
@@ -157,12 +159,6 @@ class Responses:
             assert running.ending is not None
             closing = head + renderer.last(running.ending)
             return msgspec.json.encode(renderer.final), closing
-
-
-def _show_route(running: Generation, response: Response, identity: Identity) -> None:
-    if identity.debug and not response.started:
-        response.add_header("x-tokenloom-worker", running.worker_id)
-        response.add_header("x-tokenloom-route", running.route)
 
 
 def _stored_input(body: ResponsesRequest) -> list[msgspec.Raw]:

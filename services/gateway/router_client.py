@@ -14,8 +14,9 @@ from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox
-from services.common.rpc import channel
+from services.common.rpc import channel, connected
 from services.common.status import error_from_status
+from services.gateway.placement import Placement
 
 __all__ = ["Lease", "RouterClient"]
 
@@ -23,16 +24,32 @@ _log = logging.getLogger(__name__)
 _MAX_WAITING_EDITS: Final = 100_000
 _RETRY_SECONDS: Final = 0.1
 _CONNECT_SECONDS: Final = 1.0
+# A router answers each acquire at once, if only by saying that it waits; one that takes longer is away.
+_ANSWER_SECONDS: Final = 0.15
+_SWEEP_SECONDS: Final = 0.05
+# A router that has just started does not know every worker yet, and has requests wait for those that we know.
+_TRUST_SECONDS: Final = 1.0
+_SILENCE_SECONDS: Final = 1.0
+_AWAY_REASON: Final = "the router is away: the less busy one of two workers that were ready last"
 
 
 @dataclass(slots=True)
 class Lease:
-    """The right to run one generation on one worker, and how that went."""
+    """The right to run one generation on one worker, and how that went.
+
+    Attributes:
+        model: the model to ask that worker for.
+        degraded: whether that is a smaller one than was asked for.
+        output_token_limit: most tokens of output that the mesh allows; 0 where it does not limit them.
+    """
 
     worker_id: str
     endpoint: str
     reason: str
-    queue_seconds: float
+    queue_seconds: float = 0.0
+    model: str = ""
+    degraded: bool = False
+    output_token_limit: int = 0
     outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
     output_tokens: int = 0
 
@@ -41,62 +58,93 @@ class Lease:
 class _Pending:
     acquire: router_pb2.Acquire
     granted: asyncio.Future[Lease]
+    asked_at: float
+    queued: bool = False
+    local: bool = False
+    """Whether the lease is known to nobody but us."""
 
 
 class RouterClient:
     """Keeps a session with the first router that answers, and acquires leases over it.
 
-    While no router answers, acquires wait, for `patience_seconds` at most; those that a lost session left unanswered
-    are sent again on the next one.
+    While no router answers, requests are placed among the workers that were ready last, as `placement` knows them. What
+    finds no room there waits, for `patience_seconds` at most, and is asked for again once a router is back.
     """
 
     def __init__(
-        self, targets: Sequence[str], *, patience_seconds: float = 10.0, clock: Callable[[], float] = monotonic
+        self,
+        targets: Sequence[str],
+        *,
+        placement: Placement | None = None,
+        patience_seconds: float = 10.0,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._targets = targets
+        self._placement = placement or Placement()
         self._patience = patience_seconds
         self._clock = clock
         self._pending: dict[int, _Pending] = {}
+        self._asked = asyncio.Event()
         self._handles = itertools.count(1)
         self._outbox: Outbox[router_pb2.SessionRequest] | None = None
+        self._talking: asyncio.Timeout | None = None
         self._away_since = clock()
+        self._connected_at = clock()
+        self._silent_since: float | None = None
 
     @property
     def connected(self) -> bool:
         """Whether a router answers."""
         return self._outbox is not None
 
+    @property
+    def can_place(self) -> bool:
+        """Whether requests find a worker, with a router or without."""
+        return self.connected or self._placement.is_fresh
+
     async def run(self) -> None:
         """Keeps the session until cancelled."""
-        for target in itertools.cycle(self._targets):
-            try:
-                async with channel(target) as connection:
-                    async with asyncio.timeout(_CONNECT_SECONDS):
-                        await connection.channel_ready()
-                    await self._talk(connection)
-            except (grpc.aio.AioRpcError, TimeoutError) as error:
-                _log.debug("router session lost", extra={"router": target, "cause": repr(error)})
-            self._refuse_impatient()
-            await asyncio.sleep(_RETRY_SECONDS)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sweep_often())
+            for target in itertools.cycle(self._targets):
+                try:
+                    async with channel(target) as connection:
+                        await connected(connection, within=_CONNECT_SECONDS)
+                        await self._talk(connection)
+                except (grpc.aio.AioRpcError, TimeoutError) as error:
+                    _log.debug("router session lost", extra={"router": target, "cause": repr(error)})
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def _talk(self, connection: grpc.aio.Channel) -> None:
         outbox = Outbox(router_pb2.SessionRequest, max_edits=_MAX_WAITING_EDITS)
         call = router_pb2_grpc.RouterServiceStub(connection).Session(outbox.messages())
         self._outbox = outbox
+        self._connected_at, self._silent_since = self._clock(), None
+        _log.info("router session begins")
         try:
-            for pending in self._pending.values():
-                outbox.edit().acquires.append(pending.acquire)
-            async for message in call:
-                self._apply(message)
+            async with asyncio.timeout(None) as self._talking:
+                for pending in self._pending.values():
+                    pending.asked_at = self._connected_at
+                    outbox.edit().acquires.append(pending.acquire)
+                async for message in call:
+                    self._apply(message)
         finally:
-            self._outbox = None
+            self._outbox = self._talking = None
             self._away_since = self._clock()
+            for pending in self._pending.values():
+                pending.queued = False
+            _log.warning("router session lost", extra={"unanswered": len(self._pending)})
             outbox.close()
             call.cancel()
 
     def _apply(self, message: router_pb2.SessionResponse) -> None:
+        self._silent_since = None
         for grant in message.grants:
             self._grant(grant)
+        for queued in message.queued:
+            waiting = self._pending.get(queued.handle)
+            if waiting is not None:
+                waiting.queued = True
         for rejection in message.rejections:
             pending = self._pending.pop(rejection.handle, None)
             if pending is not None and not pending.granted.done():
@@ -107,16 +155,62 @@ class RouterClient:
         if pending is None or pending.granted.done():
             self._release(grant.handle, router_pb2.OUTCOME_CANCELLED, 0)
             return
-        queued = grant.queue_duration.ToNanoseconds() / 1e9
-        pending.granted.set_result(Lease(grant.worker_id, grant.endpoint, grant.reason, queued))
+        lease = Lease(
+            grant.worker_id,
+            grant.endpoint,
+            grant.reason,
+            grant.queue_duration.ToNanoseconds() / 1e9,
+            model=grant.model or pending.acquire.model,
+            degraded=grant.degraded,
+            output_token_limit=grant.output_token_limit,
+        )
+        pending.granted.set_result(lease)
 
-    def _refuse_impatient(self) -> None:
-        if self._clock() - self._away_since < self._patience:
-            return
-        for pending in self._pending.values():
-            if not pending.granted.done():
+    async def _sweep_often(self) -> None:
+        while True:
+            if not self._pending:
+                self._asked.clear()
+                await self._asked.wait()
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Looks after those that no router has answered."""
+        now = self._clock()
+        for pending in list(self._pending.values()):
+            if pending.granted.done() or not self._is_left_alone(pending, now):
+                continue
+            if self._place(pending):
+                if self._outbox is not None and self._silent_since is None:
+                    self._silent_since = now
+            elif self._outbox is None and now - max(self._away_since, pending.asked_at) >= self._patience:
                 pending.granted.set_exception(_no_router())
-        self._pending.clear()
+        if self._silent_since is not None and now - self._silent_since > _SILENCE_SECONDS:
+            self._try_another(now)
+
+    def _is_left_alone(self, pending: _Pending, now: float) -> bool:
+        if self._outbox is None:
+            return True
+        if now - pending.asked_at < _ANSWER_SECONDS:
+            return False
+        return not pending.queued or now - self._connected_at < _TRUST_SECONDS
+
+    def _place(self, pending: _Pending) -> bool:
+        acquire = pending.acquire
+        place = self._placement.place(acquire.model, acquire.excluded_worker_ids)
+        if place is None:
+            return False
+        if self._pending.pop(acquire.handle, None) is not None:
+            self._release(acquire.handle, router_pb2.OUTCOME_CANCELLED, 0)
+        pending.local = True
+        pending.granted.set_result(Lease(place.worker_id, place.endpoint, _AWAY_REASON, model=place.model))
+        return True
+
+    def _try_another(self, now: float) -> None:
+        # It is connected and says nothing: it hangs.
+        self._silent_since = now
+        if self._talking is not None and len(self._targets) > 1:
+            self._talking.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
     async def lease(self, acquire: router_pb2.Acquire) -> AsyncIterator[Lease]:
@@ -125,24 +219,39 @@ class RouterClient:
         Set the lease's `outcome` and `output_tokens` before that; a lease that is just left counts as cancelled.
 
         Raises:
-            MeshError: the router refused, or no router answers.
+            MeshError: the router refused, or no router answers and no worker is known that has room.
         """
-        if self._outbox is None and self._clock() - self._away_since >= self._patience:
-            raise _no_router()
-        handle = acquire.handle = next(self._handles)
-        pending = self._pending[handle] = _Pending(acquire, asyncio.get_running_loop().create_future())
-        if self._outbox is not None:
-            self._outbox.edit().acquires.append(acquire)
+        acquire.handle = next(self._handles)
+        pending = _Pending(acquire, asyncio.get_running_loop().create_future(), self._clock())
+        self._ask(pending)
         lease: Lease | None = None
         try:
             lease = await pending.granted
+            self._placement.took(lease.worker_id)
             yield lease
         finally:
-            self._pending.pop(handle, None)
+            self._pending.pop(acquire.handle, None)
             if lease is not None:
-                self._release(handle, lease.outcome, lease.output_tokens)
-            elif not _was_rejected(pending.granted):
-                self._release(handle, router_pb2.OUTCOME_CANCELLED, 0)
+                self._placement.gave_back(lease.worker_id)
+            if not pending.local:
+                self._give_back(acquire.handle, pending, lease)
+
+    def _ask(self, pending: _Pending) -> None:
+        if self._outbox is None:
+            if self._place(pending):
+                return
+            if not self._placement.is_fresh and self._clock() - self._away_since >= self._patience:
+                raise _no_router()
+        self._pending[pending.acquire.handle] = pending
+        self._asked.set()
+        if self._outbox is not None:
+            self._outbox.edit().acquires.append(pending.acquire)
+
+    def _give_back(self, handle: int, pending: _Pending, lease: Lease | None) -> None:
+        if lease is not None:
+            self._release(handle, lease.outcome, lease.output_tokens)
+        elif not _was_rejected(pending.granted):
+            self._release(handle, router_pb2.OUTCOME_CANCELLED, 0)
 
     def _release(self, handle: int, outcome: router_pb2.Outcome.ValueType, output_tokens: int) -> None:
         if self._outbox is not None:

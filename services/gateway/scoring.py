@@ -28,7 +28,7 @@ async def _rerank(body: RerankRequest, ask: Ask) -> dict[str, Any]:
     shown = body.return_documents is not False
     return {
         "id": f"score-{ask.request_id}",
-        "model": body.model,
+        "model": ask.model,
         "results": [
             {
                 "index": index,
@@ -56,7 +56,7 @@ async def _score(body: ScoreRequest, ask: Ask) -> dict[str, Any]:
         "id": f"score-{ask.request_id}",
         "object": "list",
         "created": ask.created,
-        "model": body.model,
+        "model": ask.model,
         "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
         "usage": ask.usage,
     }

@@ -45,6 +45,8 @@ class Ask:
         self.cached_tokens = 0
         self.worker_id = ""
         self.route = ""
+        self.model = ""
+        """The model that answered, by its own name; once a call was made."""
 
     @property
     def usage(self) -> dict[str, int]:
@@ -66,6 +68,7 @@ class Ask:
             finally:
                 if work.lease is not None:
                     self.worker_id, self.route = work.lease.worker_id, work.lease.reason
+                    self.model = work.lease.model
             if hasattr(answer, "usage"):
                 self.prompt_tokens += answer.usage.prompt_token_count
                 self.cached_tokens += answer.usage.cached_token_count

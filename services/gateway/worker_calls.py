@@ -105,6 +105,7 @@ class WorkerCalls:
                 traceparent=traceparent_of(span),
                 task=work.task,
                 attempt=len(left) + 1,
+                slo_class=caller.slo_class,
             )
             lease = await held.enter_async_context(self._routers.lease(acquire))
             span.set_attribute("tokenloom.worker", lease.worker_id)
@@ -120,7 +121,7 @@ class WorkerCalls:
             with self._open(lease.endpoint).in_use() as connection:
                 stub = inference_pb2_grpc.InferenceServiceStub(connection)
                 try:
-                    return await getattr(stub, work.method)(work.request, metadata=metadata)
+                    return await getattr(stub, work.method)(_renamed(work.request, lease.model), metadata=metadata)
                 except grpc.aio.AioRpcError as error:
                     raise _failure(error) from error
 
@@ -167,6 +168,16 @@ class _Connection:
     async def close(self) -> None:
         """Closes the channel."""
         await self._channel.close()
+
+
+def _renamed(request: Any, model: str) -> Any:
+    """The request for the model that the router chose, where the client named an alias."""
+    if model in ("", request.model):
+        return request
+    copy = type(request)()
+    copy.CopyFrom(request)
+    copy.model = model
+    return copy
 
 
 def _failure(error: grpc.aio.AioRpcError) -> MeshError | WorkerLostError:

@@ -50,11 +50,12 @@ def _choices(policy: Policy, request: Request, asked: str, serves: Serves) -> It
 
 def _resolve(policy: Policy, request: Request, asked: str) -> list[str]:
     """The models that a name stands for: first the one whose turn it is, then those for when that one is away."""
-    alias = policy.aliases.get(asked) if request.attempt <= 1 else None
-    if alias is None:
+    alias = policy.aliases.get(asked)
+    if alias is None or isinstance(alias, str):
+        return [alias or asked]
+    if request.attempt > 1 and any(version.model == asked for version in alias.models):
+        # The model that has begun goes on, though its name is an alias, too.
         return [asked]
-    if isinstance(alias, str):
-        return [alias]
     chosen = _version(alias, _place(alias, request, asked))
     others = sorted((version for version in alias.models if version is not chosen), key=lambda version: -version.weight)
     return [chosen.model, *(version.model for version in others)]

@@ -27,7 +27,7 @@ class Request:
         prefix_hashes: what the prompt begins with, as services.common.prefix hashes its text; none where not known.
         prompt_token_ids: the prompt's tokens, where they are known.
         slo_class: what its client may wait for, by name; empty leaves it to the policy.
-        attempt: which try of the same request it is, from 1; from the second one on the model is no alias.
+        attempt: which try of the same request it is, from 1.
         needs: what the model must be able to do, as the worker's card names it.
         occupies_slot: whether it runs in the engine; one that does not is never kept waiting for a slot.
         task: what is to be done: "generate", "embed", "score" or "tokenize".

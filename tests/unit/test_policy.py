@@ -28,6 +28,7 @@ def checked(raw: dict[str, Any]) -> Policy:
         ({"aliases": {"chat": {"models": [{"model": "big", "weight": -1}]}}}, "models[0].weight"),
         ({"aliases": {"chat": {"models": [{"model": "big", "weight": 0}]}}}, "chat.models: expected a weight above 0"),
         ({"aliases": {"chat": {"models": [{"model": "big"}, {"model": "big"}]}}}, "the name 'big' is there twice"),
+        ({"aliases": {"chat": "big", "big": "tiny"}}, "routing.aliases.chat: 'big' is an alias itself"),
         ({"rules": [RULE, RULE]}, "routing.rules: the name 'r' is there twice"),
         ({"rules": [{**RULE, "pools": []}]}, "rules[0].pools: "),
         ({"rules": [{**RULE, "pools": ["huge"]}]}, "routing.rules[0].pools[0]: there is no pool 'huge'"),

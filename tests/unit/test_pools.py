@@ -10,9 +10,10 @@ from services.router.pools import choices
 from services.router.request import Request
 
 SERVED = {("big", "large"), ("tiny", "small"), ("tiny", "large"), ("embedder", "small"), ("new", "large")}
+CANARY = {"models": [{"model": "big", "weight": 9}, {"model": "new"}]}
 POLICY = policy_from(
     {
-        "aliases": {"chat": "big", "canary": {"models": [{"model": "big", "weight": 9}, {"model": "new"}]}},
+        "aliases": {"chat": "big", "canary": CANARY, "new": CANARY},
         "rules": [
             {"name": "embeddings", "when": {"tasks": ["embed", "score"]}, "pools": ["small"]},
             {"name": "vip", "when": {"tenants": ["acme"], "max_priority": -1}, "pools": ["large", "small"]},
@@ -77,8 +78,8 @@ def ways(**request: Any) -> list[tuple[str | None, str, str]]:
             {"model": "big", "prompt_tokens": 1500, "allow_degrade": True},
             [("big", "large", "long"), ("tiny", "large", "long+degraded")],
         ),
-        # A request that moves keeps the model that it has begun with.
-        ({"model": "canary", "attempt": 2}, [("canary", "?", "")]),
+        # A request that moves keeps the model that it has begun with, though new requests of that name are shared out.
+        ({"model": "new", "attempt": 2}, [("new", "?", "")]),
         ({"model": "unknown"}, [("unknown", "?", "")]),
         ({"model": None}, [(None, "?", "")]),
     ],
