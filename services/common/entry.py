@@ -17,8 +17,16 @@ __all__ = ["start"]
 S = TypeVar("S", bound=ProcessSettings)
 
 
-def start(service: str, shape: type[S], main: Callable[[S, asyncio.Event], Awaitable[int]]) -> int:
+def start(
+    service: str,
+    shape: type[S],
+    main: Callable[[S, asyncio.Event], Awaitable[int]],
+    *,
+    prepare: Callable[[S], None] = lambda _: None,
+) -> int:
     """Reads the settings, sets logs and tracing up, and runs `main(settings, stop)` on uvloop; returns the exit code.
+
+    `prepare(settings)` is called while the process has no second thread; it may raise ConfigError.
 
     Bad settings end the process with code 2 and one line on standard error that names the key.
     """
@@ -31,5 +39,10 @@ def start(service: str, shape: type[S], main: Callable[[S, asyncio.Event], Await
         sys.stderr.write(f"{error}\n")
         return 2
     logs.setup(service, level=settings.log_level)
+    try:
+        prepare(settings)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     with tracing.provider(service, endpoint=settings.otlp_endpoint, instance=settings.name):
         return run(lambda stop: main(settings, stop))

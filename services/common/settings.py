@@ -19,6 +19,7 @@ __all__ = [
     "RouterSettings",
     "SimSettings",
     "TelemetrySettings",
+    "WatchdogSettings",
     "WorkerSettings",
 ]
 
@@ -141,6 +142,23 @@ class SimSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     kv_blocks: Count = 4096
     block_size: Count = 16
     max_model_len: Count = 8192
+    poison_text: Annotated[str, Meta(max_length=256)] = ""
+    """A prompt with this text in it kills the engine once it is computed; empty: none does."""
+    restart_seconds: Annotated[float, Meta(ge=0)] = 1.0
+    """How long a dead engine takes to be there again."""
+
+
+class WatchdogSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """When an engine that makes no progress is given up."""
+
+    probe_seconds: Annotated[float, Meta(ge=0.05, le=10)] = 0.25
+    """How often an engine that makes no steps is asked whether it is there."""
+    silence_seconds: Annotated[float, Meta(ge=0.5, le=600)] = 1.5
+    """How much longer than its longest step it may stay silent while it computes nothing."""
+    busy_seconds: Annotated[float, Meta(ge=0.5, le=3600)] = 20.0
+    """How long it may stay silent while it computes."""
+    restart_seconds: Annotated[float, Meta(ge=0.5, le=3600)] = 30.0
+    """How long it may stay silent until it is killed and started again."""
 
 
 class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -160,6 +178,9 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     engine_args: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
     sim: SimSettings = SimSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
+    start_seconds: Positive = 1800.0
+    """Longest that the engine's first start may take; a later one, five times what the first one took."""
     max_queued: Annotated[int, Meta(ge=0)] = 64
     """Requests that may wait inside the engine beyond those that run; the next one is refused with NO_CAPACITY."""
     drain_seconds: Annotated[float, Meta(ge=0)] = 30.0

@@ -18,5 +18,13 @@ async def main(settings: WorkerSettings, stop: asyncio.Event) -> int:
         return 1
 
 
+def prepare(settings: WorkerSettings) -> None:
+    """Does what an engine needs done before there are threads."""
+    if settings.engine == "vllm":
+        from services.inference.vllm_engine import prepare_process  # noqa: PLC0415  # not where there is no vLLM
+
+        prepare_process(settings)
+
+
 if __name__ == "__main__":
-    sys.exit(start("inference", WorkerSettings, main))
+    sys.exit(start("inference", WorkerSettings, main, prepare=prepare))

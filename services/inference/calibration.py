@@ -1,9 +1,12 @@
 """How fast an engine is, learnt from its own steps: prefill in tokens a second, decode in seconds a step by batch."""
 
 import math
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Final
 
-__all__ = ["DecodeModel", "MovingMean", "PrefillMeter"]
+__all__ = ["DecodeModel", "MovingMean", "PrefillMeter", "TokenRate"]
 
 # A sample's weight after this many newer ones is 1/e.
 _MEMORY_STEPS: Final = 500.0
@@ -132,3 +135,35 @@ class MovingMean:
     def observe(self, value: float) -> None:
         """One more value."""
         self.value = value if self.value is None else self.value + self._share * (value - self.value)
+
+
+class TokenRate:
+    """Tokens a second, over the last five seconds."""
+
+    _SLOT_SECONDS: Final = 0.25
+    _SLOTS: Final = 20
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds."""
+        self._clock = clock
+        self._slots: deque[list[int]] = deque(maxlen=self._SLOTS + 1)
+        """Which slot, and its tokens."""
+
+    def observe(self, tokens: int) -> None:
+        """So many were produced now."""
+        slot = int(self._clock() / self._SLOT_SECONDS)
+        if self._slots and self._slots[-1][0] == slot:
+            self._slots[-1][1] += tokens
+        else:
+            self._slots.append([slot, tokens])
+
+    @property
+    def per_second(self) -> float:
+        """0 when there were none."""
+        now = self._clock() / self._SLOT_SECONDS
+        recent = [(slot, tokens) for slot, tokens in self._slots if slot > now - self._SLOTS]
+        if not recent:
+            return 0.0
+        # A stream that has just begun is not slow for the time before it.
+        slots = min(float(self._SLOTS), max(1.0, now - recent[0][0]))
+        return sum(tokens for _, tokens in recent) / (slots * self._SLOT_SECONDS)

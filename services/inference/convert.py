@@ -122,8 +122,8 @@ def model_card_to_proto(card: EngineCard) -> inference_pb2.ModelCard:
     )
 
 
-def load_to_proto(load: Load, state: router_pb2.WorkerState.ValueType) -> router_pb2.LoadReport:
-    """How the worker is, for the router."""
+def load_to_proto(load: Load, state: router_pb2.WorkerState.ValueType, reason: str = "") -> router_pb2.LoadReport:
+    """How the worker is, for the router; `reason` says in words why it takes no work."""
     report = router_pb2.LoadReport(
         running_count=load.running,
         waiting_count=load.waiting,
@@ -133,6 +133,8 @@ def load_to_proto(load: Load, state: router_pb2.WorkerState.ValueType) -> router
         prefix_query_token_count=load.prefix_query_tokens,
         prefix_hit_token_count=load.prefix_hit_tokens,
         state=state,
+        state_reason=reason,
+        output_tokens_per_second=load.output_tokens_per_second,
     )
     if load.decode_step_seconds is not None:
         report.decode_step_duration.CopyFrom(duration_to_proto(load.decode_step_seconds))

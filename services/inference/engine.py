@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from services.common.errors import MeshError
+from services.common.errors import MeshError, Reason
 
 if TYPE_CHECKING:
     from services.inference.pooling import Pooler
@@ -18,6 +18,7 @@ __all__ = [
     "Delta",
     "Engine",
     "EngineCard",
+    "EngineLostError",
     "FinishReason",
     "Generation",
     "Load",
@@ -40,6 +41,13 @@ __all__ = [
 
 StopCause = str | int
 """What stopped an output: a stop string, or a stop token."""
+
+
+class EngineLostError(MeshError):
+    """The engine died or hangs with this generation in it, which may or may not be the reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Reason.ENGINE_FAILED, message)
 
 
 class FinishReason(Enum):
@@ -316,8 +324,15 @@ class Load:
     """What each further sequence adds."""
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
-    alive: bool = True
-    """False: the engine is dead or starts again, and submit() fails."""
+    output_tokens_per_second: float = 0.0
+    """Over the last seconds."""
+    trouble: str = ""
+    """Why it takes nothing, in words: it is dead, stalled or starts again, and submit() fails. Empty: it is well."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes work."""
+        return not self.trouble
 
 
 class AdapterControl(Protocol):
@@ -398,4 +413,26 @@ class Engine(Protocol):
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of tokens of the vocabulary, with U+FFFD where they end inside a character."""
+        ...
+
+    async def sleep(self, level: int) -> None:
+        """Gives the GPU's memory back until wake(); nothing may run. Level 2 drops the weights, too.
+
+        Raises:
+            MeshError: FAILED_PRECONDITION, it can't.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Takes the memory again; nothing happens when it isn't asleep."""
+        ...
+
+    async def reload_weights(self, path: str) -> None:
+        """Replaces the weights in place by those of the checkpoint `path`; empty: where the present ones came from.
+
+        Nothing may run. What was cached of prompts is forgotten.
+
+        Raises:
+            MeshError: FAILED_PRECONDITION, the checkpoint can't be used; the present weights stay.
+        """
         ...

@@ -1,5 +1,7 @@
 """Whether a worker takes work: its engine, and the reasons to keep requests away from it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 from services.common.errors import MeshError, Reason
@@ -17,6 +19,7 @@ class State(Enum):
     READY = "ready"
     DRAINING = "draining"
     UNAVAILABLE = "unavailable"
+    ASLEEP = "asleep"
 
 
 class Gate:
@@ -26,15 +29,29 @@ class Gate:
         self._engine: Engine | None = None
         self._drained = False
         self._stopping = False
+        self._held: tuple[State, str] | None = None
 
     @property
     def state(self) -> State:
         """Whether the worker takes work, this moment."""
+        return self._condition()[0]
+
+    @property
+    def reason(self) -> str:
+        """Why it takes none, in words; empty when it does."""
+        return self._condition()[1]
+
+    def _condition(self) -> tuple[State, str]:
         if self._engine is None:
-            return State.STARTING
-        if not self._engine.load.alive:
-            return State.UNAVAILABLE
-        return State.DRAINING if self._drained or self._stopping else State.READY
+            return State.STARTING, "the model is still being loaded"
+        trouble = self._engine.load.trouble
+        if trouble:
+            return State.UNAVAILABLE, trouble
+        if self._held is not None:
+            return self._held
+        if self._drained or self._stopping:
+            return State.DRAINING, "the worker is stopping" if self._stopping else "the worker is drained"
+        return State.READY, ""
 
     @property
     def engine(self) -> Engine:
@@ -45,12 +62,12 @@ class Gate:
 
     def admit(self) -> Engine:
         """The engine, for a generation; raises MeshError (NO_READY_WORKER) when none is taken."""
-        if self._drained or self._stopping:
-            raise _not_ready("this worker takes no new requests")
-        engine = self.engine
-        if not engine.load.alive:
-            raise _not_ready("the engine starts again")
-        return engine
+        if self._stopping:
+            raise _not_ready("the worker is stopping")
+        state, reason = self._condition()
+        if state is not State.READY:
+            raise _not_ready(reason)
+        return self.engine
 
     def open(self, engine: Engine) -> None:
         """The engine is up."""
@@ -59,6 +76,23 @@ class Gate:
     def close(self) -> None:
         """The engine is gone."""
         self._engine = None
+
+    def hold(self, state: State, reason: str) -> None:
+        """Takes nothing new for a reason of its own, until release()."""
+        self._held = state, reason
+
+    def release(self) -> None:
+        """Ends hold()."""
+        self._held = None
+
+    @contextmanager
+    def holding(self, state: State, reason: str) -> Iterator[None]:
+        """Does both around a block."""
+        self.hold(state, reason)
+        try:
+            yield
+        finally:
+            self.release()
 
     def drain(self) -> None:
         """Takes nothing new, until undrain()."""

@@ -178,9 +178,19 @@ class Generations:
         if not self._running:
             self._idle.set()
 
-    async def wait_idle(self) -> None:
-        """Returns once nothing runs."""
-        await self._idle.wait()
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs."""
+        return not self._running
+
+    async def finish(self, seconds: float, error: MeshError) -> None:
+        """Waits that long for what runs to end, then fails the rest."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("drained for long enough; what still runs moves elsewhere")
+        self.fail_all(error)
 
     def fail_all(self, error: MeshError) -> None:
         """Stops whatever runs and tells why."""

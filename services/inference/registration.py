@@ -26,6 +26,7 @@ _STATES: Final = {
     State.READY: router_pb2.WORKER_STATE_READY,
     State.DRAINING: router_pb2.WORKER_STATE_DRAINING,
     State.UNAVAILABLE: router_pb2.WORKER_STATE_UNAVAILABLE,
+    State.ASLEEP: router_pb2.WORKER_STATE_ASLEEP,
 }
 
 
@@ -75,7 +76,7 @@ class Registration:
         yield router_pb2.RegisterRequest(registration=_with_models(self._registration, told))
         while True:
             state, load = self._now()
-            report = convert.load_to_proto(load, _STATES[state])
+            report = convert.load_to_proto(load, _STATES[state], self._gate.reason)
             cards = self._cards(told)
             if cards != told:
                 told = cards
@@ -95,7 +96,7 @@ class Registration:
 
     def _now(self) -> tuple[State, Load]:
         state = self._gate.state
-        return state, Load(alive=False) if state is State.STARTING else self._gate.engine.load
+        return state, Load(trouble=self._gate.reason) if state is State.STARTING else self._gate.engine.load
 
 
 class _Connection:

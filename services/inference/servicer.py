@@ -15,6 +15,7 @@ from services.inference.convert import usage_metadata
 from services.inference.engine import AdapterControl, card_of, cards_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
+from services.inference.lifecycle import Lifecycle
 from services.inference.pooling_calls import PoolingCalls
 from services.inference.session import Session
 
@@ -123,9 +124,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """The inside door: sessions with gateways."""
 
-    def __init__(self, gate: Gate, generations: Generations) -> None:
+    def __init__(self, gate: Gate, generations: Generations, lifecycle: Lifecycle) -> None:
         self._gate = gate
         self._generations = generations
+        self._lifecycle = lifecycle
         self._sessions: set[Session] = set()
         self._closed = False
 
@@ -164,27 +166,30 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Sleep(
         self,
-        request: worker_pb2.SleepRequest,  # noqa: ARG002  # gRPC's signature
+        request: worker_pb2.SleepRequest,
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> worker_pb2.SleepResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "this engine can't sleep yet")
+        """Gives the GPU's memory back until Wake."""
+        await self._lifecycle.sleep(request.level)
+        return worker_pb2.SleepResponse()
 
     async def Wake(
         self,
         request: worker_pb2.WakeRequest,  # noqa: ARG002  # gRPC's signature
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> worker_pb2.WakeResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "this engine can't sleep yet")
+        """Takes the GPU's memory again."""
+        await self._lifecycle.wake()
+        return worker_pb2.WakeResponse()
 
     async def ReloadWeights(
         self,
-        request: worker_pb2.ReloadWeightsRequest,  # noqa: ARG002  # gRPC's signature
+        request: worker_pb2.ReloadWeightsRequest,
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
     ) -> worker_pb2.ReloadWeightsResponse:
-        """Refuses: not there yet."""
-        raise MeshError(Reason.UNIMPLEMENTED, "weights can't be reloaded yet")
+        """Replaces the model's weights in place."""
+        await self._lifecycle.reload(request.path)
+        return worker_pb2.ReloadWeightsResponse()
 
     def _adapters(self) -> AdapterControl:
         if (adapters := self._gate.engine.adapters) is None:

@@ -12,14 +12,15 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings import SimSettings, WatchdogSettings
 from services.inference import sim_text
-from services.inference.calibration import DecodeModel, PrefillMeter
+from services.inference.calibration import DecodeModel, PrefillMeter, TokenRate
 from services.inference.engine import (
     Capability,
     ChatMessage,
     Delta,
     EngineCard,
+    EngineLostError,
     FinishReason,
     Generation,
     Load,
@@ -30,7 +31,9 @@ from services.inference.engine import (
     Usage,
 )
 from services.inference.sim_cache import BlockPool, block_hashes
+from services.inference.sim_life import SimLife
 from services.inference.sim_stop import StopMatcher
+from services.inference.watchdog import Watchdog
 
 __all__ = ["SimEngine"]
 
@@ -50,6 +53,8 @@ class SimEngine:
         model_name: str,
         max_queued: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        watchdog: WatchdogSettings = WatchdogSettings(),  # noqa: B008  # it is frozen
     ) -> None:
         """`max_queued` requests may wait beyond the `max_num_seqs` that run; `clock` gives seconds."""
         self._settings = settings
@@ -66,10 +71,16 @@ class SimEngine:
         )
         self._tasks = asyncio.TaskGroup()
         self._stepper: asyncio.Task[None] | None = None
-        self._alive = False
+        self._watchdog_settings = watchdog
+        self.life = SimLife(
+            restart_seconds=settings.restart_seconds,
+            lose_all=self._lose_all,
+            longest_step_seconds=lambda: 4 * self._step_seconds(len(self._decoding), _CHUNK_TOKENS),
+        )
         self._pool = BlockPool(settings.kv_blocks)
         self._decode_model = DecodeModel()
         self._prefill_meter = PrefillMeter()
+        self._output_rate = TokenRate(clock)
         self._sequences: dict[str, _Sequence] = {}
         self._waiting: list[_Sequence] = []
         self._prefilling: dict[str, _Sequence] = {}
@@ -81,13 +92,15 @@ class SimEngine:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        self._alive = True
+        self._watching = self._tasks.create_task(Watchdog(self.life, self._watchdog_settings).run())
+        self.life.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._alive = False
+        self.life.stop()
+        self._watching.cancel()
         if self._stepper is not None:
             self._stepper.cancel()
         for sequence in tuple(self._sequences.values()):
@@ -116,13 +129,14 @@ class SimEngine:
             decode_step_seconds_per_sequence=self._decode_model.seconds_per_sequence,
             prefix_query_tokens=self._query_tokens,
             prefix_hit_tokens=self._hit_tokens,
-            alive=self._alive,
+            output_tokens_per_second=self._output_rate.per_second,
+            trouble=self.life.trouble,
         )
 
     async def submit(self, generation: Generation, sink: Sink) -> None:
         """Starts a generation; see Engine.submit."""
-        if not self._alive:
-            raise MeshError(Reason.ENGINE_FAILED, "the engine is not running")
+        if self.life.trouble:
+            raise MeshError(Reason.NO_READY_WORKER, self.life.trouble, retry_after_seconds=_RETRY_SECONDS)
         if len(self._sequences) >= self._max_requests:
             raise MeshError(
                 Reason.NO_CAPACITY, "too many requests wait for this model", retry_after_seconds=_RETRY_SECONDS
@@ -135,6 +149,7 @@ class SimEngine:
         sequence = _Sequence(generation, sink, tokens, end=end, reason=reason, block_size=size)
         sequence.order = (generation.priority, self._arrivals)
         sequence.arrival = self._clock()
+        sequence.is_poison = self._is_poison(generation.prompt)
         self._sequences[sequence.id] = sequence
         self._enqueue(sequence)
         if self._stepper is None or self._stepper.done():
@@ -169,6 +184,19 @@ class SimEngine:
         """The text of tokens; see Engine.detokenize."""
         return sim_text.detokenize(token_ids)
 
+    async def sleep(self, level: int) -> None:  # noqa: ARG002  # it has no weights to keep
+        """Forgets what is cached, as an engine without its memory does; see Engine.sleep."""
+        self._pool = BlockPool(self._settings.kv_blocks)
+
+    async def wake(self) -> None:
+        """Nothing to do; see Engine.wake."""
+
+    async def reload_weights(self, path: str) -> None:
+        """Forgets what is cached; see Engine.reload_weights."""
+        if path:
+            raise MeshError(Reason.FAILED_PRECONDITION, "path: the simulated engine has no checkpoints", field="path")
+        self._pool = BlockPool(self._settings.kv_blocks)
+
     def _prompt_tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
         # Text that can't fit is refused before it is tokenized, which would hold everybody up.
         if isinstance(prompt, str):
@@ -179,6 +207,15 @@ class SimEngine:
             return [part for part in prompt if isinstance(part, int)]
         self._check_length("messages", sum(len(message.content) for message in messages) // sim_text.LONGEST_TOKEN)
         return sim_text.render_chat(messages)
+
+    def _is_poison(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> bool:
+        poison = self._settings.poison_text
+        if not poison:
+            return False
+        texts = (
+            [prompt] if isinstance(prompt, str) else [part.content for part in prompt if isinstance(part, ChatMessage)]
+        )
+        return any(poison in text for text in texts)
 
     def _check_length(self, field: str, least_tokens: int) -> None:
         limit = self._card.max_context_tokens
@@ -235,12 +272,21 @@ class SimEngine:
             deadline = max(deadline, self._clock() - duration) + duration
             batch = len(self._decoding)
             await self._sleep_until(deadline)
+            await self.life.going()
+            self.life.steps += 1
             now = self._clock()
             if batch and not chunk:
                 self._decode_model.observe(batch, now - begun)
+            self._output_rate.observe(batch)
             self._decode(now)
             self._prefill(chunk, now)
             begun = now
+
+    def _lose_all(self, message: str) -> None:
+        """Fails everything, and forgets what was cached."""
+        for sequence in tuple(self._sequences.values()):
+            self.abort(sequence.id)
+            sequence.sink.failed(EngineLostError(message))
 
     def _step_seconds(self, batch: int, chunk: int) -> float:
         settings = self._settings
@@ -283,6 +329,10 @@ class SimEngine:
             chunk -= part
             self._pending_prefill_tokens -= part
             if sequence.pending:
+                return
+            if sequence.is_poison:
+                self._pool = BlockPool(self._settings.kv_blocks)
+                self.life.die()
                 return
             self._prefill_meter.observe(sequence.prefill_tokens, sequence.prefill_begun, now)
             self._finish_prefill(sequence, now)
@@ -371,8 +421,8 @@ class _Sequence:
 
     __slots__ = (
         "_block_size", "_careful", "_seed", "_segment_end", "_tail", "alone", "arrival", "cached", "decoding",
-        "deliver", "end", "first", "hashes", "id", "left", "order", "pending", "prefill_begun", "prefill_tokens",
-        "prompt_count", "reason", "scheduled", "shared", "sink", "steps",
+        "deliver", "end", "first", "hashes", "id", "is_poison", "left", "order", "pending", "prefill_begun",
+        "prefill_tokens", "prompt_count", "reason", "scheduled", "shared", "sink", "steps",
     )  # fmt: skip  # one name a line would be longer than the class
 
     def __init__(
@@ -402,6 +452,8 @@ class _Sequence:
         self.left = 0
         """Tokens until something happens: the end, or a full block."""
         self.decoding = False
+        self.is_poison = False
+        """Whether the engine dies of it, in the step that finishes its prompt."""
         self.order = (0, 0)
         self.arrival = 0.0
         self.prefill_begun = 0.0

@@ -71,7 +71,7 @@ class SimPooler:
             waiting=self._jobs.waiting,
             pending_prefill_tokens=self._jobs.pending_tokens,
             prefill_tokens_per_second=self._prefill.tokens_per_second,
-            alive=self._alive,
+            trouble="" if self._alive else "the worker is stopping",
         )
 
     async def submit(self, generation: Generation, sink: Sink) -> None:
@@ -81,6 +81,17 @@ class SimPooler:
 
     def abort(self, generation_id: str) -> None:
         """Nothing to stop: it generates nothing."""
+
+    async def sleep(self, level: int) -> None:
+        """Nothing to give back; see Engine.sleep."""
+
+    async def wake(self) -> None:
+        """Nothing to do; see Engine.wake."""
+
+    async def reload_weights(self, path: str) -> None:
+        """Nothing to do; see Engine.reload_weights."""
+        if path:
+            raise MeshError(Reason.FAILED_PRECONDITION, "path: the simulated engine has no checkpoints", field="path")
 
     @property
     def adapters(self) -> None:

@@ -4,8 +4,6 @@ import asyncio
 import dataclasses
 import json
 import logging
-import os
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.common.config import ConfigError
@@ -26,6 +26,7 @@ from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Generation
 from services.inference.pooling import Jobs
 from services.inference.vllm_environment import has_cuda, vllm_version
+from services.inference.vllm_nursery import Nursery
 from services.inference.vllm_params import Limits, Plan
 from services.inference.vllm_prompts import Prompts
 from services.inference.vllm_replay import Replay
@@ -51,6 +52,17 @@ _OURS: Final = {
 }
 _TEXTS_A_TURN: Final = 512
 _SHUTDOWN_SECONDS: Final = 2.0
+# Weights of another shape don't go where the present ones are.
+_SHAPE: Final = (
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 # The names that vLLM has for our fields, where they differ.
 _FIELDS: Final = {"logprobs": "logprob_count", "input_ids": "prompt", "input_text": "prompt"}
 
@@ -65,13 +77,76 @@ class Backend:
         self.card = card
         self.prompts = prompts
         self.limits = _limits(llm)
+        self.most_step_tokens = int(llm.vllm_config.scheduler_config.max_num_batched_tokens)
+        """Tokens that the engine computes in one step at most."""
         self.dead: type[Exception] = EngineDeadError
         """What vLLM raises when its engine process is gone."""
+        self._dropped_weights = False
         self._texts: dict[int, str] = {}
 
     def watch(self) -> None:
         """Begins to listen to the engine, which otherwise only happens with the first request. On the event loop."""
         self.llm._run_output_handler()
+
+    async def warm_up(self) -> None:
+        """Has the engine generate, so that the first request doesn't pay for what the engine does only once.
+
+        Raises:
+            EngineDeadError: it died of that.
+        """
+        if Capability.GENERATE not in self.card.capabilities:
+            return
+        sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
+        async for _ in self.llm.generate(tokens_input([0]), sampling, "warm-up"):
+            pass
+
+    async def probe(self) -> None:
+        """Returns when the engine process has answered, which it does between two steps. Raises when it is dead."""
+        await self.llm.engine_core.is_scheduler_paused_async()
+
+    async def sleep(self, level: int) -> None:
+        """Gives the GPU's memory back.
+
+        Raises:
+            MeshError: FAILED_PRECONDITION, it was not started so that it can.
+        """
+        if not self.llm.model_config.enable_sleep_mode:
+            message = "this engine can't sleep: it needs a GPU and engine_args.enable_sleep_mode"
+            raise MeshError(Reason.FAILED_PRECONDITION, message)
+        await self.llm.sleep(level)
+        self._dropped_weights = level > 1
+
+    async def wake(self) -> None:
+        """Takes the GPU's memory again, and reads the weights again where sleep dropped them."""
+        if self._dropped_weights:
+            await self.llm.wake_up(["weights"])
+            await self.llm.collective_rpc("reload_weights")
+            await self.llm.wake_up(["kv_cache"])
+        else:
+            await self.llm.wake_up()
+
+    def check_checkpoint(self, path: str) -> None:
+        """Checks what can be checked of new weights before the present ones are touched.
+
+        Raises:
+            MeshError: FAILED_PRECONDITION, they don't fit.
+        """
+        config = Path(path) / "config.json"
+        if not config.is_file():
+            raise MeshError(Reason.FAILED_PRECONDITION, "path: there is no checkpoint", field="path")
+        found, present = json.loads(config.read_bytes()), self.llm.model_config.hf_config.to_dict()
+        for key in _SHAPE:
+            if key in found and found[key] != present.get(key):
+                message = f"path: the checkpoint's {key} is {found[key]}, the model's is {present.get(key)}"
+                raise MeshError(Reason.FAILED_PRECONDITION, message, field="path")
+
+    async def reload(self, path: str) -> None:
+        """Replaces the weights and forgets what was cached with the old ones. Nothing may run."""
+        await self.llm.pause_generation(mode="wait", clear_cache=True)
+        try:
+            await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        finally:
+            await self.llm.resume_generation()
 
     async def died(self) -> None:
         """Returns when the engine process is gone."""
@@ -180,10 +255,10 @@ class Backend:
         self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
-def start_backend(settings: WorkerSettings, stats: Any) -> Backend:
+def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery) -> Backend:
     """Starts vLLM; blocks until it can serve. `stats` is told of every step, through vLLM's stat logger interface.
 
-    Call it from a thread that lives as long as the engine is to: the engine dies with the thread that started it.
+    Call it from a thread that lives as long as the engine is to: a spawned engine dies with the thread that started it.
 
     Raises:
         ConfigError: the settings name an argument that vLLM hasn't, or a value that it refuses.
@@ -191,14 +266,24 @@ def start_backend(settings: WorkerSettings, stats: Any) -> Backend:
     path = settings.model.path
     if path is None:
         raise ConfigError('model.path: needed for engine "vllm"')
-    cuda = has_cuda()
-    config = _vllm_config(settings, path, cuda=cuda)
-    if not cuda and config.parallel_config.world_size == 1 and sys.platform == "linux":
-        # Forked, the engine is ready in two seconds instead of fifteen: it has imported everything already. vLLM asks
-        # for spawn whenever it makes a configuration for a CPU, hence only now.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda _config, _index=0: stats])
+    config = _vllm_config(settings, path, cuda=has_cuda())
+    with nursery.lent_to(engine_utils):
+        try:
+            llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda _config, _index=0: stats])
+        except BaseException as error:
+            _close_context(error)
+            raise
     return _backend(settings, llm)
+
+
+def _close_context(error: BaseException) -> None:
+    """Closes the ZeroMQ context of a client that failed to start: left to the collector, its end may block."""
+    trace = error.__traceback__
+    while trace is not None:
+        client = trace.tb_frame.f_locals.get("self")
+        if isinstance(client, MPClient) and hasattr(client, "resources"):
+            client.resources.ctx.destroy(linger=0)
+        trace = trace.tb_next
 
 
 def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
+
+import msgspec
 
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
@@ -16,6 +19,7 @@ from services.inference.engine import (
     Capability,
     ChatMessage,
     EngineCard,
+    EngineLostError,
     FinishReason,
     Generation,
     Load,
@@ -23,28 +27,61 @@ from services.inference.engine import (
     Timings,
 )
 from services.inference.pooling import check_can
+from services.inference.signs import signs_of
 from services.inference.vllm_adapters import Adapters
-from services.inference.vllm_environment import prepare_environment
+from services.inference.vllm_environment import has_cuda, prepare_environment, vllm_version
+from services.inference.vllm_nursery import Nursery, import_vllm, plant
 from services.inference.vllm_params import Plan, plan
 from services.inference.vllm_stats import EngineStats
 from services.inference.vllm_stream import Stream
+from services.inference.watchdog import Signs, Watchdog
 
 if TYPE_CHECKING:
     from services.inference.vllm_backend import Backend
     from services.inference.vllm_pooling import VllmPooler
 
-__all__ = ["VllmEngine"]
+__all__ = ["StartTimeoutError", "VllmEngine", "prepare_process"]
 
 _log = logging.getLogger(__name__)
 
 # An engine that doesn't start this often in a row won't start by itself: the process ends, for its launcher to see.
 _MAX_FAILED_STARTS: Final = 3
 _RESTART_SECONDS: Final = 5.0
+# The first start reads the weights from wherever they are; the next ones find them in memory.
+_START_FACTOR: Final = 5.0
+_SHORTEST_START_BOUND_SECONDS: Final = 20.0
+# How long vLLM may take to notice that the engine that it waits for was killed.
+_GIVE_UP_SECONDS: Final = 20.0
+# Prompts are computed at an uneven speed, and others decode meanwhile.
+_STEP_FACTOR: Final = 4.0
+_DIED: Final = "the engine died and starts again"
 _NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
+
+
+def prepare_process(settings: WorkerSettings) -> None:
+    """Has engines start fast and safely in this process, which has no second thread yet; takes seconds.
+
+    Without it they start all the same, from a server process that has to import vLLM itself.
+
+    Raises:
+        ConfigError: there is no vLLM.
+    """
+    vllm_version()
+    if has_cuda():
+        return
+    prepare_environment(settings)
+    import_vllm()
+    plant()
+
+
+class StartTimeoutError(Exception):
+    """The engine process was not ready in time."""
 
 
 class VllmEngine:
     """One AsyncLLM. When its engine process dies, every generation fails and the engine is started again in place.
+
+    When it hangs, every generation fails at once, and it is started again unless it comes back by itself.
 
     For use on the event loop that entered it.
     """
@@ -55,7 +92,10 @@ class VllmEngine:
         self._prefill = PrefillMeter()
         self._served_seconds = MovingMean()
         self._streams: dict[str, Stream] = {}
-        self._alive = False
+        self._nursery = Nursery(forks=not has_cuda())
+        self._start_bound = settings.start_seconds
+        self._trouble = "the engine is starting"
+        self._maintained = False
         self._adapters = Adapters(settings.model)
         self._backend: Backend
         self._pooler: VllmPooler | None = None
@@ -67,10 +107,13 @@ class VllmEngine:
             ConfigError: the settings name an argument that vLLM hasn't, or a value that it refuses.
         """
         async with AsyncExitStack() as stack:
-            # The engine process dies with the thread that starts it, so this one stays until the end.
+            prepare_environment(self._settings)
+            # A spawned engine process dies with the thread that starts it, so this one stays until the end.
             self._thread = ThreadPoolExecutor(1, "vllm-start")
             stack.callback(self._thread.shutdown, wait=False)
-            await self._start()
+            stack.push_async_callback(self._in_thread_once, self._nursery.close)
+            self._nursery.open()
+            await self._start_persistently(StartTimeoutError)
             stack.push_async_callback(self._stop)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
             self._supervisor = self._tasks.create_task(self._supervise(), name="vllm-supervisor")
@@ -81,60 +124,96 @@ class VllmEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Fails what still runs, and stops vLLM."""
-        self._alive = False
+        self._trouble = "the worker is stopping"
         self._supervisor.cancel()
         for stream in list(self._streams.values()):
             stream.fail(MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=1.0))
             stream.close()
         await self._stack.__aexit__(kind, error, trace)
 
-    async def _start(self) -> None:
-        begun = time.monotonic()
-        starting = self._in_thread(_start_backend, self._settings, self._stats)
-        try:
-            self._backend = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            # It can't be interrupted, and must not be left behind.
-            await asyncio.wait([starting])
-            if starting.exception() is None:
-                await self._in_thread(starting.result().shut_down)
-            raise
-        self._backend.watch()
-        try:
-            await self._adapters.open(self._backend)
-            self._pooler = await self._backend.pooler(self._settings.max_queued, self._prefill)
-        except BaseException:
-            await self._stop()
-            raise
-        self._alive = True
-        _log.info("vLLM is ready", extra={"seconds": round(time.monotonic() - begun, 2), "model": self.card.model})
-
-    def _in_thread(self, function: Any, *arguments: Any) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
-    async def _stop(self) -> None:
-        self._alive = False
-        await self._backend.stop(self._in_thread)
-
-    async def _supervise(self) -> None:
-        while True:
-            await self._backend.died()
-            self._alive = False
-            _log.error("the vLLM engine died", extra={"running": len(self._streams)})
-            await self._stop()
-            self._stats.reset()
-            await self._start_again()
-
-    async def _start_again(self) -> None:
+    async def _start_persistently(self, *bearable: type[Exception]) -> None:
         failures = 0
-        while not self._alive:
+        while True:
             try:
-                await self._start()
-            except Exception:
+                return await self._start()
+            except bearable:
                 failures += 1
                 _log.exception("vLLM did not start", extra={"failures": failures})
                 if failures == _MAX_FAILED_STARTS:
                     raise
+
+    async def _start(self) -> None:
+        begun = time.monotonic()
+        self._backend = await self._started_backend()
+        try:
+            self._backend.watch()
+            async with asyncio.timeout(self._start_bound):
+                await self._backend.warm_up()
+                await self._adapters.open(self._backend)
+                self._pooler = await self._backend.pooler(self._settings.max_queued, self._prefill)
+        except BaseException as error:
+            await self._stop()
+            if isinstance(error, TimeoutError):
+                raise StartTimeoutError("the first generation does not end") from error
+            raise
+        seconds = time.monotonic() - begun
+        self._start_bound = max(_SHORTEST_START_BOUND_SECONDS, _START_FACTOR * seconds)
+        self._stats.warming_up = False
+        self._trouble = ""
+        _log.info("vLLM is ready", extra={"seconds": round(seconds, 2), "model": self.card.model})
+
+    async def _started_backend(self) -> "Backend":
+        starting = self._in_thread(_start_backend, self._settings, self._stats, self._nursery)
+        try:
+            async with asyncio.timeout(self._start_bound):
+                started: Backend = await asyncio.shield(starting)
+        except (asyncio.CancelledError, TimeoutError) as error:
+            await self._give_up(starting)
+            if isinstance(error, TimeoutError):
+                raise StartTimeoutError(f"not ready after {self._start_bound:.0f} s") from error
+            raise
+        return started
+
+    async def _give_up(self, starting: "asyncio.Future[Backend]") -> None:
+        # The start itself can't be interrupted, and must not be left behind; without its process it ends.
+        self._nursery.kill()
+        done, _ = await asyncio.wait([starting], timeout=_GIVE_UP_SECONDS)
+        if not done:
+            _log.critical("vLLM hangs in its start, which only the end of this process ends")
+            os._exit(1)
+        if starting.exception() is None:
+            await self._in_thread(starting.result().shut_down)
+
+    def _in_thread(self, function: Any, *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def _in_thread_once(self, function: Callable[[], None]) -> None:
+        await self._in_thread(function)
+
+    async def _stop(self) -> None:
+        self._trouble = self._trouble or "the engine starts again"
+        await self._backend.stop(self._in_thread)
+
+    async def _supervise(self) -> None:
+        while True:
+            watching = asyncio.ensure_future(Watchdog(_Core(self), self._settings.watchdog).run())
+            try:
+                await self._backend.died()
+            finally:
+                watching.cancel()
+            await asyncio.wait([watching])
+            self._trouble = _DIED
+            _log.error("the vLLM engine died", extra={"running": len(self._streams)})
+            await self._stop()
+            self._stats.reset()
+            await self._start_persistently(Exception)
+
+    def _lose_all(self) -> None:
+        """Fails what runs, and has the engine forget it as soon as it hears of that."""
+        for stream in list(self._streams.values()):
+            if stream.task is not None:
+                stream.fail(EngineLostError("the engine does not answer"))
+                stream.close()
 
     @property
     def card(self) -> EngineCard:
@@ -145,7 +224,7 @@ class VllmEngine:
     def load(self) -> Load:
         """How it is this moment: vLLM's own numbers of its last step, within what is known to be there now."""
         if self._pooler is not None:
-            return self._pooler.load(alive=self._alive)
+            return self._pooler.load(trouble=self._trouble)
         there = len(self._streams)
         running = min(self._stats.running, there)
         return Load(
@@ -158,7 +237,8 @@ class VllmEngine:
             decode_step_seconds_per_sequence=self._stats.decode.seconds_per_sequence,
             prefix_query_tokens=self._stats.prefix_queries,
             prefix_hit_tokens=self._stats.prefix_hits,
-            alive=self._alive,
+            output_tokens_per_second=self._stats.output.per_second,
+            trouble=self._trouble,
         )
 
     @property
@@ -187,6 +267,44 @@ class VllmEngine:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of tokens; see Engine.detokenize."""
         return await self._ready().prompts.text(token_ids)
+
+    async def sleep(self, level: int) -> None:
+        """See Engine.sleep."""
+        with self._maintenance() as backend:
+            await backend.sleep(level)
+
+    async def wake(self) -> None:
+        """See Engine.wake."""
+        with self._maintenance() as backend:
+            await backend.wake()
+
+    async def reload_weights(self, path: str) -> None:
+        """See Engine.reload_weights. When vLLM fails in it, the engine starts again with the weights that it had."""
+        with self._maintenance() as backend:
+            where = path or self._settings.model.path or ""
+            backend.check_checkpoint(where)
+            try:
+                await backend.reload(where)
+            except BaseException as error:
+                # Which weights it has now, nobody knows.
+                self._nursery.kill()
+                if not isinstance(error, Exception):
+                    raise
+                _log.exception("the weights could not be replaced")
+                message = "path: the engine can't use the checkpoint"
+                raise MeshError(Reason.FAILED_PRECONDITION, message, field="path") from error
+            model = msgspec.structs.replace(self._settings.model, path=where)
+            self._settings = msgspec.structs.replace(self._settings, model=model)
+
+    @contextmanager
+    def _maintenance(self) -> "Iterator[Backend]":
+        """For what may keep the engine from answering for long."""
+        backend = self._ready()
+        self._maintained = True
+        try:
+            yield backend
+        finally:
+            self._maintained = False
 
     async def submit(self, generation: Generation, sink: Sink) -> None:
         """Starts a generation; returns when vLLM has accepted it.
@@ -223,7 +341,7 @@ class VllmEngine:
             stream.close()
 
     def _ready(self) -> "Backend":
-        if not self._alive:
+        if self._trouble:
             raise MeshError(
                 Reason.NO_READY_WORKER, "the engine is starting again", retry_after_seconds=_RESTART_SECONDS
             )
@@ -253,9 +371,13 @@ class VllmEngine:
         except MeshError as error:
             stream.fail(error)
         except Exception as error:  # noqa: BLE001  # one request's fault must not take the others along
-            if not isinstance(error, backend.dead):
+            if isinstance(error, backend.dead):
+                # The supervisor hears of it a moment later.
+                self._trouble = self._trouble or _DIED
+                stream.fail(EngineLostError("the engine died"))
+            else:
                 _log.error("a generation failed", exc_info=error)
-            stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
+                stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
         finally:
             del self._streams[stream.generation.id]
             stream.accept()
@@ -294,9 +416,48 @@ class VllmEngine:
         self._prefill.observe(computed, output.metrics.scheduled_ts, output.metrics.first_token_ts)
 
 
-def _start_backend(settings: WorkerSettings, stats: EngineStats) -> "Backend":
-    prepare_environment(settings)
+class _Core:
+    """The engine process as its watchdog sees it."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+        self._backend = engine._backend  # the two classes are one unit
+
+    @property
+    def steps(self) -> int:
+        return self._engine._stats.steps
+
+    @property
+    def longest_step_seconds(self) -> float | None:
+        if self._engine._maintained:
+            return self._engine._settings.start_seconds
+        load = self._engine.load
+        tokens = min(load.pending_prefill_tokens, self._backend.most_step_tokens)
+        decode = (load.decode_step_seconds or 0.0) + (load.decode_step_seconds_per_sequence or 0.0) * load.running
+        if not tokens:
+            return _STEP_FACTOR * decode
+        speed = load.prefill_tokens_per_second
+        return _STEP_FACTOR * (tokens / speed + decode) if speed else None
+
+    async def probe(self) -> None:
+        await self._backend.probe()
+
+    def signs(self) -> Signs:
+        return signs_of(self._engine._nursery.pids)
+
+    def stalled(self, reason: str) -> None:
+        self._engine._trouble = reason
+        self._engine._lose_all()
+
+    def recovered(self) -> None:
+        self._engine._trouble = ""
+
+    def kill(self) -> None:
+        self._engine._nursery.kill()
+
+
+def _start_backend(settings: WorkerSettings, stats: EngineStats, nursery: Nursery) -> "Backend":
     # Importing vLLM takes seconds, and reads the environment.
     from services.inference.vllm_backend import start_backend  # noqa: PLC0415
 
-    return start_backend(settings, stats)
+    return start_backend(settings, stats, nursery)

@@ -10,7 +10,7 @@ from services.common.config import ConfigError
 from services.common.settings import WorkerSettings
 from services.inference.vllm_plugin import WORKER_PID_VARIABLE
 
-__all__ = ["has_cuda", "prepare_environment", "vllm_version"]
+__all__ = ["has_cuda", "ignore_warnings", "prepare_environment", "vllm_version"]
 
 
 def vllm_version() -> str:
@@ -32,6 +32,12 @@ def has_cuda() -> bool:
     return not version("torch").endswith("+cpu")
 
 
+def ignore_warnings() -> None:
+    """Silences what vLLM's import warns of."""
+    # It looks at a deprecated name of torch's, and nobody here can change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
 def prepare_environment(settings: WorkerSettings) -> None:
     """Sets what vLLM, torch and their processes read when they are imported. What the operator set stays."""
     cuda = has_cuda()
@@ -48,8 +54,7 @@ def prepare_environment(settings: WorkerSettings) -> None:
         if settings.engine_args.get("enforce_eager", True):
             # Else the first request with log-probabilities waits 17 s for a C++ compiler.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
-    # It looks at a deprecated name of torch's, and nobody here can change that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    ignore_warnings()
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if settings.gpu is not None:

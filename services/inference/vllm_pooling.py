@@ -64,14 +64,14 @@ class VllmPooler:
         kind = SCORE_TYPE_MAP.get(model_config.get_pooling_task(tuple(tasks)))
         self._scoring: Any = ScoringIOProcessors[kind](**parts) if Capability.SCORE in can else None
 
-    def load(self, *, alive: bool) -> Load:
+    def load(self, *, trouble: str) -> Load:
         """How the engine is, this moment."""
         return Load(
             running=self._jobs.running,
             waiting=self._jobs.waiting,
             pending_prefill_tokens=self._jobs.pending_tokens,
             prefill_tokens_per_second=self._prefill.tokens_per_second,
-            alive=alive,
+            trouble=trouble,
         )
 
     async def embed(self, job: EmbedJob) -> Embedded:

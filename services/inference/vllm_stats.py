@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from services.inference.calibration import DecodeModel
+from services.inference.calibration import DecodeModel, TokenRate
 
 __all__ = ["EngineStats"]
 
@@ -11,30 +11,40 @@ class EngineStats:
     """vLLM's stat logger interface (which upstream calls unstable), called after each step and never while idle."""
 
     def __init__(self) -> None:
+        self.steps = 0
+        """Steps of every engine so far."""
         self.running = 0
         self.waiting = 0
         self.kv_usage = 0.0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.decode = DecodeModel()
+        self.output = TokenRate()
+        self.warming_up = True
+        """Whether what it does now says nothing about its speed."""
 
     def reset(self) -> None:
         """The engine starts again, empty; what was learnt and counted stays."""
         self.running = self.waiting = 0
         self.kv_usage = 0.0
+        self.warming_up = True
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
         """One engine step."""
         del mm_cache_stats, engine_idx
+        self.steps += 1
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
             self.prefix_queries += scheduler_stats.prefix_cache_stats.queries
             self.prefix_hits += scheduler_stats.prefix_cache_stats.hits
-        if iteration_stats is not None and not iteration_stats.time_to_first_tokens_iter:
+        if iteration_stats is None or self.warming_up:
+            return
+        self.output.observe(iteration_stats.num_generation_tokens)
+        if not iteration_stats.time_to_first_tokens_iter:
             self._observe_decode(iteration_stats.inter_token_latencies_iter)
 
     def _observe_decode(self, gaps: list[float]) -> None:

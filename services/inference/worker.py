@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import os
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Final
 
 import grpc.aio
@@ -17,6 +18,7 @@ from services.inference.engine import Engine, Load
 from services.inference.gate import Gate, State
 from services.inference.generations import Generations
 from services.inference.gpus import gpu_uuids
+from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import LoadCollector, WorkerMetrics
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
@@ -43,7 +45,8 @@ class Worker:
         tracer = tracing.tracer() if settings.otlp_endpoint else None
         self._generations = Generations(Spans(tracer, worker=settings.name), WorkerMetrics(self._registry))
         self._inference = InferenceServicer(self._gate, self._generations)
-        self._sessions = WorkerServicer(self._gate, self._generations)
+        lifecycle = Lifecycle(self._gate, self._generations, drain_seconds=settings.drain_seconds)
+        self._sessions = WorkerServicer(self._gate, self._generations, lifecycle)
 
     async def run(self, stop: asyncio.Event) -> int:
         """Serves until `stop` is set, then drains; returns the exit code."""
@@ -80,12 +83,22 @@ class Worker:
     def _make_engine(self) -> AbstractAsyncContextManager[Engine]:
         settings = self._settings
         if settings.engine == "sim":
-            if settings.sim.runner == "pooling":
-                return SimPooler(settings.sim, settings.model.name, settings.max_queued)
-            return SimEngine(settings.sim, settings.model.name, settings.max_queued)
+            return self._make_sim()
         from services.inference.vllm_engine import VllmEngine  # noqa: PLC0415  # vLLM takes seconds to import
 
         return VllmEngine(settings)
+
+    @asynccontextmanager
+    async def _make_sim(self) -> AsyncIterator[Engine]:
+        settings = self._settings
+        if settings.sim.runner == "pooling":
+            async with SimPooler(settings.sim, settings.model.name, settings.max_queued) as pooler:
+                yield pooler
+            return
+        simulated = SimEngine(settings.sim, settings.model.name, settings.max_queued, watchdog=settings.watchdog)
+        async with simulated as engine:
+            with engine.life.obeying_signals():
+                yield engine
 
     def _registration(self, engine: Engine, port: int) -> Registration:
         settings = self._settings
@@ -103,6 +116,9 @@ class Worker:
         told = None
         while True:
             ready = self._gate.state is State.READY
+            if self._gate.state is State.UNAVAILABLE:
+                # Generations are failed by their engine.
+                self._inference.pooling.fail_all(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
             if ready != told:
                 told = ready
                 _log.info("serving" if ready else "not serving", extra={"state": self._gate.state.value})
@@ -111,16 +127,17 @@ class Worker:
 
     async def _drain(self) -> None:
         self._gate.stop()
-        try:
-            async with asyncio.timeout(self._settings.drain_seconds):
-                await self._generations.wait_idle()
-                await self._inference.pooling.wait_idle()
-        except TimeoutError:
-            _log.warning("drained for long enough; what still runs moves elsewhere")
         stopping = MeshError(Reason.NO_READY_WORKER, "this worker is stopping", retry_after_seconds=_RETRY_SECONDS)
-        self._generations.fail_all(stopping)
-        self._inference.pooling.fail_all(stopping)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._generations.finish(self._settings.drain_seconds, stopping))
+            tasks.create_task(self._finish_pooling(stopping))
         self._sessions.close()
+
+    async def _finish_pooling(self, stopping: MeshError) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self._inference.pooling.wait_idle()
+        self._inference.pooling.fail_all(stopping)
 
     def _register(self, server: grpc.aio.Server) -> list[str]:
         return register(server, self._inference, self._sessions)

@@ -9,7 +9,15 @@ from msgspec import Meta
 from services.common import config
 from services.common.config import ConfigError
 from services.common.policy import Policy, policy_from
-from services.common.settings import Address, JwtSettings, LedgerSettings, ModelSettings, Name, SimSettings
+from services.common.settings import (
+    Address,
+    JwtSettings,
+    LedgerSettings,
+    ModelSettings,
+    Name,
+    SimSettings,
+    WatchdogSettings,
+)
 
 __all__ = ["DEMO_MODEL", "EdgeConfig", "MeshConfig", "PoolConfig", "WorkerConfig", "load_mesh", "parse_sim"]
 
@@ -37,6 +45,8 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
     sim: SimSettings | None = None
     """How fast and how large a simulated engine is; for `engine: sim` alone."""
+    watchdog: WatchdogSettings = WatchdogSettings()
+    """When an engine that makes no progress is given up."""
 
 
 class PoolConfig(_Struct, kw_only=True, frozen=True):

@@ -115,6 +115,7 @@ class _Planner:
             gpu_memory_utilization=worker.gpu_memory_utilization,
             engine_args=worker.engine_args,
             sim=worker.sim or SimSettings(),
+            watchdog=worker.watchdog,
             drain_seconds=self._mesh.drain_seconds,
         )
 

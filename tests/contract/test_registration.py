@@ -188,12 +188,13 @@ async def test_a_dead_engine_is_reported() -> None:
     class Mortal(SimEngine):
         @property
         def load(self) -> Load:
-            return replace(super().load, alive=alive)
+            return replace(super().load, trouble="" if alive else "it died")
 
     async with sim_worker(make_engine=Mortal) as worker, router_at() as (router, address), registered(worker, address):
         await eventually(lambda: router.state == READY, within=1)
         alive = False
         await eventually(lambda: router.state == UNAVAILABLE, within=1)
+        assert router.loads[-1].state_reason == "it died"
         alive = True
         await eventually(lambda: router.state == READY, within=1)
 

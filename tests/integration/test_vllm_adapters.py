@@ -24,6 +24,7 @@ from services.common.status import error_from_call
 from services.inference.engine import Engine, FinishReason, Generation, Sampling, cards_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations
+from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import WorkerMetrics
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
@@ -236,7 +237,10 @@ async def test_over_grpc_adapters_come_and_go_as_models_and_routers_learn_of_it(
     gate.open(engine)
     registry = CollectorRegistry()
     generations = Generations(Spans(None, worker="w"), WorkerMetrics(registry))
-    services = InferenceServicer(gate, generations), WorkerServicer(gate, generations)
+    services = (
+        InferenceServicer(gate, generations),
+        WorkerServicer(gate, generations, Lifecycle(gate, generations, drain_seconds=1.0)),
+    )
     who = registration_to_proto(engine.card, worker_id="w", endpoint="127.0.0.1:5001", pool="p", gpus=[])
     async with (
         running_router() as (router, _),

@@ -17,8 +17,9 @@ import pytest_asyncio
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
+from services.common.settings import WatchdogSettings
 from services.inference.engine import Capability, ChatMessage, Engine, FinishReason, Generation, Sampling
-from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_engine import StartTimeoutError, VllmEngine
 from services.inference.vllm_environment import vllm_version
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
@@ -349,18 +350,61 @@ async def test_when_the_engine_process_dies_its_generations_fail_and_it_comes_ba
     for i, sink in enumerate(sinks):
         await engine.submit(generation(f"victim-{i}", max_tokens=2000), sink)
     await eventually(lambda: all(sink.token_ids for sink in sinks), within=5)
-    (core,) = [child for child in psutil.Process().children() if "EngineCore" in child.name()]
-    core.kill()
+    (core,) = engine._nursery.pids
+    os.kill(core, signal.SIGKILL)
+    killed = time.monotonic()
     await asyncio.wait_for(asyncio.gather(*[sink.ended.wait() for sink in sinks]), 2)
+    assert time.monotonic() - killed < 0.2
     assert [sink.error and sink.error.reason for sink in sinks] == [Reason.ENGINE_FAILED] * 4
     assert not engine.load.alive
     error = await refusal(engine, generation("too-early"))
     assert error.reason is Reason.NO_READY_WORKER
     assert error.retry_after_seconds is not None
-    await eventually(lambda: engine.load.alive, within=30)
+    await eventually(lambda: engine.load.alive, within=10)
     after = await generate(engine, generation("after"))
     assert after.token_ids == before.token_ids
     assert engine.load.running + engine.load.waiting == 0
+
+
+async def test_a_stopped_engine_is_given_up_within_3_s_and_taken_back_without_what_moved_elsewhere(
+    engine: VllmEngine,
+) -> None:
+    before = await generate(engine, generation("calm"))
+    sinks = [Kept() for _ in range(4)]
+    for i, sink in enumerate(sinks):
+        await engine.submit(generation(f"wedged-{i}", max_tokens=2000), sink)
+    await eventually(lambda: all(sink.token_ids for sink in sinks), within=5)
+    (core,) = engine._nursery.pids
+    os.kill(core, signal.SIGSTOP)
+    try:
+        await eventually(lambda: not engine.load.alive, within=3)
+        assert engine.load.trouble == "the engine's process is stopped"
+        assert [sink.error and sink.error.reason for sink in sinks] == [Reason.ENGINE_FAILED] * 4
+        assert (await refusal(engine, generation("wedged"))).reason is Reason.NO_READY_WORKER
+        heard = [len(sink.token_ids) for sink in sinks]
+    finally:
+        os.kill(core, signal.SIGCONT)
+    await eventually(lambda: engine.load.alive, within=2)
+    assert (await generate(engine, generation("again"))).token_ids == before.token_ids
+    assert [len(sink.token_ids) for sink in sinks] == heard
+    assert engine._backend.llm.get_num_unfinished_requests() == 0
+    assert engine._nursery.pids == [core]
+
+
+async def test_an_engine_that_stays_stopped_is_replaced() -> None:
+    watchdog = WatchdogSettings(restart_seconds=1.5)
+    async with VllmEngine(worker_settings(str(demo_model()), watchdog=watchdog)) as engine:
+        (core,) = engine._nursery.pids
+        os.kill(core, signal.SIGSTOP)
+        await eventually(lambda: engine.load.alive and engine._nursery.pids not in ([], [core]), within=15)
+        assert (await generate(engine, generation("after"))).usage is not None
+
+
+async def test_an_engine_that_is_not_ready_in_time_is_killed_and_started_again() -> None:
+    with pytest.raises(StartTimeoutError):
+        async with VllmEngine(worker_settings(str(demo_model()), start_seconds=0.2)):
+            pass
+    assert "EngineCore" not in [child.name() for child in psutil.Process().children(recursive=True)]
 
 
 async def test_an_unknown_engine_argument_is_named() -> None:

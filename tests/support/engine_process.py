@@ -14,7 +14,7 @@ import uvloop
 from services.common import tracing
 from services.common.settings import ModelSettings, WorkerSettings
 from services.inference.engine import Generation, Sampling
-from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_engine import VllmEngine, prepare_process
 from tests.support.sinks import Kept
 
 __all__ = ["generate", "worker_settings"]
@@ -58,6 +58,7 @@ async def _live(model: str, endpoint: str | None) -> None:
 
 def _main() -> None:
     model, endpoint = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+    prepare_process(worker_settings(model))
     with tracing.provider("inference", endpoint=endpoint):
         uvloop.run(_live(model, endpoint))
 

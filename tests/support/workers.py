@@ -22,6 +22,7 @@ from services.common import rpc
 from services.common.settings import SimSettings
 from services.inference.gate import Gate
 from services.inference.generations import Generations
+from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import WorkerMetrics
 from services.inference.pooling_calls import PoolingCalls
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
@@ -93,7 +94,8 @@ async def sim_worker(
     """Serves a worker on a free port for as long as the block; it is not registered with any router."""
     gate, registry = Gate(), CollectorRegistry()
     generations = Generations(Spans(tracer, worker="sim-0"), WorkerMetrics(registry))
-    inference, worker = InferenceServicer(gate, generations), WorkerServicer(gate, generations)
+    inference = InferenceServicer(gate, generations)
+    worker = WorkerServicer(gate, generations, Lifecycle(gate, generations, drain_seconds=1.0))
     async with (
         make_engine(sim, model, max_queued) as engine,
         rpc.serve("127.0.0.1:0", lambda server: register(server, inference, worker), grace_seconds=0) as server,

@@ -360,7 +360,7 @@ async def test_leaving_the_engine_fails_what_runs_and_refuses_what_comes() -> No
     assert recorder.error is not None
     assert recorder.error.reason is Reason.NO_READY_WORKER
     assert not engine.load.alive
-    assert (await refusal(engine, generation())).reason is Reason.ENGINE_FAILED
+    assert (await refusal(engine, generation())).reason is Reason.NO_READY_WORKER
 
 
 def replace_settings(settings: SimSettings, **changes: int) -> SimSettings:

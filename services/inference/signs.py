@@ -1,0 +1,31 @@
+"""What Linux says of a tree of processes: whether one is stopped, and what they have computed."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from services.inference.watchdog import Signs
+
+__all__ = ["signs_of"]
+
+_PROC: Final = Path("/proc")
+_TICK_SECONDS: Final = 1 / os.sysconf("SC_CLK_TCK")
+_STOPPED: Final = ("T", "t")
+
+
+def signs_of(pids: list[int]) -> Signs:
+    """Of these processes and their descendants. Those that are gone, and other systems, tell nothing."""
+    stopped, ticks = False, 0
+    waiting = list(pids)
+    while waiting:
+        pid = waiting.pop()
+        try:
+            # The name in parentheses may hold anything; what counts comes after it.
+            fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            children = [(task / "children").read_text() for task in (_PROC / str(pid) / "task").iterdir()]
+        except OSError:
+            continue
+        stopped |= fields[0] in _STOPPED
+        ticks += int(fields[11]) + int(fields[12])
+        waiting += [int(child) for listed in children for child in listed.split()]
+    return Signs(stopped=stopped, cpu_seconds=ticks * _TICK_SECONDS)
