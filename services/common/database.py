@@ -27,12 +27,24 @@ from sqlalchemy.dialects.sqlite import REAL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-__all__ = ["AUDIT", "COUNTERS", "KEYS", "USAGE", "Database", "DatabaseError", "url_of"]
+__all__ = [
+    "AUDIT",
+    "BATCHES",
+    "BATCH_RESULTS",
+    "COUNTERS",
+    "FILES",
+    "FILE_CHUNKS",
+    "KEYS",
+    "USAGE",
+    "Database",
+    "DatabaseError",
+    "url_of",
+]
 
 DatabaseError = SQLAlchemyError
 """What any use of the database may raise."""
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BUSY_SECONDS: Final = 5
 _CONNECT_SECONDS: Final = 2
 _STATEMENT_MS: Final = 10_000
@@ -115,6 +127,65 @@ COUNTERS: Final = Table(
     "counters", _metadata, Column("name", Text, primary_key=True), Column("value", _COUNT, nullable=False)
 )
 """Numbers that move when something else has changed, and the version of the tables."""
+
+FILES: Final = Table(
+    "files",
+    _metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("bytes", _COUNT, nullable=False),
+    Column("complete", Integer, nullable=False),
+    Column("created_at", _SECONDS, nullable=False),
+    Column("expires_at", _SECONDS),
+    Index("files_by_tenant", "tenant", "created_at"),
+)
+"""Files that clients sent or batches made."""
+
+FILE_CHUNKS: Final = Table(
+    "file_chunks",
+    _metadata,
+    Column("file_id", Text, primary_key=True),
+    Column("number", _COUNT, primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+)
+"""What is in the files, in order."""
+
+BATCHES: Final = Table(
+    "batches",
+    _metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("identity", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    Column("status", Text, nullable=False),
+    Column("errors", Text),
+    Column("metadata", Text),
+    Column("times", Text, nullable=False),
+    Column("created_at", _SECONDS, nullable=False),
+    Column("expires_at", _SECONDS, nullable=False),
+    Column("total", _COUNT, nullable=False, server_default="0"),
+    Column("owner", Text),
+    Column("owned_until", _SECONDS, nullable=False, server_default="0"),
+    Index("batches_by_tenant", "tenant", "created_at"),
+    Index("batches_by_status", "status"),
+)
+"""Jobs of many requests."""
+
+BATCH_RESULTS: Final = Table(
+    "batch_results",
+    _metadata,
+    Column("batch_id", Text, primary_key=True),
+    Column("line", _COUNT, primary_key=True),
+    Column("ok", Integer, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+"""What became of each line of a batch's input."""
 
 
 class Database:

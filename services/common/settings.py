@@ -10,6 +10,7 @@ from services.common.policy import Policy
 __all__ = [
     "AdapterSettings",
     "Address",
+    "BatchSettings",
     "GatewaySettings",
     "GrantSettings",
     "JwtSettings",
@@ -239,6 +240,16 @@ class LedgerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Usage older than this is deleted; null keeps it."""
 
 
+class BatchSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Files, and the batches of requests that are made of them."""
+
+    concurrency: Annotated[int, Meta(ge=0, le=1024)] = 8
+    """Requests of a batch that a gateway makes at the same time; 0: this gateway works on none."""
+    max_file_bytes: Count = 100 << 20
+    max_tenant_bytes: Count = 1 << 30
+    """What all files of one tenant may hold."""
+
+
 class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """services.gateway. `http` serves the OpenAI API and the edge's checks of keys, `listen` these checks over gRPC."""
 
@@ -257,6 +268,7 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     ledger: LedgerSettings = LedgerSettings()
     fleet_memory_seconds: Annotated[float, Meta(ge=0)] = 60.0
     """How long requests are placed among the workers that were ready last while no router answers."""
+    batches: BatchSettings = BatchSettings()
     max_body_bytes: Count = 4 << 20
     request_timeout_seconds: Positive = 600.0
     """Longest that one request may take, queueing included."""

@@ -20,6 +20,7 @@ from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
 from services.gateway.generation import Generator
 from services.gateway.identity import Authenticator, KeyDirectory
+from services.gateway.jobs import Jobs
 from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models
@@ -29,6 +30,7 @@ from services.gateway.responses import Responses
 from services.gateway.router_client import RouterClient
 from services.gateway.routes import Route, Routes
 from services.gateway.server import serve_http
+from services.gateway.stored import LateDatabase
 from services.gateway.worker_calls import WorkerCalls
 from services.gateway.worker_sessions import WorkerSessions
 
@@ -58,15 +60,19 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             fleet = FleetWatch(settings.routers, on_endpoints=keep, placement=placement)
             running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
             generator = Generator(routers, workers)
+            jobs = Jobs(settings.batches, resources.enter_context(LateDatabase(settings.database)), keys)
+            routes = _routes(
+                settings,
+                generator=generator,
+                calls=calls,
+                metrics=metrics,
+                fleet=fleet,
+                conversations=conversations,
+                jobs=jobs,
+            )
+            running.append(tasks.create_task(jobs.run(routes)))
             app = App(
-                routes=_routes(
-                    settings,
-                    generator=generator,
-                    calls=calls,
-                    metrics=metrics,
-                    fleet=fleet,
-                    conversations=conversations,
-                ),
+                routes=routes,
                 authenticator=authenticator,
                 authorization=HttpAuthorization(authenticator),
                 metrics=metrics,
@@ -105,6 +111,7 @@ def _routes(
     metrics: GatewayMetrics,
     fleet: FleetWatch,
     conversations: Conversations,
+    jobs: Jobs,
 ) -> Routes:
     limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
     return Routes(
@@ -112,6 +119,7 @@ def _routes(
         Route("POST", "/v1/completions", Endpoint(COMPLETIONS, generator, metrics, limits)),
         *Responses(generator, metrics, limits, conversations).routes,
         *pooling_routes(calls, metrics, limits),
+        *jobs.routes,
         *Models(fleet).routes,
     )
 

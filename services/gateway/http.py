@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -31,6 +32,7 @@ class Request:
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self._query: bytes = scope.get("query_string", b"")
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self._receive = receive
         self.parameters: dict[str, str] = {}
@@ -40,6 +42,11 @@ class Request:
         """The value of a header, by its lower-case name; None when it is absent or there are several."""
         values = [value for key, value in self._headers if key == name]
         return values[0].decode("latin-1") if len(values) == 1 else None
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query's parameters; of a repeated one the last value."""
+        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=64))
 
     async def json_body(self, limit: int) -> bytes:
         """The body, which must say that it is JSON.
@@ -53,25 +60,37 @@ class Request:
             raise MeshError(Reason.UNSUPPORTED_MEDIA_TYPE, "send the body as content-type: application/json")
         if self.header(b"content-encoding") not in (None, "identity"):
             raise MeshError(Reason.UNSUPPORTED_MEDIA_TYPE, "send the body without a content-encoding")
+        self.check_length(limit)
+        return await self._read(limit)
+
+    def check_length(self, limit: int) -> None:
+        """Refuses a body that says of itself that it is larger than `limit` bytes. Raises MeshError."""
         declared = self.header(b"content-length") or "0"
         if declared.isdecimal() and int(declared) > limit:
             raise _too_large(limit)
-        return await self._read(limit)
 
     async def _read(self, limit: int) -> bytes:
-        parts: list[bytes] = []
+        return b"".join([part async for part in self.body_parts(limit)])
+
+    async def body_parts(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes.
+
+        Raises:
+            MeshError: it is larger than `limit` bytes; reading stops there.
+            ClientLeftError: the client left before the end.
+        """
         size = 0
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
-            part = message.get("body", b"")
+            part: bytes = message.get("body", b"")
             size += len(part)
             if size > limit:
                 raise _too_large(limit)
-            parts.append(part)
+            yield part
             if not message.get("more_body", False):
-                return b"".join(parts)
+                return
 
     async def disconnected(self) -> None:
         """Returns when the client has left. Only after the body was read."""
@@ -109,6 +128,14 @@ class Response:
         await self._start(status, [_JSON, length, *headers])
         self.ended = True
         await self._send({"type": "http.response.body", "body": encoded})
+
+    async def send_bytes(self, parts: AsyncIterator[bytes], *, length: int) -> None:
+        """Sends a file."""
+        headers = ((b"content-type", b"application/octet-stream"), (b"content-length", str(length).encode()))
+        await self._start(200, headers)
+        async for part in parts:
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        await self.end()
 
     async def start_events(self) -> None:
         """Begins a stream of server-sent events."""

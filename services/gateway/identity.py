@@ -78,6 +78,14 @@ class KeyDirectory:
         identity, until = found
         return identity if until is None or self._clock() < until else None
 
+    def by_id(self, key_id: str) -> Identity | None:
+        """The owner of a key that is known by its id; None when it is not, or no longer, one of ours."""
+        now = self._clock()
+        for identity, until in self._known.values():
+            if identity.key_id == key_id and (until is None or now < until):
+                return identity
+        return None
+
     def refresh(self) -> None:
         """Reads the store again if it has changed. Blocking.
 

@@ -41,6 +41,12 @@ class Lane:
                 await asyncio.sleep(0.01)
         return key
 
+    def new_key(self, tenant: str) -> str:
+        """A key of somebody else."""
+        with KeyStore(self.keys) as store:
+            _, key = store.create(tenant)
+        return key
+
     @property
     def headers(self) -> dict[str, str]:
         """Headers with a key that may do anything."""

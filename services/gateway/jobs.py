@@ -1,0 +1,58 @@
+"""Files and batches put together: their routes, and the runner that works on them."""
+
+import msgspec
+
+from services.common.settings import BatchSettings
+from services.gateway.batch_runner import BatchRunner
+from services.gateway.batch_store import BatchRecord, BatchStore
+from services.gateway.batches import Batches
+from services.gateway.file_store import FileStore
+from services.gateway.files import Files
+from services.gateway.identity import Identity, KeyDirectory
+from services.gateway.inner_calls import InnerCalls
+from services.gateway.routes import Route, Routes
+from services.gateway.stored import LateDatabase
+
+__all__ = ["Jobs"]
+
+_KEY_PREFIX = "key-"
+"""Ids of keys of our own store; other identities come with tokens, which can't be looked up again."""
+
+
+class Jobs:
+    """What one gateway does about files and batches."""
+
+    def __init__(self, settings: BatchSettings, database: LateDatabase, keys: KeyDirectory) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._files = FileStore(database)
+        self._batches = BatchStore(database)
+
+    @property
+    def routes(self) -> list[Route]:
+        """What is served."""
+        files = Files(
+            self._files,
+            max_file_bytes=self._settings.max_file_bytes,
+            max_tenant_bytes=self._settings.max_tenant_bytes,
+        )
+        return [*files.routes, *Batches(self._batches, self._files).routes]
+
+    async def run(self, routes: Routes) -> None:
+        """Works on batches until cancelled; `routes` answer their requests."""
+        if self._settings.concurrency == 0:
+            return
+        runner = BatchRunner(
+            self._batches,
+            self._files,
+            InnerCalls(routes),
+            identity_of=self._identity_of,
+            concurrency=self._settings.concurrency,
+        )
+        await runner.run()
+
+    def _identity_of(self, batch: BatchRecord) -> Identity | None:
+        # A key's present rights count, not those that it had when the batch was sent.
+        if batch.key_id.startswith(_KEY_PREFIX):
+            return self._keys.by_id(batch.key_id)
+        return msgspec.json.decode(batch.identity, type=Identity)

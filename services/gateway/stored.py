@@ -1,0 +1,70 @@
+"""The database, for requests that can't do without it; it may be away, at the start, too."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy import Connection
+
+from services.common.database import Database, DatabaseError
+from services.common.errors import MeshError, Reason
+
+__all__ = ["LateDatabase", "while_stored"]
+
+_log = logging.getLogger(__name__)
+
+
+class LateDatabase:
+    """The mesh's database, opened when it is first needed. A context manager; leaving it closes it. For any thread."""
+
+    def __init__(self, where: str) -> None:
+        """`where`: a file, or a URL."""
+        self._where = where
+        self._lock = threading.Lock()
+        self._database: Database | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection to read with. Raises DatabaseError."""
+        with self._opened().reading() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction, committed at the end of the block. Raises DatabaseError."""
+        with self._opened().writing() as connection:
+            yield connection
+
+    def _opened(self) -> Database:
+        with self._lock:
+            if self._database is None:
+                self._database = Database(self._where)
+            return self._database
+
+
+@contextmanager
+def while_stored() -> Iterator[None]:
+    """Turns a database that is away into an answer: try again.
+
+    Raises:
+        MeshError: NO_READY_WORKER.
+    """
+    try:
+        yield
+    except DatabaseError as error:
+        _log.warning("the database is away", extra={"cause": repr(error)})
+        raise MeshError(
+            Reason.NO_READY_WORKER, "files and batches can't be reached at present", retry_after_seconds=5.0
+        ) from error
