@@ -28,6 +28,7 @@ _PICKER: Final = 50052
 _HTTP: Final = 8000
 _METRICS: Final = 9100
 _ADMIN: Final = 9901
+_FALLBACK: Final = 9902
 _ANY: Final = "0.0.0.0"  # noqa: S104  # inside a container, whose network is the mesh's alone
 _REDIS_URL: Final = "redis://redis:6379/0"
 # The first addresses of the network are Docker's own.
@@ -64,6 +65,8 @@ def edge_of(mesh: MeshConfig) -> Edge:
         router=f"router:{_GRPC}",
         picker=f"router:{_PICKER}",
         telemetry=f"telemetry:{_GRPC}",
+        workers=tuple(f"{one.address}:{_GRPC}" for one in _containers(mesh) if one.worker is not None),
+        fallback=f"127.0.0.1:{_FALLBACK}",
         otlp=mesh.otlp_endpoint,
     )
 

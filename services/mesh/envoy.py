@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from services.mesh.envoy_clusters import clusters, otlp_cluster
+from services.mesh.envoy_fallback import fallback_cluster, fallback_listener
 from services.mesh.envoy_filters import http_filters
 from services.mesh.envoy_replies import local_replies
 from services.mesh.envoy_routes import route_config
@@ -31,6 +32,11 @@ class Edge:
     picker: str
     """The router's endpoint picker for the edge."""
     telemetry: str
+    workers: tuple[str, ...] = ()
+    """Workers that are known before any has registered; they are used while the router is away. Each is `ip:port`."""
+    fallback: str | None = None
+    """Where the edge listens for itself, to send what the router could not be asked about to any worker; None: such
+    requests are refused."""
     otlp: str | None = None
     """Where spans go, over OTLP gRPC; None: no tracing."""
     access_log: str = "/dev/stdout"
@@ -45,7 +51,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
         "application_log_config": {"log_format": {"json_format": _LOG_LINE}},
         "overload_manager": _overload_manager(),
         "static_resources": {
-            "listeners": [_listener(edge)],
+            "listeners": [_listener(edge), *([] if edge.fallback is None else [fallback_listener(edge.fallback)])],
             "clusters": [
                 *clusters(
                     gateway=edge.gateway,
@@ -53,6 +59,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
                     picker=edge.picker,
                     telemetry=edge.telemetry,
                 ),
+                *([] if edge.fallback is None else [fallback_cluster(edge.workers)]),
                 *collector,
             ],
         },
@@ -146,7 +153,7 @@ def _connection_manager(edge: Edge) -> dict[str, Any]:
         access_log=[_access_log(edge.access_log)],
         local_reply_config=local_replies(),
         route_config=route_config(),
-        http_filters=http_filters(),
+        http_filters=http_filters(edge.fallback),
     )
 
 

@@ -1,14 +1,16 @@
 """Whom the edge talks to."""
 
+from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any, Final
 
 from services.mesh.envoy_types import any_of, socket_address
 
-__all__ = ["clusters", "otlp_cluster"]
+__all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "balanced", "clusters", "otlp_cluster"]
 
 # Where the router says which worker gets a request: dynamic metadata, which no client can set.
-_DESTINATION: Final = {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint"}]}
+DESTINATION_NAMESPACE: Final = "envoy.lb"
+DESTINATION_KEY: Final = "x-gateway-destination-endpoint"
 
 _BUFFER_BYTES: Final = 32 << 10
 _MANY: Final = 100_000
@@ -28,6 +30,18 @@ def clusters(*, gateway: str, router: str, picker: str, telemetry: str) -> list[
 def otlp_cluster(address: str) -> dict[str, Any]:
     """The tracing collector."""
     return _fixed("otlp", address, _HTTP2)
+
+
+def balanced(name: str, addresses: Sequence[str]) -> dict[str, Any]:
+    """A cluster of gRPC servers of which each is as good as the others; addresses are `ip:port`."""
+    endpoints = [{"endpoint": {"address": socket_address(address)}} for address in addresses]
+    return {
+        **_cluster(name, _HTTP2),
+        "connect_timeout": "0.25s",
+        "type": "STATIC",
+        "lb_policy": "LEAST_REQUEST",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
+    }
 
 
 def _cluster(name: str, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +73,7 @@ def _workers() -> dict[str, Any]:
         **_cluster("workers", _HTTP2),
         "type": "ORIGINAL_DST",
         "lb_policy": "CLUSTER_PROVIDED",
-        "original_dst_lb_config": {"metadata_key": _DESTINATION},
+        "original_dst_lb_config": {"metadata_key": {"key": DESTINATION_NAMESPACE, "path": [{"key": DESTINATION_KEY}]}},
         "cleanup_interval": "60s",
     }
 

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from services.common.status import DETAILS_KEY
+from services.mesh.envoy_fallback import destination_filter
 from services.mesh.envoy_replies import error_body_script
 from services.mesh.envoy_types import any_of
 from services.mesh.rest import PUBLIC_SERVICES, descriptor_set
@@ -27,8 +28,10 @@ _CHECK_HEADERS: Final = [
     {"key": f"x-tokenloom-{key}", "value": f"%METADATA(ROUTE:{_NAMESPACE}:{key})%"} for key in ("right", "form")
 ]
 _AUTHORIZATION_TIMEOUT: Final = "2s"
-# Longer than a request may wait in the router's queue.
-_PICK_TIMEOUT: Final = "120s"
+# A router that says nothing for so long is taken to be away; one that lets a request wait says so at once, and may take
+# longer than a request may wait in its queue.
+_PICK_TIMEOUT: Final = "0.25s"
+_LONGEST_PICK_TIMEOUT: Final = "130s"
 # The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
 SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id")
 """The headers among them that clients set."""
@@ -54,13 +57,18 @@ class Right(StrEnum):
         return {"filter_metadata": {_NAMESPACE: {"right": self.value, "form": form}}}
 
 
-def http_filters() -> list[dict[str, Any]]:
-    """The filter chain. What is disabled here is enabled by the routes that want it."""
+def http_filters(fallback: str | None) -> list[dict[str, Any]]:
+    """The filter chain. What is disabled here is enabled by the routes that want it.
+
+    `fallback`: where requests go that the picker can't be asked about; None: nowhere.
+    """
+    preset = [] if fallback is None else [{"name": "tokenloom.fallback", "typed_config": destination_filter(fallback)}]
     return [
         {"name": _ERROR_BODY, "disabled": True, "typed_config": _error_body()},
         {"name": _GRPC_WEB, "typed_config": any_of("envoy.extensions.filters.http.grpc_web.v3.GrpcWeb")},
         {"name": _AUTHORIZATION, "disabled": True, "typed_config": _authorization()},
         {"name": _TRANSCODER, "disabled": True, "typed_config": _transcoder()},
+        *preset,
         {"name": _PICKER, "disabled": True, "typed_config": _picker()},
         {"name": _BUFFER, "disabled": True, "typed_config": _buffer()},
         {
@@ -141,6 +149,7 @@ def _picker() -> dict[str, Any]:
             "response_trailer_mode": "SEND",
         },
         message_timeout=_PICK_TIMEOUT,
+        max_message_timeout=_LONGEST_PICK_TIMEOUT,
         request_attributes=[f"request.headers['{name}']" for name in _PICKER_READS],
         metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb"]}},
         failure_mode_allow=True,

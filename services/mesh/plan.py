@@ -74,12 +74,11 @@ class _Planner:
         yield telemetry
         router = self._router(_grpc(telemetry))
         yield router
-        for pool in self._mesh.pools:
-            for worker in pool.workers:
-                yield self._worker(pool, worker, _grpc(router))
+        workers = [self._worker(pool, worker, _grpc(router)) for pool in self._mesh.pools for worker in pool.workers]
+        yield from workers
         gateway = self._gateway(_grpc(router))
         yield gateway
-        yield self._envoy(telemetry=telemetry, router=router, gateway=gateway)
+        yield self._envoy(telemetry=telemetry, router=router, gateway=gateway, workers=workers)
 
     def _router(self, telemetry: str) -> ProcessPlan:
         port = self._ports.pick()
@@ -181,8 +180,14 @@ class _Planner:
             start_seconds=start_seconds,
         )
 
-    def _envoy(self, *, telemetry: ProcessPlan, router: ProcessPlan, gateway: ProcessPlan) -> ProcessPlan:
-        ports = {"http": self._mesh.edge.port, "admin": self._mesh.edge.admin_port or self._ports.pick()}
+    def _envoy(
+        self, *, telemetry: ProcessPlan, router: ProcessPlan, gateway: ProcessPlan, workers: list[ProcessPlan]
+    ) -> ProcessPlan:
+        ports = {
+            "http": self._mesh.edge.port,
+            "admin": self._mesh.edge.admin_port or self._ports.pick(),
+            "fallback": self._ports.pick(),
+        }
         edge = Edge(
             listen=f"{self._mesh.edge.host}:{ports['http']}",
             admin=f"{_HOST}:{ports['admin']}",
@@ -190,6 +195,8 @@ class _Planner:
             router=_grpc(router),
             picker=f"{_HOST}:{router.ports['picker']}",
             telemetry=_grpc(telemetry),
+            workers=tuple(_grpc(worker) for worker in workers),
+            fallback=f"{_HOST}:{ports['fallback']}",
             otlp=self._mesh.otlp_endpoint,
         )
         # What it says at level info before it has read the bootstrap would not be JSON.

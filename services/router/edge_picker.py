@@ -51,7 +51,7 @@ class EdgePicker:
 
     def exchange(self, call: "_EdgeCall", traceparent: str | None) -> Exchange:
         """Begins an exchange whose answers a call sends."""
-        return Exchange(self._admission, self._tracer, call.send, traceparent=traceparent)
+        return Exchange(self._admission, self._tracer, call.send, traceparent=traceparent, says_it_waits=True)
 
     def forget(self, call: "_EdgeCall") -> None:
         """The call is over."""

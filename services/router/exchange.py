@@ -49,17 +49,26 @@ class Exchange:
     """
 
     def __init__(
-        self, admission: Admission, tracer: Tracer, send: Send, *, traceparent: str | None, fallbacks: int = 0
+        self,
+        admission: Admission,
+        tracer: Tracer,
+        send: Send,
+        *,
+        traceparent: str | None,
+        fallbacks: int = 0,
+        says_it_waits: bool = False,
     ) -> None:
         """`traceparent`: W3C trace context of Envoy's call; None: the request's own headers may have one.
 
-        `fallbacks`: how many further endpoints are named after the one that was picked, best first.
+        `fallbacks`: how many further endpoints are named after the one that was picked, best first. `says_it_waits`:
+        whether Envoy is told when a request waits; it must be configured to take that.
         """
         self._admission = admission
         self._tracer = tracer
         self._send = send
         self._traceparent = traceparent
         self._fallbacks = fallbacks
+        self._says_it_waits = says_it_waits
         self._headers: dict[str, str] | None = None
         self._subset: frozenset[str] | None = None
         self._reader: GrpcBody | JsonBody | None = None
@@ -265,6 +274,8 @@ class Exchange:
         ticket = self._ticket = self._admission.ask(request, self._on_settled)
         if ticket.is_waiting:
             self._picked = answers
+            if self._says_it_waits:
+                self._send(extproc.WAIT)
         else:
             self._answer(ticket, answers)
 

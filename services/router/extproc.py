@@ -9,6 +9,7 @@ import msgspec
 from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.type.v3 import http_status_pb2
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct
 
 from services.common.errors import MeshError
@@ -24,6 +25,7 @@ __all__ = [
     "DESTINATION",
     "FAIRNESS_ID",
     "MODEL_NAME",
+    "WAIT",
     "attributes_of",
     "body_pieces",
     "headers_of",
@@ -51,6 +53,10 @@ _HEADER_NAME: Final = slice(len(_HEADER), -len("']"))
 _PIECE_BYTES: Final = 62_000
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
+# Longer than a request may wait; Envoy takes it only if it is no longer than its own bound.
+_PATIENCE_SECONDS: Final = 120
+WAIT: Final = ext_proc.ProcessingResponse(override_message_timeout=Duration(seconds=_PATIENCE_SECONDS))
+"""The answer that asks Envoy for patience: the request waits for a worker."""
 CONTINUE_HEADERS: Final = ext_proc.ProcessingResponse(request_headers=ext_proc.HeadersResponse())
 CONTINUE_BODY: Final = ext_proc.ProcessingResponse(request_body=ext_proc.BodyResponse())
 CONTINUE_TRAILERS: Final = ext_proc.ProcessingResponse(request_trailers=ext_proc.TrailersResponse())

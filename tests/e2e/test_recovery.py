@@ -3,12 +3,16 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
+from typing import Any
 
+import grpc.aio
 import httpx
 import openai
 import psutil
 import pytest
+from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import eventually, wait_until
@@ -117,3 +121,44 @@ def test_a_worker_that_is_asked_to_stop_finishes_its_streams_and_comes_back(mesh
     assert lines[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in lines[-2]
     wait_until(lambda: mesh.process(worker)["pid"] != pid, within=20)
+
+
+async def typed_lane(mesh: Mesh, slowest: list[float], until: asyncio.Event) -> int:
+    """Generates over the typed lane, one request after the other; notes how long each took to begin."""
+    sampling = generation_pb2.SamplingParameters(max_tokens=5, ignore_eos=True)
+    request = generation_pb2.GenerateRequest(model=MODEL, text="hi", sampling=sampling)
+    done = 0
+    async with grpc.aio.insecure_channel(mesh.edge_target) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        while not until.is_set():
+            began = time.monotonic()
+            call: Any = stub.Generate(request, metadata=mesh.metadata, timeout=20)
+            kinds: list[str | None] = []
+            async for event in call:
+                if not kinds:
+                    slowest.append(time.monotonic() - began)
+                kinds.append(event.WhichOneof("event"))
+            assert kinds[-1] == "completed"
+            done += 1
+    return done
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "paused"])
+async def test_the_typed_lane_does_without_the_router(mesh: Mesh, signal_number: signal.Signals) -> None:
+    wait_until(lambda: answers(mesh), within=10)
+    pid, began, over = int(mesh.process("router")["pid"]), list[float](), asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        lanes = [tasks.create_task(typed_lane(mesh, began, over)) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        os.kill(pid, signal_number)
+        before = len(began)
+        await asyncio.sleep(1.5)
+        assert len(began) > before + 8
+        if signal_number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(1)
+        over.set()
+    assert sum(lane.result() for lane in lanes) == len(began)
+    # 250 ms until the edge gives the router up, and the time that eight requests take on a busy machine.
+    assert max(began) < 1.0
+    wait_until(lambda: answers(mesh), within=20)

@@ -19,7 +19,7 @@ from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.errors import MeshError, Reason
 from services.common.status import DETAILS_KEY, error_from_call, error_from_status
-from tests.support.edge import ADMIN_KEY, USER_KEY, RunningEdge, running_edge
+from tests.support.edge import ADMIN_KEY, LIMITED_KEY, USER_KEY, RunningEdge, running_edge
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
@@ -410,6 +410,39 @@ async def test_without_a_router_the_typed_lane_says_not_ready_and_streams_go_on(
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         # Picked before the router was gone.
         assert [event.WhichOneof("event") async for event in events] == [*["delta"] * 20, "completed"]
+
+
+async def test_while_the_router_is_away_the_typed_lane_asks_any_worker(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    async with (
+        running_edge(tmp_path_factory.mktemp("fallback"), fallback=True) as edge,
+        grpc.aio.insecure_channel(edge.target) as channel,
+        httpx.AsyncClient(base_url=edge.url, headers=USER) as client,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call: Any = stub.Generate(request(max_tokens=20), metadata=METADATA)
+        events = aiter(call)
+        assert (await anext(events)).HasField("started")
+        await edge.stop_router()
+        for _ in range(4):
+            # Whichever worker is tried first: one that has another model is not the last.
+            rest = await client.post(GENERATE, json=body())
+            assert (rest.status_code, rest.text.count("delta")) == (200, 3)
+            assert len([event async for event in stub.Generate(request(), metadata=METADATA)]) == 5
+        # Nobody can tell what that key may use, so it is not let in.
+        limited = await client.post(GENERATE, json=body(), headers={"authorization": f"Bearer {LIMITED_KEY}"})
+        assert (limited.status_code, error_of(limited)["code"]) == (503, "no_ready_worker")
+        assert [event.WhichOneof("event") async for event in events] == [*["delta"] * 20, "completed"]
+
+
+async def test_a_router_that_says_that_a_request_waits_is_given_time(
+    edge: RunningEdge, client: httpx.AsyncClient
+) -> None:
+    before = len(edge.seen.picks)
+    answer = await client.post(GENERATE, json=body(model="busy"))
+    assert (answer.status_code, answer.text.count("delta")) == (200, 3)
+    assert len(edge.seen.picks) == before + 1
 
 
 async def test_without_a_gateway_both_lanes_say_not_ready(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -17,6 +17,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 from envoy.type.v3 import http_status_pb2
+from google.protobuf.duration_pb2 import Duration
 from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
@@ -29,11 +30,14 @@ from services.mesh.envoy_binary import find_envoy
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
-__all__ = ["ADMIN_KEY", "USER_KEY", "FarEnds", "RunningEdge", "running_edge"]
+__all__ = ["ADMIN_KEY", "LIMITED_KEY", "USER_KEY", "FarEnds", "RunningEdge", "running_edge"]
 
 USER_KEY: Final = "tl-user"
+LIMITED_KEY = "limited"
 ADMIN_KEY: Final = "tl-admin"
 _STEP_SECONDS: Final = 0.03
+# Longer than the edge waits for a router that says nothing.
+_WAIT_SECONDS = 0.6
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -82,7 +86,8 @@ class Gateway:
         right = headers["x-tokenloom-right"]
         self._seen.checks.append({"right": right, **headers})
         is_grpc = headers["x-tokenloom-form"] == "grpc"
-        await _send_check(send, _check(right, headers), is_grpc=is_grpc)
+        models = b'["demo"]' if headers.get("authorization") == f"Bearer {LIMITED_KEY}" else b""
+        await _send_check(send, _check(right, headers), is_grpc=is_grpc, models=models)
 
     async def _stream(self, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
@@ -103,17 +108,19 @@ async def _send_json(send: Any, body: Any) -> None:
 
 
 def _check(right: str, headers: dict[str, str]) -> MeshError | None:
-    """Knows two keys."""
+    """Knows three keys."""
     key = headers.get("authorization", "").removeprefix("Bearer ")
-    if key not in (USER_KEY, ADMIN_KEY):
+    if key not in (USER_KEY, LIMITED_KEY, ADMIN_KEY):
         return MeshError(Reason.INVALID_API_KEY, "this API key is not valid")
     if right == "admin" and key != ADMIN_KEY:
         return MeshError(Reason.PERMISSION_DENIED, "this key does not have the admin right")
     return None
 
 
-async def _send_check(send: Any, error: MeshError | None, *, is_grpc: bool) -> None:
+async def _send_check(send: Any, error: MeshError | None, *, is_grpc: bool, models: bytes) -> None:
     headers = [(b"x-tokenloom-tenant", b"ada"), (b"x-envoy-auth-headers-to-remove", b"authorization")]
+    if models:
+        headers.append((b"x-tokenloom-models", models))
     body = b""
     if error is not None:
         body = error.message.encode() if is_grpc else json.dumps(error.http_body()).encode()
@@ -125,7 +132,7 @@ async def _send_check(send: Any, error: MeshError | None, *, is_grpc: bool) -> N
 
 
 class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
-    """Sends every request to the one worker; refuses what is named "full" or "nope"."""
+    """Sends every request to the one worker; refuses what is named "full" or "nope", lets wait what is named "busy"."""
 
     def __init__(self, seen: FarEnds) -> None:
         self._seen = seen
@@ -138,6 +145,9 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
                 if message.HasField("request_body"):
                     shown = message.attributes["envoy.filters.http.ext_proc"].fields.items()
                     self._seen.picks.append({name: value.string_value for name, value in shown})
+                    if b"busy" in message.request_body.body:
+                        yield ext_proc.ProcessingResponse(override_message_timeout=Duration(seconds=5))
+                        await asyncio.sleep(_WAIT_SECONDS)
                     yield self._pick(message.request_body.body)
                 elif message.HasField("response_trailers"):
                     ended = "completed"
@@ -233,6 +243,16 @@ class Worker(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
         """Lists."""
         return inference_pb2.ListModelsResponse(models=[inference_pb2.ModelCard(name="demo")])
+
+
+class OtherModel(Worker):
+    """Serves none of the models that are asked for."""
+
+    async def Generate(self, request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ARG002
+        """Refuses."""
+        for _ in request.model:
+            raise MeshError(Reason.MODEL_NOT_FOUND, f"the model {request.model!r} does not exist", field="model")
+        yield generation_pb2.GenerateResponse()
 
 
 class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
@@ -340,8 +360,11 @@ def _add_router(servicers: tuple[Picker, Admin], server: grpc.aio.Server) -> Non
 
 
 @asynccontextmanager
-async def running_edge(folder: Path, **changes: str) -> AsyncIterator[RunningEdge]:
-    """Runs Envoy and every far end until the block is left; `changes` replace addresses of the edge's configuration."""
+async def running_edge(folder: Path, *, fallback: bool = False, **changes: Any) -> AsyncIterator[RunningEdge]:
+    """Runs Envoy and every far end until the block is left; `changes` replace addresses of the edge's configuration.
+
+    `fallback`: whether the edge does without the router while that is away; a worker with another model is there then.
+    """
     seen = FarEnds()
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(_http(Gateway(seen)))
@@ -349,7 +372,7 @@ async def running_edge(folder: Path, **changes: str) -> AsyncIterator[RunningEdg
         seen.worker_endpoint = await stack.enter_async_context(
             _grpc(inference_pb2_grpc.add_InferenceServiceServicer_to_server, Worker(seen), "worker")
         )
-        addresses = {
+        addresses: dict[str, Any] = {
             "listen": f"127.0.0.1:{free_port()}",
             "admin": f"127.0.0.1:{free_port()}",
             "gateway": f"127.0.0.1:{gateway}",
@@ -363,6 +386,10 @@ async def running_edge(folder: Path, **changes: str) -> AsyncIterator[RunningEdg
             "access_log": str(folder / "access.jsonl"),
             **changes,
         }
+        if fallback:
+            add = inference_pb2_grpc.add_InferenceServiceServicer_to_server
+            other = await stack.enter_async_context(_grpc(add, OtherModel(seen), "other"))
+            addresses |= {"fallback": f"127.0.0.1:{free_port()}", "workers": (other, seen.worker_endpoint)}
         edge = Edge(**addresses)
         stack.enter_context(_envoy(edge, folder))
         await _ready(edge.admin, folder)
