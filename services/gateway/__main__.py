@@ -71,10 +71,11 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 jobs=jobs,
             )
             running.append(tasks.create_task(jobs.run(routes)))
+            authorization = HttpAuthorization(authenticator)
             app = App(
                 routes=routes,
                 authenticator=authenticator,
-                authorization=HttpAuthorization(authenticator),
+                authorization=authorization,
                 metrics=metrics,
                 is_ready=lambda: routers.can_place and keys.is_loaded and not stop.is_set(),
             )
@@ -84,10 +85,10 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 return [_AUTHORIZATION]
 
             async with (
-                serve(settings.listen, register) as authorization,
-                serve_http(app, settings.http, drain_seconds=settings.drain_seconds),
+                serve(settings.listen, register) as checks,
+                serve_http(app, authorization, settings.http, drain_seconds=settings.drain_seconds),
             ):
-                await authorization.set_serving(True)
+                await checks.set_serving(True)
                 await stop.wait()
             workers.close()
             calls.close()

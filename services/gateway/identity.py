@@ -158,6 +158,13 @@ class Authenticator:
             raise _bad_key()
         return identity
 
+    def known(self, authorization: str | None) -> Identity | None:
+        """The caller behind an `Authorization` header with an API key; None where it is not as simple as that."""
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.isascii() or len(key) > _MAX_KEY_LENGTH:
+            return None
+        return self._keys.find(key)
+
 
 def _identity(record: KeyRecord) -> Identity:
     return Identity(

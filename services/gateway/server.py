@@ -2,15 +2,20 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import uvicorn
 
-from services.gateway.app import App
+from services.gateway.authz import HttpAuthorization
+from services.gateway.checks import protocol_with
+from services.gateway.http import Receive, Send
 
 __all__ = ["serve_http"]
 
+Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+"""An ASGI application."""
 _KEEP_ALIVE_SECONDS = 75
 """Longer than the edge keeps an idle connection, so that never both ends close it while a request is on its way."""
 
@@ -23,7 +28,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve_http(app: App, address: str, *, drain_seconds: float) -> AsyncIterator[int]:
+async def serve_http(
+    app: Application, authorization: HttpAuthorization, address: str, *, drain_seconds: float
+) -> AsyncIterator[int]:
     """Serves HTTP/1.1 on `host:port` until the block is left, then lets running answers finish for `drain_seconds`.
 
     Yields the port, which is useful when `address` asks for port 0.
@@ -36,7 +43,7 @@ async def serve_http(app: App, address: str, *, drain_seconds: float) -> AsyncIt
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=protocol_with(authorization),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -341,8 +341,6 @@ class _Connection(asyncio.Protocol):
 
     def _on_data(self, one: Frame) -> None:
         self._unread += len(one.payload)
-        if self._unread > _CONNECTION_WINDOW:
-            raise BrokenError(Code.FLOW_CONTROL_ERROR, "more data than the window takes")
         if self._unread >= _CONNECTION_WINDOW // 2:
             self._out.append(_update(0, self._unread))
             self._unread = 0
@@ -352,8 +350,6 @@ class _Connection(asyncio.Protocol):
         if stream.has_ended:
             raise BrokenError(Code.STREAM_CLOSED, "data after the end")
         stream.unread += len(one.payload)
-        if stream.unread > _STREAM_WINDOW:
-            raise BrokenError(Code.FLOW_CONTROL_ERROR, "more data than the window takes")
         ended = bool(one.flags & END_STREAM)
         if stream.unread >= _STREAM_WINDOW // 2 and not ended:
             self._out.append(_update(one.stream_id, stream.unread))

@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import httpx
@@ -15,6 +16,7 @@ from services.common.rpc import channel, serve
 from services.common.status import DETAILS_KEY
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
 from services.gateway.identity import Authenticator, KeyDirectory
+from services.gateway.server import serve_http
 
 
 @pytest.fixture
@@ -130,3 +132,33 @@ async def test_over_http_a_grpc_client_gets_the_details_beside_the_message(store
     answer = await http_check(store, ("authorization", "Bearer no"), ("x-tokenloom-form", "grpc"))
     assert (answer.status_code, answer.text) == (401, "this API key is not valid")
     assert DETAILS_KEY in answer.headers
+
+
+async def test_checks_and_other_requests_share_a_connection(store: KeyStore) -> None:
+    _, key = store.create("team", priority=2)
+    knows = authenticator(store)
+    checks = HttpAuthorization(knows)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"].startswith("/authz/"):
+            await checks(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "http.response.start", "status": 204, "headers": [(b"x-path", scope["path"].encode())]})
+        await send({"type": "http.response.body", "body": b""})
+
+    good, right = {"authorization": f"Bearer {key}"}, {"x-tokenloom-right": "inference"}
+    async with (
+        serve_http(app, checks, "127.0.0.1:0", drain_seconds=1) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=1)) as client,
+    ):
+        for _ in range(3):
+            passed = await client.post("/authz/x", headers={**good, **right}, content=b"")
+            assert (passed.status_code, passed.headers["x-tokenloom-priority"]) == (200, "2")
+            assert (await client.post("/v1/x", content=b"body")).headers["x-path"] == "/v1/x"
+            # What takes more than a look is answered in the usual way.
+            assert (await client.post("/authz/x", headers=right)).status_code == 401
+            assert (await client.post("/authz/x", headers=good)).status_code == 403
+            closing = {**good, **right, "connection": "close"}
+            assert (await client.post("/authz/x", headers=closing)).status_code == 200
+    store.close()

@@ -4,8 +4,11 @@ import gzip
 import json
 import statistics
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 import pytest
@@ -17,9 +20,45 @@ from tokenloom.inference.v1 import generation_pb2, inference_pb2
 from services.common.errors import Reason
 from services.common.rpc import channel
 from services.router.app import RunningRouter
-from tests.support.ext_proc import BUFFERED, FULL_DUPLEX, Envoy, framed, reply_headers
-from tests.support.router import running_router, tracer_to, worker_link
+from tests.support.ext_proc import BUFFERED, FULL_DUPLEX, framed, reply_headers
+from tests.support.ext_proc import Envoy as AnyEnvoy
+from tests.support.router import running_router as any_running_router
+from tests.support.router import tracer_to, worker_link
 from tests.support.waiting import eventually
+
+TRANSPORTS = ("anybody", "edge")
+"""The two servers that picks go through: gRPC's for any gateway, and the lean one of our own edge."""
+
+
+@pytest.fixture(params=TRANSPORTS, autouse=True)
+def transport(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Has Envoy speak through each of them in turn."""
+    token = _transport.set(request.param)
+    yield
+    _transport.reset(token)
+
+
+_transport: ContextVar[str] = ContextVar("transport")
+
+
+@asynccontextmanager
+async def running_router(**settings: Any) -> AsyncIterator[tuple[RunningRouter, grpc.aio.Channel]]:
+    """A router that also serves the edge, and a channel to its gRPC port."""
+    async with (
+        any_running_router(picker="127.0.0.1:0", **settings) as (router, to_router),
+        channel(f"127.0.0.1:{router.picker_port}") as to_picker,
+    ):
+        _pickers[to_router] = to_picker
+        yield router, to_router
+
+
+_pickers: WeakKeyDictionary[grpc.aio.Channel, grpc.aio.Channel] = WeakKeyDictionary()
+
+
+def Envoy(to_router: grpc.aio.Channel, **options: Any) -> AnyEnvoy:
+    """Envoy's end of one request."""
+    return AnyEnvoy(_pickers.get(to_router, to_router) if _transport.get() == "edge" else to_router, **options)
+
 
 HELLO = generation_pb2.GenerateRequest(model="demo", text="hello")
 CHAT = generation_pb2.ChatPrompt(messages=[generation_pb2.ChatMessage(role="user", content="hi")])

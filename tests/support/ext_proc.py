@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 from services.common.errors import MeshError
 from services.common.status import DETAILS_KEY, error_from_status
 
-__all__ = ["BUFFERED", "DESTINATION", "FULL_DUPLEX", "Envoy", "framed", "reply_headers"]
+__all__ = ["BUFFERED", "DESTINATION", "FULL_DUPLEX", "Envoy", "body_message", "framed", "reply_headers"]
 
 FULL_DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
 BUFFERED = processing_mode_pb2.ProcessingMode.BUFFERED
@@ -27,6 +27,20 @@ def framed(message: Message) -> bytes:
     """A message as gRPC frames it."""
     data = message.SerializeToString()
     return b"\0" + len(data).to_bytes(4, "big") + data
+
+
+def body_message(method: str, body: bytes, *, mode: int, ended: bool = True, **headers: str) -> Any:
+    """A request's body as the first message, with the headers that the picker reads as attributes."""
+    named = {":path": _SERVICE + method, "content-type": "application/grpc"}
+    named |= {key.replace("_", "-"): value for key, value in headers.items()}
+    message = ext_proc.ProcessingRequest(
+        request_body=ext_proc.HttpBody(body=body, end_of_stream=ended),
+        protocol_config=ext_proc.ProtocolConfiguration(request_body_mode=mode),
+    )
+    for name, value in named.items():
+        shown = message.attributes["envoy.filters.http.ext_proc"].fields[f"request.headers['{name}']"]
+        shown.string_value = value
+    return message
 
 
 class Envoy:
@@ -54,16 +68,7 @@ class Envoy:
 
     async def body_alone(self, method: str, body: bytes, *, ended: bool = True, **headers: str) -> None:
         """Sends the request's body as the first message, with the headers that the picker reads as attributes."""
-        named = {":path": _SERVICE + method, "content-type": "application/grpc"}
-        named |= {key.replace("_", "-"): value for key, value in headers.items()}
-        message = ext_proc.ProcessingRequest(
-            request_body=ext_proc.HttpBody(body=body, end_of_stream=ended),
-            protocol_config=ext_proc.ProtocolConfiguration(request_body_mode=self._mode),
-        )
-        for name, value in named.items():
-            shown = message.attributes["envoy.filters.http.ext_proc"].fields[f"request.headers['{name}']"]
-            shown.string_value = value
-        await self.call.write(message)
+        await self.call.write(body_message(method, body, mode=self._mode, ended=ended, **headers))
 
     async def body(self, body: bytes, *, ended: bool = True) -> None:
         """Sends a piece of the request's body."""
@@ -80,8 +85,11 @@ class Envoy:
         await self.send(response_trailers=ext_proc.HttpTrailers(trailers=_map(named)))
 
     async def answer(self) -> Any:
-        """The next answer."""
-        return await asyncio.wait_for(self.call.read(), 5)
+        """The next answer that is more than a plea for patience."""
+        async with asyncio.timeout(5):
+            while (answer := await self.call.read()) is not grpc.aio.EOF and answer.WhichOneof("response") is None:
+                assert answer.HasField("override_message_timeout")
+        return answer
 
     async def picked(self) -> str:
         """The endpoint in the next answer, which must be the same in the header and in the metadata."""
