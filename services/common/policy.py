@@ -11,6 +11,7 @@ from services.common.config import ConfigError
 
 __all__ = [
     "MAX_POLICY_BYTES",
+    "STANDARD",
     "Alias",
     "DegradationPolicy",
     "Policy",
@@ -93,6 +94,8 @@ class SloClass(_Struct, kw_only=True, frozen=True):
     tpot_seconds: _Seconds | None = None
     weight: Annotated[float, Meta(ge=0, le=1000)] = 1.0
     """What a second beyond a target counts on top, in seconds."""
+    output_weight: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    """What a second of output counts, against one before the first token. 1: the whole answer counts alike."""
 
 
 class TenantPolicy(_Struct, kw_only=True, frozen=True):
@@ -117,10 +120,12 @@ class DegradationPolicy(_Struct, kw_only=True, frozen=True):
     """How far the share must be above a bound again before its level ends."""
 
 
+STANDARD: Final = SloClass()
+"""What counts where nothing else is said."""
 BUILTIN_SLO_CLASSES: Final = {
     "interactive": SloClass(ttft_seconds=1.0, tpot_seconds=0.1, weight=4.0),
-    "standard": SloClass(),
-    "batch": SloClass(),
+    "standard": STANDARD,
+    "batch": SloClass(output_weight=1.0),
 }
 
 

@@ -8,10 +8,10 @@ from typing import Final
 
 __all__ = ["DecodeModel", "MovingMean", "PrefillMeter", "TokenRate"]
 
-# A sample's weight after this many newer ones is 1/e.
-_MEMORY_STEPS: Final = 500.0
+# A sample's weight after this many newer ones is 1/e: a few seconds, so that a card that throttles is soon known to.
+_MEMORY_STEPS: Final = 100.0
 # The same for prefill, counted in tokens since prompts differ in size by orders of magnitude.
-_MEMORY_TOKENS: Final = 50_000.0
+_MEMORY_TOKENS: Final = 10_000.0
 # Prompts that were all but cached measure a step's fixed cost, not the speed.
 _SMALL_PREFILL_TOKENS: Final = 32
 # A step this much slower than the model says was held up by something else: a prefill chunk, a busy machine.

@@ -12,13 +12,14 @@ from services.router.choosing import Chooser
 from services.router.deadlines import Deadlines
 from services.router.decisions import Decisions, Record
 from services.router.fleet import Clock, Fleet
-from services.router.memory import AnswerLengths, Prefixes
+from services.router.memory import AnswerLengths
 from services.router.policy import Policies, Resolution
 from services.router.pools import Choice
+from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.scheduler import Decision, Scheduler, Verdict
 from services.router.waiting import LaneKey, WaitingLine
-from services.router.worker import Lease, Outcome, Worker
+from services.router.worker import Lease, Outcome, Seen, Worker
 
 __all__ = ["Admission", "Observer", "Settle", "Ticket"]
 
@@ -207,13 +208,24 @@ class Admission:
             self._try(ticket, now)
         return ticket
 
-    def finish(self, ticket: Ticket, outcome: Outcome = Outcome.CANCELLED, *, output_tokens: int = 0) -> None:
+    def finish(
+        self,
+        ticket: Ticket,
+        outcome: Outcome = Outcome.CANCELLED,
+        *,
+        output_tokens: int = 0,
+        first_token_seconds: float | None = None,
+        prompt_tokens: int = 0,
+        cached_tokens: int = 0,
+    ) -> None:
         """Ends a lease, or takes a request that is no longer wanted out of the line; a second call changes nothing."""
         state, ticket.state = ticket.state, _State.OVER
         if state is _State.GRANTED and ticket.lease is not None:
             if outcome is Outcome.COMPLETED:
                 self._lengths.note(ticket.lease.request, output_tokens)
-            self._fleet.release(ticket.lease, outcome)
+            seen = Seen(output_tokens, first_token_seconds, prompt_tokens, cached_tokens)
+            self._learn(ticket.lease, seen)
+            self._fleet.release(ticket.lease, outcome, seen)
         elif state is _State.WAITING:
             self._leave_line(ticket)
             self._observer.decided("withdrawn", self._clock() - ticket.asked_at)
@@ -237,6 +249,11 @@ class Admission:
         others = [(prediction[2], name) for name, why, prediction in ticket.decision.looked_at if not why]
         workers = (self._fleet.get(name) for _, name in sorted(others) if name != picked)
         return [worker.endpoint for worker in workers if worker is not None][:most]
+
+    def _learn(self, lease: Lease, seen: Seen) -> None:
+        if seen.prompt_tokens:
+            expected = lease.prediction[4] if lease.prediction else 0.0
+            self._prefixes.learn(lease.request, lease.worker, expected=expected, cached=seen.cached_tokens)
 
     def check_deadlines(self) -> float | None:
         """Answers those who have waited too long; gives the seconds until there is more to do, None for never."""
@@ -334,6 +351,8 @@ class Admission:
             self._look_again(ticket, min(until, now + _RECHECK_SECONDS))
 
     def _on_change(self, worker: Worker) -> None:
+        if worker.gone:
+            self._prefixes.forget(worker)
         if not self._line or not worker.has_room(self._clock()):
             return
         self._roomy.append(worker)
@@ -367,8 +386,10 @@ class Admission:
         assert worker is not None
         ticket.state = _State.GRANTED
         ticket.queue_seconds = self._clock() - ticket.asked_at
-        ticket.lease = self._fleet.grant(worker, request, output_tokens=decision.output_tokens)
-        self._prefixes.note(request, worker.worker_id)
+        ticket.lease = self._fleet.grant(
+            worker, request, output_tokens=decision.output_tokens, prediction=decision.prediction
+        )
+        self._prefixes.note(request, worker)
         self._record(ticket, worker.worker_id, ticket.reason)
         self._observer.decided("granted", ticket.queue_seconds)
         ticket.settle(ticket)

@@ -27,11 +27,12 @@ from services.router.edge_picker import EdgePicker
 from services.router.exchange import MAX_SHOWN_BYTES
 from services.router.fleet import Clock, Fleet
 from services.router.gpus import GpuWatch
-from services.router.memory import AnswerLengths, Prefixes
+from services.router.memory import AnswerLengths
 from services.router.metrics import FleetCollector, RouterMetrics
 from services.router.picker import Picker
 from services.router.policy import Policies
 from services.router.policy_file import PolicyFile
+from services.router.prefixes import Prefixes
 from services.router.scheduler import Scheduler
 from services.router.servicer import RouterServicer
 

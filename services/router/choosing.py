@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from services.router.looks import Look, Looks
 from services.router.pools import Choice
-from services.router.scheduler import OUTSIDE_POOL, Decision, Look, Scheduler, Verdict
+from services.router.scheduler import OUTSIDE_POOL, Decision, Scheduler, Verdict
 
 __all__ = ["Chooser"]
 
@@ -53,15 +54,10 @@ def _together(decision: Decision, tried: Sequence[Decision]) -> Decision:
         for look in one.looked_at:
             if look[0] not in looks or looks[look[0]][1] == OUTSIDE_POOL:
                 looks[look[0]] = look
-    out: dict[str, int] = {}
-    for _, why, _ in looks.values():
-        if why:
-            out[why] = out.get(why, 0) + 1
     return Decision(
         verdict=decision.verdict,
         worker=decision.worker,
         prediction=decision.prediction,
         output_tokens=decision.output_tokens,
-        looked_at=list(looks.values()),
-        out=out,
+        looked_at=Looks.of(looks.values()),
     )

@@ -1,14 +1,37 @@
 """What a request would cost on a worker, in seconds. Pure functions of a snapshot."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from services.common.policy import SloClass
 
-__all__ = ["PRIOR", "Demand", "Gauges", "Outlook", "Prediction", "Rates", "against", "better", "outlook", "predict"]
+__all__ = [
+    "PRIOR",
+    "Demand",
+    "Gauges",
+    "Outlook",
+    "Prediction",
+    "Rates",
+    "against",
+    "better",
+    "outlook",
+    "predict",
+    "predict_all",
+]
 
 PRIOR_OUTPUT_TOKENS: Final = 128.0
 _MOST_FAILURES: Final = 0.9
+_TOLL: Final = 2.0
+"""What a second of waiting behind others counts beyond itself.
+
+Whoever looks at their own time alone crowds the fast card, where everybody behind them then waits, too (Pigou).
+Counting the line more than once leaves the fast card to those who gain most by it: bench/routing shows how much.
+"""
+
+
+_TWICE: Final = 2.0
+"""What a second of prefill counts beyond itself where another worker would not need it: others wait for it."""
 
 
 class Rates(NamedTuple):
@@ -57,7 +80,10 @@ class Gauges:
         kv_tokens: tokens of KV cache; 0 where it is not known.
         kv_used_tokens: of these, in use or promised.
         service_seconds: how long a sequence holds its slot; None while unknown.
+        slot_seconds: how long the next request waits for a slot; None where it is to be reckoned from the counts.
         slowdown: factor on every duration, from the state of its GPUs.
+        prefill_factor: factor on times of prefill, learnt from times to first token that came out otherwise.
+        decode_factor: the same for decoding, learnt from times per output token.
         failure_share: share of its recent leases that it failed, 0 to 1.
     """
 
@@ -70,7 +96,10 @@ class Gauges:
     kv_tokens: int = 0
     kv_used_tokens: float = 0.0
     service_seconds: float | None = None
+    slot_seconds: float | None = None
     slowdown: float = 1.0
+    prefill_factor: float = 1.0
+    decode_factor: float = 1.0
     failure_share: float = 0.0
 
 
@@ -81,8 +110,8 @@ class Outlook(NamedTuple):
     """Prefill of one token."""
     backlog_seconds: float
     """Prefill that is before the request; it melts as time passes."""
-    start_seconds: float
-    """Wait for a slot, and the first decode step."""
+    slot_seconds: float
+    """Wait for a slot."""
     token_seconds: float
     """One decode step with the request in the batch: its TPOT."""
     kv_free_tokens: float
@@ -96,17 +125,19 @@ class Outlook(NamedTuple):
 class Demand(NamedTuple):
     """A request as far as cost depends on it, in tokens."""
 
-    uncached: float
-    """Tokens of the prompt that have to be prefilled."""
+    prompt: float
+    """Tokens of the prompt."""
     output: float
     """Tokens of output to expect."""
-    total: float
-    """Tokens of KV cache that it needs in the end."""
+    known: float = 0.0
+    """Tokens of the prompt that the worker which has most of them has cached."""
+    output_weight: float = 0.0
+    """How much a second of decoding counts, against one before the first token."""
 
 
-Prediction = tuple[float, float, float]
-"""What a request would meet on a worker, in seconds: the time to its first token (TTFT), the time per output token
-(TPOT), and the cost: the time until the whole answer is there, failed attempts included.
+Prediction = tuple[float, float, float, float, float]
+"""What a request would meet on a worker: the time to its first token (TTFT), the time per output token (TPOT), the
+cost, the wait for a slot, all in seconds; and how many tokens of its prompt are cached there.
 
 A plain tuple, since one is made for every worker at every decision.
 """
@@ -114,21 +145,27 @@ A plain tuple, since one is made for every worker at every decision.
 
 def outlook(gauges: Gauges, hope: Rates = PRIOR) -> Outlook:
     """What the next request meets on a worker with these gauges; `hope` stands for rates that it has not measured."""
-    token = _decode_step(gauges, hope) * gauges.slowdown
-    prefill_token = gauges.slowdown / (gauges.prefill_tokens_per_second or hope.prefill_tokens_per_second)
+    token = _decode_step(gauges, hope) * gauges.slowdown * gauges.decode_factor
+    rate = gauges.prefill_tokens_per_second or hope.prefill_tokens_per_second
+    prefill_token = gauges.slowdown * gauges.prefill_factor / rate
     service = gauges.service_seconds or PRIOR_OUTPUT_TOKENS * token
-    too_many = gauges.occupied - gauges.max_running + 1
-    slot = too_many * service / gauges.max_running if too_many > 0 else 0.0
     return Outlook(
         prefill_token_seconds=prefill_token,
         backlog_seconds=gauges.backlog_tokens * prefill_token,
-        start_seconds=slot + token,
+        slot_seconds=_slot_seconds(gauges, service),
         token_seconds=token,
         kv_free_tokens=max(0.0, gauges.kv_tokens - gauges.kv_used_tokens) if gauges.kv_tokens else float("inf"),
         # Sequences give back what they use within the time that they hold a slot.
         kv_token_seconds=service / max(gauges.kv_used_tokens, 1.0),
         attempts=1.0 / (1.0 - min(gauges.failure_share, _MOST_FAILURES)),
     )
+
+
+def _slot_seconds(gauges: Gauges, service: float) -> float:
+    too_many = gauges.occupied - gauges.max_running + 1
+    if too_many <= 0:
+        return 0.0
+    return too_many * service / gauges.max_running if gauges.slot_seconds is None else gauges.slot_seconds
 
 
 def _decode_step(gauges: Gauges, hope: Rates) -> float:
@@ -139,20 +176,36 @@ def _decode_step(gauges: Gauges, hope: Rates) -> float:
     )
 
 
-def predict(ahead: Outlook, demand: Demand, elapsed: float) -> Prediction:
-    """What a request would meet, `elapsed` seconds after the outlook was taken.
+def predict(ahead: Outlook, demand: Demand, elapsed: float, cached: float = 0.0) -> Prediction:
+    """What a request would meet, `elapsed` seconds after the outlook was taken, `cached` tokens of its prompt known.
 
-    TTFT = (backlog + uncached) / prefill rate + wait for a slot + wait for KV cache + one decode step
-    cost = (TTFT + output x TPOT) x attempts
+    wait = backlog + wait for a slot + wait for KV cache
+    TTFT = wait + uncached / prefill rate + one decode step
+    cost = (TTFT + toll x wait + twice x prefill of what another worker knows + weight x output x TPOT) x attempts
     """
-    prefill_token, backlog, start, tpot, kv_free, kv_token, attempts = ahead
-    uncached, output, total = demand
-    ttft = uncached * prefill_token + start
-    if backlog > elapsed:
-        ttft += backlog - elapsed
-    if total > kv_free:
-        ttft += (total - kv_free) * kv_token
-    return ttft, tpot, (ttft + output * tpot) * attempts
+    return predict_all([ahead], demand, [elapsed], [cached])[0]
+
+
+def predict_all(
+    outlooks: Iterable[Outlook], demand: Demand, elapsed: Iterable[float], cached: Iterable[float]
+) -> list[Prediction]:
+    """The same for several workers at once, which is cheaper: this is where the time of a decision goes."""
+    prompt, output, known, weight = demand
+    total = prompt + output
+    decoding = weight * output
+    predictions = []
+    for (prefill_token, backlog, slot, tpot, kv_free, kv_token, attempts), age, held in zip(
+        outlooks, elapsed, cached, strict=True
+    ):
+        wait = slot
+        if backlog > age:
+            wait += backlog - age
+        if total > kv_free:
+            wait += (total - kv_free) * kv_token
+        ttft = wait + (prompt - held) * prefill_token + tpot
+        cost = (ttft + _TOLL * wait + _TWICE * (known - held) * prefill_token + decoding * tpot) * attempts
+        predictions.append((ttft, tpot, cost, slot, held))
+    return predictions
 
 
 def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
@@ -160,10 +213,10 @@ def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
 
     cost += weight x (TTFT beyond its target + output x TPOT beyond its target)
     """
-    ttft, tpot, cost = prediction
+    ttft, tpot, cost, slot, cached = prediction
     late = 0.0
     if slo.ttft_seconds is not None and ttft > slo.ttft_seconds:
         late += ttft - slo.ttft_seconds
     if slo.tpot_seconds is not None and tpot > slo.tpot_seconds:
         late += output * (tpot - slo.tpot_seconds)
-    return ttft, tpot, cost + slo.weight * late
+    return ttft, tpot, cost + slo.weight * late, slot, cached

@@ -1,9 +1,10 @@
 """The latest decisions, for people who ask why."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from services.router.scheduler import Look
+from services.router.looks import Look
 
 __all__ = ["Decisions", "Record"]
 
@@ -22,7 +23,7 @@ class Record(NamedTuple):
     """Empty when none was chosen."""
     reason: str
     queue_seconds: float
-    looked_at: list[Look]
+    looked_at: Sequence[Look]
     prompt_tokens: int = 0
     rule: str = ""
     """The policy's rule that chose the pools; empty when none did."""

@@ -6,10 +6,10 @@ from typing import Final
 
 from services.common.errors import MeshError, Reason
 from services.router.card import Card, Load
-from services.router.cost import PRIOR, Rates, better
+from services.router.cost import PRIOR, Prediction, Rates, better
 from services.router.reading import HEALTHY, Condition, worst
 from services.router.request import Request
-from services.router.worker import Lease, Outcome, Worker
+from services.router.worker import Lease, Outcome, Seen, Worker
 
 __all__ = ["Clock", "Fleet", "Listener"]
 
@@ -19,6 +19,7 @@ Listener = Callable[[Worker], None]
 
 # Names of models whose workers are away: they are not unknown, only not there.
 _REMEMBERED_MODELS: Final = 1024
+_NOTHING: Final[frozenset[str]] = frozenset()
 # A worker that is lost counts as missing for so long; after that the fleet is taken to be smaller.
 _MISSED_SECONDS: Final = 600.0
 _MOST_MISSED: Final = 4096
@@ -33,6 +34,7 @@ class Fleet:
         self._by_model: dict[str, list[Worker]] = {}
         self._by_gpu: dict[str, list[Worker]] = {}
         self._contexts: dict[str, tuple[int, int]] = {}
+        self._abilities: dict[str, frozenset[str]] = {}
         self._known: OrderedDict[str, set[str]] = OrderedDict()
         """Models that are or were served, with the pools that did."""
         self._missed: OrderedDict[str, float] = OrderedDict()
@@ -67,6 +69,10 @@ class Fleet:
     def contexts(self, model: str) -> tuple[int, int]:
         """The shortest and the longest context among the model's workers, in tokens; zeros when there is none."""
         return self._contexts.get(model, (0, 0))
+
+    def common_abilities(self, model: str | None) -> frozenset[str]:
+        """What the model can do on each of its workers."""
+        return self._abilities.get(model or "", _NOTHING)
 
     def knows(self, model: str | None) -> bool:
         """Whether a worker serves the model or has served it."""
@@ -176,18 +182,20 @@ class Fleet:
         gone = [uuid for uuid in uuids if self._conditions.pop(uuid, None) is not None]
         self._recheck(gone)
 
-    def grant(self, worker: Worker, request: Request, *, output_tokens: float) -> Lease:
-        """Leases a worker to a request."""
-        lease = Lease(worker, request, self._clock(), output_tokens)
+    def grant(
+        self, worker: Worker, request: Request, *, output_tokens: float, prediction: Prediction | None = None
+    ) -> Lease:
+        """Leases a worker to a request, which is predicted to meet that there."""
+        lease = Lease(worker, request, self._clock(), output_tokens, prediction, worker.factors)
         if request.occupies_slot:
             worker.grant(lease)
             self._changed(worker)
         return lease
 
-    def release(self, lease: Lease, outcome: Outcome) -> None:
+    def release(self, lease: Lease, outcome: Outcome, seen: Seen = Seen()) -> None:  # noqa: B008  # immutable
         """Ends a lease; one whose worker is lost is over already."""
         if lease in lease.worker.leases:
-            lease.worker.release(lease, outcome, self._clock())
+            lease.worker.release(lease, outcome, self._clock(), seen)
             self._changed(lease.worker)
 
     def _change(self, worker: Worker, card: Card) -> None:
@@ -214,7 +222,7 @@ class Fleet:
                 self._hopes[model] = best
 
     def _index(self) -> None:
-        self._by_model, self._by_gpu, self._contexts = {}, {}, {}
+        self._by_model, self._by_gpu, self._contexts, self._abilities = {}, {}, {}, {}
         for worker in self._workers.values():
             for model in worker.card.models:
                 self._by_model.setdefault(model, []).append(worker)
@@ -226,6 +234,8 @@ class Fleet:
         for model, workers in self._by_model.items():
             contexts = [worker.card.models[model] for worker in workers]
             self._contexts[model] = (min(contexts), max(contexts))
+            able = [worker.card.abilities.get(model, _NOTHING) for worker in workers]
+            self._abilities[model] = able[0].intersection(*able[1:])
         while len(self._known) > _REMEMBERED_MODELS:
             self._known.popitem(last=False)
 

@@ -1,4 +1,4 @@
-"""What earlier requests taught: where a session's prefix is cached, and how long a model's answers are."""
+"""What earlier requests taught of a model: how long its answers are."""
 
 from collections import OrderedDict
 from typing import Final
@@ -6,41 +6,10 @@ from typing import Final
 from services.router.cost import PRIOR_OUTPUT_TOKENS
 from services.router.request import Request
 
-__all__ = ["AnswerLengths", "Prefixes"]
+__all__ = ["AnswerLengths"]
 
-_SESSIONS: Final = 65_536
 _MODELS: Final = 1024
 _WEIGHT: Final = 0.05
-
-_Key = tuple[str, str, str]
-
-
-class Prefixes:
-    """Which worker served a session last, and how many tokens of it are cached there. Forgets the oldest sessions."""
-
-    def __init__(self, *, max_sessions: int = _SESSIONS) -> None:
-        self._max_sessions = max_sessions
-        self._held: OrderedDict[_Key, tuple[str, int]] = OrderedDict()
-
-    def holder(self, request: Request) -> tuple[str, int]:
-        """The worker that has the request's prefix, and how much of the prompt that is, in tokens."""
-        if not request.session:
-            return "", 0
-        worker_id, tokens = self._held.get(_key(request), ("", 0))
-        return worker_id, min(tokens, request.prompt_tokens)
-
-    def note(self, request: Request, worker_id: str) -> None:
-        """The request's prompt is on its way into that worker's cache."""
-        if not request.session:
-            return
-        self._held[_key(request)] = (worker_id, request.prompt_tokens)
-        self._held.move_to_end(_key(request))
-        if len(self._held) > self._max_sessions:
-            self._held.popitem(last=False)
-
-
-def _key(request: Request) -> _Key:
-    return request.tenant, request.model or "", request.session
 
 
 class AnswerLengths:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from services.common.errors import MeshError, Reason
-from services.common.policy import Policy, SloClass
+from services.common.policy import STANDARD, Policy
 from services.router.degradation import Degradation, Level
 from services.router.fleet import Clock, Fleet
 from services.router.pools import Choice, choices
@@ -139,7 +139,7 @@ class Policies:
         if found is None:
             raise MeshError(Reason.INVALID_REQUEST, f"there is no SLO class {name[:64]!r}", field="slo_class")
         degrade = request.allow_degrade or (tenant is not None and tenant.allow_degrade)
-        slo = found if _matters(found) else None
+        slo = None if found == STANDARD else found
         if (slo, name, degrade) == (None, request.slo_class, request.allow_degrade):
             return request
         if slo is None and not policy.rules and degrade == request.allow_degrade:
@@ -154,7 +154,3 @@ class Policies:
             raise MeshError(Reason.NO_READY_WORKER, message, retry_after_seconds=_REFUSED_RETRY_SECONDS)
         limit = bounds.output_token_limit
         return limit if not request.max_output_tokens or request.max_output_tokens > limit else 0
-
-
-def _matters(found: SloClass) -> bool:
-    return found.weight > 0 and (found.ttft_seconds is not None or found.tpot_seconds is not None)

@@ -1,20 +1,24 @@
 """Which worker gets a request: the one pick behind both lanes."""
 
 import random
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from services.router.cost import Demand, Prediction, against, predict
+from services.common.policy import STANDARD
+from services.router.cost import Demand, Prediction, against, predict_all
 from services.router.fleet import Clock, Fleet
-from services.router.memory import AnswerLengths, Prefixes
+from services.router.looks import Looks
+from services.router.memory import AnswerLengths
+from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.worker import STALE_SECONDS, Worker
 
-__all__ = ["OUTSIDE_POOL", "Decision", "Look", "Scheduler", "Verdict"]
+__all__ = ["OUTSIDE_POOL", "Decision", "Scheduler", "Verdict"]
 
 # Costs closer than this are equal: what two equal workers measure of themselves differs by as much.
-_TIE_SHARE: Final = 1.08
+_TIE_SHARE: Final = 1.04
 _TIE_SECONDS: Final = 0.0005
 # A router that has just started does not know yet who is there.
 _SETTLING_SECONDS: Final = 1.0
@@ -33,10 +37,7 @@ class Verdict(Enum):
     TOO_LONG = "too long"
 
 
-Look = tuple[str, str, Prediction]
-"""A worker that was looked at: its name, why it was out of the question (or nothing), and what was predicted."""
-
-_NO_PREDICTION: Final = (0.0, 0.0, 0.0)
+_NOBODY: Final = Looks([], [], [])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +50,18 @@ class Decision:
         prediction: what the request would meet there, or None.
         output_tokens: tokens of output that were expected.
         looked_at: every worker that was looked at.
-        out: how many of these were out of the question, by reason.
     """
 
     verdict: Verdict
     worker: Worker | None = None
     prediction: Prediction | None = None
     output_tokens: float = 0.0
-    looked_at: list[Look] = field(default_factory=list)
-    out: dict[str, int] = field(default_factory=dict)
+    looked_at: Looks = _NOBODY
+
+    @property
+    def out(self) -> dict[str, int]:
+        """How many of these were out of the question, by reason."""
+        return dict(Counter(self.looked_at.reasons))
 
     @property
     def reason(self) -> str:
@@ -65,11 +69,12 @@ class Decision:
         others = ", ".join(f"{count} {why}" for why, count in self.out.items())
         if self.prediction is None:
             return f"{self.verdict.value} ({others})" if others else self.verdict.value
-        ttft, _, cost = self.prediction
-        compared = len(self.looked_at) - sum(self.out.values())
+        ttft, tpot, _, _, cached = self.prediction
+        compared = len(self.looked_at) - len(self.looked_at.reasons)
         return (
             f"least predicted time of {compared}{f' ({others})' if others else ''}: "
-            f"first token in {1000 * ttft:.1f} ms, whole answer in {cost:.2f} s"
+            f"first token in {1000 * ttft:.1f} ms, whole answer in {ttft + self.output_tokens * tpot:.2f} s"
+            f"{f', {cached:.0f} tokens cached' if cached else ''}"
         )
 
 
@@ -96,47 +101,50 @@ class Scheduler:
         if context < 0:
             return Decision(verdict=Verdict.TOO_LONG)
         output = self._lengths.expected(request)
-        prompt, (holder, held) = request.prompt_tokens, self._prefixes.holder(request)
-        cold, warm = Demand(prompt, output, prompt + output), Demand(prompt - held, output, prompt + output)
-        plain = not request.excluded and request.subset is None and context == 0 and not request.needs
-        plain = plain and request.pools is None
-        looked_at: list[Look] = []
-        out: dict[str, int] = {}
-        full, occupies = 0, request.occupies_slot
+        plain = not request.excluded and request.subset is None and context == 0
+        plain = plain and request.pools is None and request.needs <= self._fleet.common_abilities(request.model)
         open_to: list[Worker] = []
-        predictions: list[Prediction] = []
+        names: list[str] = []
+        reasons: list[str] = []
+        full, occupies, oldest = 0, request.occupies_slot, now - STALE_SECONDS
         for worker in self._fleet.serving(request.model):
-            name, why = worker.worker_id, ""
-            if worker.blocked or now - worker.reported_at > STALE_SECONDS or not plain:
+            if worker.blocked or worker.reported_at < oldest or not plain:
                 why = self._obstacle(worker, request, context, now, asked)
-            if not why and worker.full and occupies:
+                if why:
+                    names.append(worker.worker_id)
+                    reasons.append(why)
+                    continue
+            if worker.full and occupies:
                 full += 1
-                looked_at.append((name, _FULL, _NO_PREDICTION))
-                continue
-            if why:
-                out[why] = out.get(why, 0) + 1
-                looked_at.append((name, why, _NO_PREDICTION))
-                continue
-            prediction = predict(worker.outlook, warm if name == holder else cold, now - worker.outlook_at)
-            if request.slo is not None:
-                prediction = against(request.slo, prediction, output)
-            looked_at.append((name, why, prediction))
-            open_to.append(worker)
-            predictions.append(prediction)
-        if full:
-            out[_FULL] = full
+                names.append(worker.worker_id)
+                reasons.append(_FULL)
+            else:
+                open_to.append(worker)
         if not open_to:
             verdict = self._why_none(request, full=full > 0, now=now)
-            return Decision(verdict=verdict, looked_at=looked_at, out=out)
+            return Decision(verdict=verdict, looked_at=Looks(names, reasons, []))
+        predictions = self._predictions(open_to, request, output, now)
         best = self._best(open_to, predictions)
+        names += [worker.worker_id for worker in open_to]
         return Decision(
             verdict=Verdict.PICKED,
             worker=open_to[best],
             prediction=predictions[best],
             output_tokens=output,
-            looked_at=looked_at,
-            out=out,
+            looked_at=Looks(names, reasons, predictions),
         )
+
+    def _predictions(self, workers: list[Worker], request: Request, output: float, now: float) -> list[Prediction]:
+        cached = self._prefixes.cached(request)
+        slo = request.slo or STANDARD
+        demand = Demand(request.prompt_tokens, output, max(cached.values(), default=0.0), slo.output_weight)
+        predictions = predict_all(
+            [worker.outlook for worker in workers],
+            demand,
+            [now - worker.outlook_at for worker in workers],
+            [cached.get(worker.worker_id, 0.0) for worker in workers] if cached else [0.0] * len(workers),
+        )
+        return predictions if request.slo is None else [against(slo, one, output) for one in predictions]
 
     def judge(self, request: Request, *, asked_at: float) -> Verdict:
         """Whether waiting makes sense: FULL when a worker would take the request once it has room."""
@@ -211,4 +219,4 @@ class Scheduler:
         first = int(self._rng.random() * len(tied))
         second = int(self._rng.random() * (len(tied) - 1))
         second += second >= first
-        return min(tied[first], tied[second], key=lambda place: len(open_to[place].leases))
+        return min(tied[first], tied[second], key=lambda place: open_to[place].occupied)

@@ -247,12 +247,14 @@ def decision(record: Record, clock: Clock) -> admin_pb2.Decision:
         rule=record.rule,
         degraded=record.degraded,
     )
-    for worker_id, why, (ttft, tpot, cost) in record.looked_at:
+    for worker_id, why, (ttft, tpot, cost, slot, cached) in record.looked_at:
         candidate = message.candidates.add(worker_id=worker_id, excluded_reason=why)
         if not why:
             candidate.predicted_time_to_first_token_duration.CopyFrom(duration(ttft))
             candidate.predicted_time_per_output_token_duration.CopyFrom(duration(tpot))
             candidate.cost_duration.CopyFrom(duration(cost))
+            candidate.predicted_slot_wait_duration.CopyFrom(duration(slot))
+            candidate.predicted_cached_token_count = int(cached)
     return message
 
 

@@ -1,18 +1,20 @@
 """One registered worker: what it said, what was leased on it since, and what the next request meets on it."""
 
 import asyncio
+import heapq
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from services.router.card import Card, Load, WorkerState, believable
-from services.router.cost import PRIOR, Gauges, Outlook, Rates, outlook
+from services.router.correction import Correction
+from services.router.cost import PRIOR, Gauges, Outlook, Prediction, Rates, outlook
 from services.router.reading import Condition
 from services.router.request import Request
 
-__all__ = ["STALE_SECONDS", "Lease", "Outcome", "Worker"]
+__all__ = ["STALE_SECONDS", "Lease", "Outcome", "Seen", "Worker"]
 
 STALE_SECONDS: Final = 2.0
 """A worker that has not reported for so long is not ready until it does."""
@@ -22,6 +24,10 @@ _SERVICE_WEIGHT: Final = 0.1
 _FAILURE_WEIGHT: Final = 0.2
 _FAILURE_HALF_LIFE_SECONDS: Final = 10.0
 _KV_NEARLY_FULL: Final = 0.9
+# A sequence that runs is half way through its output, on average.
+_STILL_TO_COME: Final = 0.5
+# Shorter answers say little about the time per token.
+_LEAST_OUTPUT_TOKENS: Final = 8
 
 
 class Outcome(Enum):
@@ -33,7 +39,19 @@ class Outcome(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Seen(NamedTuple):
+    """What whoever held a lease saw of it."""
+
+    output_tokens: int = 0
+    first_token_seconds: float | None = None
+    """From the grant on; None when there was none, or nobody looked."""
+    prompt_tokens: int = 0
+    """As the worker counted them; 0 where it has not said."""
+    cached_tokens: int = 0
+    """Of these, in its cache."""
+
+
+@dataclass(slots=True, eq=False)
 class Lease:
     """A worker's promise to one request, until it is released or the worker is lost."""
 
@@ -42,6 +60,19 @@ class Lease:
     granted_at: float
     output_tokens: float
     """What is expected."""
+    prediction: Prediction | None = None
+    """What it was predicted to meet."""
+    factors: tuple[float, float] = (1.0, 1.0)
+    """The corrections that the prediction had in it, of prefill and of decoding."""
+    uncached_tokens: float = field(init=False)
+    """Tokens of the prompt that are to be prefilled."""
+    ends_at: float = field(init=False)
+    """When it should be over."""
+
+    def __post_init__(self) -> None:
+        ttft, tpot, _, _, cached = self.prediction or (0.0, 0.0, 0.0, 0.0, 0.0)
+        self.uncached_tokens = self.request.prompt_tokens - cached
+        self.ends_at = self.granted_at + ttft + self.output_tokens * tpot
 
 
 class Worker:
@@ -74,6 +105,9 @@ class Worker:
         self._others = 0
         self._backlog = 0.0
         self._kv_used = 0.0
+        self._growth = 0.0
+        self._prefill = Correction()
+        self._decode = Correction()
         self._fresh: deque[Lease] = deque()
         self._service_seconds: float | None = None
         self._failure_share = 0.0
@@ -126,13 +160,16 @@ class Worker:
         self._hope = hope
         while self._fresh and self._fresh[0].granted_at < now - _SETTLE_SECONDS:
             self._fresh.popleft()
-        on_the_way = sum(lease.request.prompt_tokens for lease in self._fresh if lease in self.leases)
+        on_the_way = sum(lease.uncached_tokens for lease in self._fresh if lease in self.leases)
         self._others = max(0, load.running + load.waiting - len(self.leases))
         if load.pending_prefill_tokens is None:
             self._melt(now)
         else:
             self._backlog = load.pending_prefill_tokens + on_the_way
         self._kv_used = load.kv_usage * self.card.kv_tokens + on_the_way
+        if load.waiting and load.running < self.card.max_running:
+            # They wait for KV cache, since slots are free, and what they need is not in use yet.
+            self._kv_used += self._backlog
         self._refresh(now)
 
     def grant(self, lease: Lease) -> None:
@@ -143,15 +180,24 @@ class Worker:
         if len(self._fresh) > 2 * (self.card.max_running + self.card.headroom):
             self._fresh.popleft()
         self._melt(now)
-        self._backlog += lease.request.prompt_tokens
-        self._kv_used += lease.request.prompt_tokens
+        self._backlog += lease.uncached_tokens
+        self._kv_used += lease.uncached_tokens
+        self._growth += lease.output_tokens
         self._refresh(now)
 
-    def release(self, lease: Lease, outcome: Outcome, now: float) -> None:
+    @property
+    def factors(self) -> tuple[float, float]:
+        """How far predictions of its prefill and of its decoding are off."""
+        return self._prefill.factor, self._decode.factor
+
+    def release(self, lease: Lease, outcome: Outcome, now: float, seen: Seen = Seen()) -> None:  # noqa: B008  # immutable
         """Ends a lease; one that is over already changes nothing."""
         if lease not in self.leases:
             return
         self.leases.remove(lease)
+        self._growth = max(0.0, self._growth - lease.output_tokens) if self.leases else 0.0
+        if outcome is Outcome.COMPLETED:
+            self._learn(lease, now - lease.granted_at, seen)
         if outcome is Outcome.COMPLETED:
             held = now - lease.granted_at
             before = self._service_seconds
@@ -183,8 +229,31 @@ class Worker:
         self.gone = True
         self.blocked = "gone"
         self.leases.clear()
+        self._growth = 0.0
         self._fresh.clear()
         self.news.set()
+
+    def _learn(self, lease: Lease, held: float, seen: Seen) -> None:
+        first, predicted = seen.first_token_seconds, lease.prediction
+        if first is None or predicted is None or not 0 <= first <= held:
+            return
+        ttft, tpot, _, _, cached = predicted
+        if seen.prompt_tokens:
+            # A cache that held more or less than was thought says nothing about speed.
+            ttft += (cached - seen.cached_tokens) * self.outlook.prefill_token_seconds
+        self._prefill.learn(predicted=ttft / lease.factors[0], observed=first)
+        if seen.output_tokens >= _LEAST_OUTPUT_TOKENS:
+            self._decode.learn(predicted=tpot / lease.factors[1], observed=(held - first) / (seen.output_tokens - 1))
+
+    def _slot_seconds(self, now: float) -> float | None:
+        """How long until one more request than those that it has could run; None where it is not to be told."""
+        before = self.occupied - self.card.max_running + 1
+        if before <= 0 or before > len(self.leases) or self.full:
+            return None
+        # What should be over and is not goes on for about as long as half an answer takes.
+        overdue = _STILL_TO_COME * (self._service_seconds or 0.0)
+        ends = [end if (end := lease.ends_at) > now else now + overdue for lease in self.leases]
+        return (min(ends) if before == 1 else heapq.nsmallest(before, ends)[-1]) - now
 
     def _judge(self, *, failed: bool, now: float) -> None:
         share = self._failures(now)
@@ -214,9 +283,12 @@ class Worker:
                 occupied=self.occupied,
                 max_running=self.card.max_running,
                 kv_tokens=self.card.kv_tokens,
-                kv_used_tokens=self._kv_used,
+                kv_used_tokens=self._kv_used + _STILL_TO_COME * self._growth,
                 service_seconds=self._service_seconds,
+                slot_seconds=self._slot_seconds(now),
                 slowdown=self.condition.slowdown,
+                prefill_factor=self._prefill.factor,
+                decode_factor=self._decode.factor,
                 failure_share=self._failures(now),
             ),
             self._hope,

@@ -7,8 +7,9 @@ from services.router.admission import Admission, Ticket
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
 from services.router.fleet import Fleet
-from services.router.memory import AnswerLengths, Prefixes
+from services.router.memory import AnswerLengths
 from services.router.policy import Policies
+from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.scheduler import Scheduler
 from services.router.worker import Worker

@@ -2,6 +2,7 @@
 
 import pytest
 
+from services.router.correction import Correction
 from services.router.cost import Demand, Gauges, Rates, better, outlook, predict
 
 GAUGES = {
@@ -10,7 +11,7 @@ GAUGES = {
     "decode_step_per_sequence_seconds": 0.001,
     "max_running": 4,
 }
-DEMAND = Demand(uncached=500, output=100, total=600)
+DEMAND = Demand(prompt=500, output=100, output_weight=1.0)
 
 
 @pytest.mark.parametrize(
@@ -36,18 +37,67 @@ def test_a_worker_costs_the_seconds_that_it_takes(
     name: str, change: dict[str, float], ttft: float, tpot: float
 ) -> None:
     predicted = predict(outlook(Gauges(**{**GAUGES, **change})), DEMAND, 0.0)  # type: ignore[arg-type]  # of a table
-    assert predicted == pytest.approx((ttft, tpot, ttft + 100 * tpot)), name
+    assert predicted[:2] == pytest.approx((ttft, tpot)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "wait"),
+    [
+        ("idle", {}, 0.0),
+        ("prefill is pending", {"backlog_tokens": 2000.0}, 2.0),
+        ("no slot", {"occupied": 4, "service_seconds": 2.0}, 0.5),
+        ("it is known when a slot is free", {"occupied": 4, "service_seconds": 2.0, "slot_seconds": 0.1}, 0.1),
+        ("no KV cache", {"kv_tokens": 1000, "kv_used_tokens": 600.0, "service_seconds": 3.0}, 1.0),
+    ],
+)
+def test_waiting_costs_more_than_it_takes_since_others_wait_behind(
+    name: str, change: dict[str, float], wait: float
+) -> None:
+    ttft, tpot, cost, _, _ = predict(outlook(Gauges(**{**GAUGES, **change})), DEMAND, 0.0)  # type: ignore[arg-type]  # of a table
+    assert cost == pytest.approx(ttft + 2 * wait + 100 * tpot), name
 
 
 def test_what_is_cached_is_not_prefilled() -> None:
     ahead = outlook(Gauges(prefill_tokens_per_second=1000.0))
-    cold, warm = (predict(ahead, Demand(uncached, 0, 500), 0.0)[0] for uncached in (500, 100))
+    cold, warm = (predict(ahead, Demand(500, 0), 0.0, cached)[0] for cached in (0, 400))
     assert cold - warm == pytest.approx(0.4)
+
+
+def test_to_compute_what_another_worker_has_costs_more_than_it_takes() -> None:
+    ahead = outlook(Gauges(prefill_tokens_per_second=1000.0))
+    cold, warm = (predict(ahead, Demand(500, 0, known=400), 0.0, cached) for cached in (0, 400))
+    assert cold[2] - warm[2] == pytest.approx(3 * 0.4)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1.0, 1.0), (2.0, 1.0), (1.0, 3.0)])
+def test_what_was_learnt_corrects_predictions(prefill: float, decode: float) -> None:
+    gauges = Gauges(**{**GAUGES, "prefill_factor": prefill, "decode_factor": decode})  # type: ignore[arg-type]  # of a table
+    ttft, tpot, *_ = predict(outlook(gauges), DEMAND, 0.0)
+    assert (ttft, tpot) == pytest.approx((0.5 * prefill + 0.010 * decode, 0.010 * decode))
+
+
+def test_a_correction_follows_what_comes_true_and_long_times_count_most() -> None:
+    correction = Correction()
+    for _ in range(30):
+        correction.learn(predicted=0.5, observed=1.0)
+    assert correction.factor == pytest.approx(2.0, rel=0.05)
+    correction.learn(predicted=0.001, observed=0.1)
+    assert correction.factor == pytest.approx(2.0, rel=0.05)
+    for _ in range(60):
+        correction.learn(predicted=0.5, observed=0.5)
+    assert correction.factor == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_worker_that_boasts_is_found_out_however_much() -> None:
+    correction = Correction()
+    for _ in range(20):
+        correction.learn(predicted=0.0001, observed=1.0)
+    assert correction.factor > 10
 
 
 def test_the_backlog_melts_as_time_passes_and_not_below_nothing() -> None:
     ahead = outlook(Gauges(prefill_tokens_per_second=1000.0, backlog_tokens=1000.0, decode_step_seconds=0.01))
-    ttfts = [predict(ahead, Demand(0, 0, 0), elapsed)[0] for elapsed in (0.0, 0.6, 5.0)]
+    ttfts = [predict(ahead, Demand(0, 0), elapsed)[0] for elapsed in (0.0, 0.6, 5.0)]
     assert ttfts == pytest.approx([1.01, 0.41, 0.01])
 
 
@@ -57,7 +107,7 @@ def test_a_worker_that_fails_half_of_its_requests_costs_twice() -> None:
 
 
 def test_a_worker_that_has_measured_nothing_is_assumed_to_be_ordinary() -> None:
-    ttft, tpot, _ = predict(outlook(Gauges()), Demand(800, 0, 800), 0.0)
+    ttft, tpot, *_ = predict(outlook(Gauges()), Demand(800, 0), 0.0)
     assert 0.01 < ttft < 1
     assert 0.001 < tpot < 0.1
 

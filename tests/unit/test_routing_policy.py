@@ -117,7 +117,7 @@ def test_an_interactive_request_pays_more_for_a_late_first_token_than_a_batch_re
     # One has a backlog of two seconds and decodes fast; the other one is free and slow.
     busy, slow = mesh.worker("busy"), mesh.worker("slow")
     mesh.report(busy, pending_prefill_tokens=20_000, decode_step_seconds=0.01)
-    mesh.report(slow, decode_step_seconds=0.05)
+    mesh.report(slow, decode_step_seconds=0.1)
     assert worker_of(mesh.ask(slo_class="batch", prompt_tokens=10)) == "busy"
     assert worker_of(mesh.ask(slo_class="chatty", prompt_tokens=10)) == "slow"
 

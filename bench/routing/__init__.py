@@ -1,0 +1,1 @@
+"""Routing quality in virtual time: the router's own scheduler and admission over simulated engines."""
