@@ -23,9 +23,10 @@ from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
 from services.inference.calibration import PrefillMeter
-from services.inference.engine import Capability, EngineCard, Generation
+from services.inference.engine import Capability, EngineCard, Generation, StructuredOutput
 from services.inference.pooling import Jobs
 from services.inference.vllm_environment import has_cuda, vllm_version
+from services.inference.vllm_form_params import form_checker, form_params, form_settings
 from services.inference.vllm_nursery import Nursery
 from services.inference.vllm_params import Limits, Plan
 from services.inference.vllm_prompts import Prompts
@@ -64,7 +65,14 @@ _SHAPE: Final = (
     "head_dim",
 )
 # The names that vLLM has for our fields, where they differ.
-_FIELDS: Final = {"logprobs": "logprob_count", "input_ids": "prompt", "input_text": "prompt"}
+_FIELDS: Final = {
+    "logprobs": "sampling.logprob_count",
+    "prompt_logprobs": "sampling.prompt_logprob_count",
+    "input_ids": "prompt",
+    "input_text": "prompt",
+    "n": "choice_count",
+    **{name: f"sampling.{name}" for name in ("allowed_token_ids", "bad_words", "max_tokens", "temperature", "top_p")},
+}
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +91,11 @@ class Backend:
         """What vLLM raises when its engine process is gone."""
         self._dropped_weights = False
         self._texts: dict[int, str] = {}
+        self._forms = form_checker(llm)
+        if self._forms is not None:
+            # They are checked already, where they can't hold up everybody else.
+            llm.input_processor.structured_outputs_config = None
+            self.card = dataclasses.replace(card, capabilities=card.capabilities | {Capability.STRUCTURED_OUTPUT})
 
     def watch(self) -> None:
         """Begins to listen to the engine, which otherwise only happens with the first request. On the event loop."""
@@ -161,15 +174,24 @@ class Backend:
         arguments = plan.arguments()
         if not detokenize:
             arguments |= {"stop": None, "detokenize": False}
+        if generation.structured_output is not None:
+            arguments["structured_outputs"] = form_params(generation.structured_output)
         with self.refusals("messages" if generation.kind == "chat" else "prompt"):
             return await self.llm.add_request(
                 generation.id,
-                tokens_input(plan.tokens),
+                tokens_input(plan.tokens, cache_salt=generation.cache_salt or None),
                 SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
                 lora_request=lora,
                 trace_headers=self.trace_headers(generation.traceparent),
                 priority=generation.priority,
             )
+
+    async def check_form(self, form: StructuredOutput, *, field: str | None = None) -> None:
+        """Returns when outputs can be held to the form; raises MeshError as Forms.check() does."""
+        if self._forms is None:
+            message = "this model's outputs can't be held to a form"
+            raise MeshError(Reason.UNIMPLEMENTED, message, field=field or "structured_output")
+        await self._forms.check(form, field=field)
 
     def replay(self, plan: Plan) -> Replay | None:
         """What turns a continuation's tokens into text; None for a new generation, whose text vLLM makes."""
@@ -217,6 +239,10 @@ class Backend:
             await self.llm.abort(request_id)
         except self.dead:
             _log.debug("nothing to free in a dead engine")
+        # vLLM forgets the choices of a request, but not what holds them together.
+        parents = self.llm.output_processor.parent_requests
+        for internal_id in [key for key, parent in parents.items() if parent.external_req_id == request_id]:
+            del parents[internal_id]
 
     def token_text(self, token_id: int) -> str:
         """The text of one token on its own."""
@@ -240,6 +266,8 @@ class Backend:
 
         `in_thread` runs what blocks.
         """
+        if self._forms is not None:
+            await self._forms.close()
         if self.llm is None:
             return
         # Else it takes the end for a failure, and says so.
@@ -293,7 +321,9 @@ def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
             raise ConfigError(f"engine_args.{key}: vLLM {vllm_version()} has no such argument")
         if key in _OURS:
             raise ConfigError(f"engine_args.{key}: can't be set here, {_OURS[key] or 'load reports need it'}")
-    arguments = _defaults(settings, path, cuda=cuda) | settings.engine_args
+    # The defaults have those of its settings in them that forms allow.
+    given = {key: value for key, value in settings.engine_args.items() if key != "structured_outputs_config"}
+    arguments = _defaults(settings, path, cuda=cuda) | given
     try:
         return AsyncEngineArgs(model=path, **arguments).create_engine_config()
     except (ValueError, TypeError, OSError) as error:
@@ -307,6 +337,7 @@ def _defaults(settings: WorkerSettings, path: str, *, cuda: bool) -> dict[str, A
         "max_num_seqs": _MAX_RUNNING,
         "scheduling_policy": "priority",
         "use_tqdm_on_load": False,
+        "structured_outputs_config": form_settings(settings),
         **_lora(settings, cuda=cuda),
     }
     if cuda:
@@ -373,4 +404,5 @@ def _limits(llm: Any) -> Limits:
         vocabulary=llm.model_config.get_vocab_size(),
         logprobs=llm.model_config.max_logprobs,
         end_ids=frozenset(ends | {llm.renderer.get_eos_token_id()} - {None}),
+        end_id=llm.renderer.get_eos_token_id(),
     )

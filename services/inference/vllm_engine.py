@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -24,7 +25,6 @@ from services.inference.engine import (
     Generation,
     Load,
     Sink,
-    Timings,
 )
 from services.inference.pooling import check_can
 from services.inference.signs import signs_of
@@ -55,7 +55,6 @@ _GIVE_UP_SECONDS: Final = 20.0
 # Prompts are computed at an uneven speed, and others decode meanwhile.
 _STEP_FACTOR: Final = 4.0
 _DIED: Final = "the engine died and starts again"
-_NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
 
 
 def prepare_process(settings: WorkerSettings) -> None:
@@ -225,7 +224,7 @@ class VllmEngine:
         """How it is this moment: vLLM's own numbers of its last step, within what is known to be there now."""
         if self._pooler is not None:
             return self._pooler.load(trouble=self._trouble)
-        there = len(self._streams)
+        there = self._sequences
         running = min(self._stats.running, there)
         return Load(
             running=running,
@@ -347,8 +346,12 @@ class VllmEngine:
             )
         return self._backend
 
+    @property
+    def _sequences(self) -> int:
+        return sum(stream.sequences for stream in self._streams.values())
+
     def _check_room(self, backend: "Backend") -> None:
-        there, most, queue = len(self._streams), backend.card.max_running, self._settings.max_queued
+        there, most, queue = self._sequences, backend.card.max_running, self._settings.max_queued
         # vLLM can run fewer than it may: its KV cache is a bound too.
         waiting = min(self._stats.waiting, there)
         if there >= most + queue or waiting > max(0, queue - 1):
@@ -358,9 +361,17 @@ class VllmEngine:
 
     async def _prepare(self, generation: Generation) -> Plan:
         backend = self._backend
+        prompts = backend.prompts
         with backend.refusals("messages" if generation.kind == "chat" else "prompt"):
-            prompt = await backend.prompts.tokens(generation.prompt)
-        return plan(generation, prompt, self._ready().limits)
+            prompt = await prompts.generation_tokens(generation)
+        if generation.structured_output is not None:
+            await backend.check_form(generation.structured_output)
+        todo = plan(generation, prompt, self._ready().limits)
+        if not generation.echo:
+            return todo
+        given = generation.prompt if len(todo.prompt_token_ids) == len(prompt) else None
+        text = given if isinstance(given, str) else await prompts.text(todo.prompt_token_ids)
+        return replace(todo, prompt_text=text)
 
     async def _run(self, stream: Stream, todo: Plan, backend: "Backend") -> None:
         begun = time.monotonic()
@@ -394,17 +405,18 @@ class VllmEngine:
 
     async def _generate(self, stream: Stream, todo: Plan, backend: "Backend", lora: Any) -> None:
         replay = backend.replay(todo)
-        if replay is not None and (replay.stopped or not todo.remaining_tokens):
+        if replay is not None and (replay.stop_string or not todo.remaining_tokens):
             stream.accept()
-            stream.start(todo, 0)
-            stops = replay.stopped or todo.ended_by_token
-            stream.complete(FinishReason.STOP if stops else FinishReason.LENGTH, todo, _NO_TIME)
+            stream.start(todo)
+            stops = replay.stop_string or todo.ended_by_token
+            cause = replay.stop_string or todo.stop_token_id
+            stream.complete(FinishReason.STOP if stops else FinishReason.LENGTH, todo, cause)
             return
         outputs = await backend.add(stream.generation, todo, detokenize=replay is None, lora=lora)
         stream.accept()
         output = await outputs.get()
         self._observe_prefill(output)
-        stream.start(todo, output.num_cached_tokens or 0)
+        stream.start(todo, output)
         while not stream.take(output, todo, replay):
             output = outputs.get_nowait() or await outputs.get()
         if not output.finished:

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Generation, Sampling
 
 __all__ = ["Limits", "Plan", "plan"]
+
+_SEED_BITS: Final = (1 << 62) - 1
+# Of log-probabilities of a prompt, the token itself counted: about a megabyte, which one message can carry.
+_MAX_PROMPT_LOGPROBS: Final = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,8 @@ class Limits:
     """Alternatives that can be reported for a token."""
     end_ids: frozenset[int] = frozenset()
     """The model's own end-of-sequence tokens."""
+    end_id: int | None = None
+    """The one of them that ends an output without being its stop cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,11 @@ class Plan:
     ended_by_token: bool
     """The last emitted token was an end-of-sequence or stop token: nothing is left to generate."""
     sampling: Sampling
+    choices: int = 1
+    prompt_text: str = ""
+    """The prompt, where the client wants it back."""
+    stop_token_id: int | None = None
+    """The last emitted token, where it is a stop token."""
 
     @property
     def tokens(self) -> list[int]:
@@ -50,6 +61,7 @@ class Plan:
         """Keyword arguments of vLLM's SamplingParams for what remains."""
         sampling = self.sampling
         return {
+            "n": self.choices,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -61,10 +73,16 @@ class Plan:
             "min_tokens": max(0, sampling.min_tokens - len(self.emitted_token_ids)),
             "stop": list(sampling.stop),
             "stop_token_ids": list(sampling.stop_token_ids),
-            "seed": sampling.seed,
+            # vLLM takes -1 for no seed, and counts up from the seed for several choices.
+            "seed": None if sampling.seed is None else sampling.seed & _SEED_BITS,
             "ignore_eos": sampling.ignore_eos,
             "logit_bias": dict(sampling.logit_bias) or None,
             "logprobs": sampling.logprob_count,
+            "prompt_logprobs": sampling.prompt_logprob_count,
+            "bad_words": list(sampling.bad_words) or None,
+            "allowed_token_ids": list(sampling.allowed_token_ids) or None,
+            "skip_special_tokens": not sampling.keep_special_tokens,
+            "include_stop_str_in_output": sampling.include_stop_string,
         }
 
 
@@ -77,31 +95,41 @@ def plan(generation: Generation, prompt: Sequence[int], limits: Limits) -> Plan:
     """
     sampling = generation.sampling
     field = "messages" if generation.kind == "chat" else "prompt"
+    if generation.prompt_token_limit is not None:
+        prompt = prompt[-generation.prompt_token_limit :]
     if not prompt:
-        raise _invalid(field, f"{field} must have at least one token")
-    _check_ids(field, prompt, limits)
-    _check_ids("stop_token_ids", sampling.stop_token_ids, limits)
-    _check_ids("logit_bias", sampling.logit_bias, limits)
-    _check_ids("emitted_token_ids", generation.emitted_token_ids, limits)
+        raise _invalid(field, "must have at least one token")
+    _check_vocabulary(generation, field, prompt, limits)
     max_tokens = _bounded_output(field, len(prompt), sampling.max_tokens, limits)
     if sampling.min_tokens > max_tokens:
-        raise _invalid("min_tokens", f"min_tokens must be at most {max_tokens}, got {sampling.min_tokens}")
-    if sampling.logprob_count is not None and sampling.logprob_count > limits.logprobs:
-        raise _invalid("logprob_count", f"logprob_count must be at most {limits.logprobs}")
+        raise _invalid("sampling.min_tokens", f"must be at most {max_tokens}, got {sampling.min_tokens}")
+    _check_logprobs(sampling, len(prompt), limits)
     _check_continuation(generation, max_tokens)
+    last = generation.emitted_token_ids[-1] if generation.emitted_token_ids else None
     return Plan(
         prompt_token_ids=prompt,
         emitted_token_ids=generation.emitted_token_ids,
         max_tokens=max_tokens,
-        ended_by_token=_ended(generation, limits),
+        ended_by_token=_ended(last, sampling, limits),
         sampling=sampling,
+        choices=generation.choices,
+        stop_token_id=last if _ended(last, sampling, limits) and last != _end_id(sampling, limits) else None,
     )
 
 
-def _check_ids(field: str, ids: Iterable[int], limits: Limits) -> None:
-    for token_id in ids:
-        if not 0 <= token_id < limits.vocabulary:
-            raise _invalid(field, f"{field} must be below {limits.vocabulary}, got the token id {token_id}")
+def _check_vocabulary(generation: Generation, field: str, prompt: Sequence[int], limits: Limits) -> None:
+    sampling = generation.sampling
+    by_field: dict[str, Iterable[int]] = {
+        field: prompt,
+        "sampling.stop_token_ids": sampling.stop_token_ids,
+        "sampling.logit_bias": sampling.logit_bias,
+        "sampling.allowed_token_ids": sampling.allowed_token_ids,
+        "emitted_token_ids": generation.emitted_token_ids,
+    }
+    for name, ids in by_field.items():
+        for token_id in ids:
+            if not 0 <= token_id < limits.vocabulary:
+                raise _invalid(name, f"must be below {limits.vocabulary}, got the token id {token_id}")
 
 
 def _bounded_output(field: str, prompt: int, asked: int | None, limits: Limits) -> int:
@@ -117,32 +145,47 @@ def _bounded_output(field: str, prompt: int, asked: int | None, limits: Limits) 
     return room if asked is None else asked
 
 
+def _check_logprobs(sampling: Sampling, prompt: int, limits: Limits) -> None:
+    for name in ("logprob_count", "prompt_logprob_count"):
+        count = getattr(sampling, name)
+        if count is not None and count > limits.logprobs:
+            raise _invalid(f"sampling.{name}", f"must be at most {limits.logprobs}")
+    count = sampling.prompt_logprob_count
+    if count is not None and prompt * (count + 1) > _MAX_PROMPT_LOGPROBS:
+        most = _MAX_PROMPT_LOGPROBS // prompt - 1
+        bound = f"must be at most {most}" if most >= 0 else "can't be given"
+        raise _invalid("sampling.prompt_logprob_count", f"{bound} for a prompt of {prompt} tokens")
+
+
 def _check_continuation(generation: Generation, max_tokens: int) -> None:
     emitted, sampling = len(generation.emitted_token_ids), generation.sampling
     if not emitted:
         return
     if emitted > max_tokens:
-        raise _invalid("emitted_token_ids", f"emitted_token_ids must be at most {max_tokens}, as many as max_tokens")
+        raise _invalid("emitted_token_ids", f"must be at most {max_tokens}, as many as max_tokens")
     inexact = {
         "a temperature above 0": sampling.temperature != 0,
-        "log-probabilities": sampling.logprob_count is not None,
+        "log-probabilities of the prompt": sampling.prompt_logprob_count is not None,
+        "a structured output": generation.structured_output is not None,
+        "several choices": generation.choices > 1,
         # The engine would count the emitted tokens as prompt, to which these don't apply.
-        "presence_penalty": sampling.presence_penalty != 0,
-        "frequency_penalty": sampling.frequency_penalty != 0,
+        "sampling.presence_penalty": sampling.presence_penalty != 0,
+        "sampling.frequency_penalty": sampling.frequency_penalty != 0,
+        "sampling.bad_words": bool(sampling.bad_words),
     }
     for what, asked in inexact.items():
         if asked:
             raise _invalid("emitted_token_ids", f"a generation with {what} can't be continued exactly")
 
 
-def _ended(generation: Generation, limits: Limits) -> bool:
-    if not generation.emitted_token_ids:
-        return False
-    sampling = generation.sampling
+def _ended(last: int | None, sampling: Sampling, limits: Limits) -> bool:
     ends = () if sampling.ignore_eos else limits.end_ids
-    last = generation.emitted_token_ids[-1]
     return last in ends or last in sampling.stop_token_ids
 
 
+def _end_id(sampling: Sampling, limits: Limits) -> int | None:
+    return None if sampling.ignore_eos else limits.end_id
+
+
 def _invalid(field: str, message: str) -> MeshError:
-    return MeshError(Reason.INVALID_REQUEST, message, field=field)
+    return MeshError(Reason.INVALID_REQUEST, f"{field}: {message}", field=field)

@@ -8,7 +8,7 @@ from typing import Any
 from vllm.renderers.params import ChatParams, TokenizeParams
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import ChatMessage
+from services.inference.engine import ChatMessage, Generation
 
 __all__ = ["Prompts"]
 
@@ -37,6 +37,13 @@ class Prompts:
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered. Tokenizers that aren't Hugging Face's have a format built in."""
         return getattr(self._tokenizer, "chat_template", "built in") is not None
+
+    async def generation_tokens(self, generation: Generation) -> list[int]:
+        """The tokens of what a generation continues; raises MeshError as tokens() does."""
+        prompt = generation.prompt
+        if isinstance(prompt, str) and not generation.add_special_tokens:
+            return await self.plain_tokens(prompt)
+        return await self.tokens(prompt)
 
     async def tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
         """The tokens of a prompt in any of its three forms.

@@ -24,20 +24,23 @@ class Replay:
             stop=list(plan.sampling.stop),
             min_tokens=plan.sampling.min_tokens,
             max_tokens=plan.max_tokens,
+            skip_special_tokens=not plan.sampling.keep_special_tokens,
+            include_stop_str_in_output=plan.sampling.include_stop_string,
         )
         # All that a detokenizer reads of a request.
         request = SimpleNamespace(
             request_id="", sampling_params=params, prompt_token_ids=list(plan.prompt_token_ids), prompt_embeds=None
         )
         self._detokenizer: Any = IncrementalDetokenizer.from_new_request(tokenizer, request)
-        # A stop string that is complete already ended the output, and the client has all of its text.
-        self.stopped = self._detokenizer.update(list(plan.emitted_token_ids), False) is not None
+        # One that is complete already ended the output, and the client has all of its text.
+        self.stop_string: str | None = self._detokenizer.update(list(plan.emitted_token_ids), False)
         self._next_text(finished=False)
 
     def feed(self, token_ids: Sequence[int], finish_reason: str | None) -> tuple[str, Sequence[int], str | None]:
         """What new tokens add: the text, those of the tokens that count, and why the output ended, if it did."""
         before = self._detokenizer.num_output_tokens()
-        if self._detokenizer.update(list(token_ids), finish_reason == "stop") is not None:
+        self.stop_string = self._detokenizer.update(list(token_ids), finish_reason == "stop")
+        if self.stop_string is not None:
             finish_reason = "stop"
         count = self._detokenizer.num_output_tokens() - before
         return self._next_text(finished=finish_reason is not None), token_ids[:count], finish_reason

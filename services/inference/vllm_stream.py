@@ -5,7 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import Delta, FinishReason, Generation, Sink, Timings, TokenLogprob, TokenLogprobs, Usage
+from services.inference.engine import (
+    Delta,
+    FinishReason,
+    Generation,
+    PromptEcho,
+    Sink,
+    StopCause,
+    Timings,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
 from services.inference.vllm_params import Plan
 
 if TYPE_CHECKING:
@@ -15,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Stream"]
 
 _REASONS: Final = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
+_NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
 
 
 class Stream:
@@ -33,6 +45,13 @@ class Stream:
         self._token_text = token_text
         self._cached = 0
         self._output_tokens = len(generation.emitted_token_ids)
+        self._open_choices = generation.choices
+        self._first: Any = None
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences it is in the engine."""
+        return self._open_choices
 
     def accept(self) -> None:
         """The engine has taken it."""
@@ -53,48 +72,80 @@ class Stream:
         if self.task is not None:
             self.task.cancel()
 
-    def start(self, plan: Plan, cached_tokens: int) -> None:
-        """The first token is there, and with it how much of the prompt was cached."""
+    def start(self, plan: Plan, output: Any = None) -> None:
+        """The first token is there, in vLLM's first output; without one, the generation is over already."""
         prompt = len(plan.prompt_token_ids)
         self.pending_prefill_tokens = 0
-        # Emitted tokens can be cached too, and aren't prompt for the client.
-        self._cached = min(cached_tokens, prompt)
-        self._sink.started(prompt, self._cached)
+        if output is not None:
+            self._first = output.metrics
+            # Emitted tokens can be cached too, and aren't prompt for the client.
+            self._cached = min(output.num_cached_tokens or 0, prompt)
+        self._sink.started(prompt, self._cached, self._echo(plan, output))
+
+    def _echo(self, plan: Plan, output: Any) -> PromptEcho | None:
+        generation = self.generation
+        count = generation.sampling.prompt_logprob_count
+        if not generation.echo and count is None:
+            return None
+        logprobs: Sequence[TokenLogprobs] = ()
+        if count is not None and output is not None:
+            # The first token has none.
+            found = output.prompt_logprobs[1:]
+            tokens = plan.prompt_token_ids[1:]
+            logprobs = [self._token_logprobs(*pair, count) for pair in zip(tokens, found, strict=True)]
+        if not generation.echo:
+            return PromptEcho(logprobs=logprobs)
+        return PromptEcho(token_ids=plan.prompt_token_ids, text=plan.prompt_text, logprobs=logprobs)
 
     def take(self, output: Any, plan: Plan, replay: "Replay | None") -> bool:
         """Passes one of vLLM's outputs on; true when it was the last."""
-        completion = output.outputs[0]
-        text, ids, reason = completion.text, completion.token_ids, completion.finish_reason
-        if replay is not None:
-            text, ids, reason = replay.feed(ids, reason)
-        if text or ids:
-            self._output_tokens += len(ids)
-            if completion.logprobs:
-                logprobs = self._logprobs(ids, completion.logprobs)
-                self._sink.rich_delta(Delta(text=text, token_ids=ids, logprobs=logprobs))
-            else:
-                self._sink.delta(text, ids)
-        if reason is None:
-            return False
-        if reason in _REASONS:
-            self.complete(_REASONS[reason], plan, _timings(output.metrics))
-        else:
-            self.fail(MeshError(Reason.ENGINE_FAILED, "the engine ended the generation"))
-        return True
+        for completion in output.outputs:
+            text, ids, reason = completion.text, completion.token_ids, completion.finish_reason
+            cause = completion.stop_reason
+            if replay is not None:
+                text, ids, reason = replay.feed(ids, reason)
+                cause = replay.stop_string or cause
+            if text or ids:
+                self._deliver(completion, text, ids)
+            if reason is not None:
+                self._end(completion.index, reason, cause, plan, output.metrics)
+        return self.closed
 
-    def complete(self, reason: FinishReason, plan: Plan, timings: Timings) -> None:
+    def _deliver(self, completion: Any, text: str, ids: Sequence[int]) -> None:
+        self._output_tokens += len(ids)
+        if completion.logprobs or self.generation.choices > 1:
+            logprobs = self._logprobs(ids, completion.logprobs or ())
+            self._sink.rich_delta(Delta(text=text, token_ids=ids, logprobs=logprobs, choice=completion.index))
+        else:
+            self._sink.delta(text, ids)
+
+    def _end(self, choice: int, reason: str, cause: StopCause | None, plan: Plan, metrics: Any) -> None:
+        if reason not in _REASONS:
+            self.fail(MeshError(Reason.ENGINE_FAILED, "the engine ended the generation"))
+            return
+        ended, cause = _REASONS[reason], None if reason == "repetition" else cause
+        self._open_choices -= 1
+        if self.generation.choices > 1:
+            self._sink.choice_ended(choice, ended, cause)
+        if not self._open_choices:
+            self.complete(ended, plan, cause, _timings(self._first, metrics))
+
+    def complete(
+        self, reason: FinishReason, plan: Plan, stop_cause: StopCause | None, timings: Timings = _NO_TIME
+    ) -> None:
         """The output is complete."""
         usage = Usage(prompt=len(plan.prompt_token_ids), cached=self._cached, output=self._output_tokens)
-        self._sink.completed(reason, usage, timings)
+        self._sink.completed(reason, usage, timings, stop_cause)
         self.closed = True
 
     def _logprobs(self, ids: Sequence[int], found: Sequence[Mapping[int, Any]]) -> Sequence[TokenLogprobs]:
-        return [self._token_logprobs(token, by_token) for token, by_token in zip(ids, found, strict=True)]
-
-    def _token_logprobs(self, token: int, by_token: Mapping[int, Any]) -> TokenLogprobs:
-        # vLLM adds the chosen token to the likeliest ones when it isn't among them.
+        # A stop string that only the replay sees leaves tokens of the last output out.
         count = self.generation.sampling.logprob_count or 0
-        ranked = sorted((found.rank, other) for other, found in by_token.items() if found.rank <= count)
+        return [self._token_logprobs(token, by_token, count) for token, by_token in zip(ids, found, strict=False)]
+
+    def _token_logprobs(self, token: int, by_token: Mapping[int, Any], count: int) -> TokenLogprobs:
+        # vLLM adds the token itself to the likeliest ones when it isn't among them.
+        ranked = sorted((found.rank, other) for other, found in by_token.items() if found.rank <= count)[:count]
         return TokenLogprobs(
             chosen=self._token_logprob(token, by_token[token]),
             alternatives=[self._token_logprob(other, by_token[other]) for _, other in ranked],
@@ -104,10 +155,10 @@ class Stream:
         return TokenLogprob(token_id=token, token=self._token_text(token), logprob=found.logprob, rank=found.rank)
 
 
-def _timings(metrics: Any) -> Timings:
-    """From what vLLM noted of a request, on its engine's monotonic clock."""
+def _timings(first: Any, last: Any) -> Timings:
+    """From what vLLM noted of a request's first choice and of its last, on its engine's monotonic clock."""
     return Timings(
-        queue=max(0.0, metrics.scheduled_ts - metrics.queued_ts),
-        prefill=max(0.0, metrics.first_token_ts - metrics.scheduled_ts),
-        decode=max(0.0, metrics.last_token_ts - metrics.first_token_ts),
+        queue=max(0.0, first.scheduled_ts - first.queued_ts),
+        prefill=max(0.0, first.first_token_ts - first.scheduled_ts),
+        decode=max(0.0, last.last_token_ts - first.first_token_ts),
     )

@@ -80,7 +80,12 @@ async def test_the_card_says_what_was_loaded(engine: VllmEngine) -> None:
     as_interface: Engine = engine
     card = as_interface.card
     assert (card.kind, card.model, card.max_context_tokens, card.vocabulary_size) == ("vllm", "demo", 2048, 2048)
-    assert card.capabilities == {Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS}
+    assert card.capabilities == {
+        Capability.GENERATE,
+        Capability.CHAT,
+        Capability.LOGPROBS,
+        Capability.STRUCTURED_OUTPUT,
+    }
     assert card.max_running == RUNNING
     assert card.kv_cache_tokens >= 2048
 
@@ -240,13 +245,13 @@ async def test_megabytes_of_text_are_refused_at_once(engine: VllmEngine) -> None
     [
         (generation("bad", prompt=[5, 2048]), "prompt"),
         (generation("bad", prompt=""), "prompt"),
-        (generation("bad", stop_token_ids=[2048]), "stop_token_ids"),
-        (generation("bad", logit_bias={99999: 1.0}), "logit_bias"),
-        (generation("bad", min_tokens=41), "min_tokens"),
-        (generation("bad", logprob_count=21), "logprob_count"),
+        (generation("bad", stop_token_ids=[2048]), "sampling.stop_token_ids"),
+        (generation("bad", logit_bias={99999: 1.0}), "sampling.logit_bias"),
+        (generation("bad", min_tokens=41), "sampling.min_tokens"),
+        (generation("bad", logprob_count=21), "sampling.logprob_count"),
         (generation("bad", emitted=[7], temperature=0.5), "emitted_token_ids"),
         # Past our own checks: vLLM's refusal.
-        (generation("bad", top_p=1.5), "top_p"),
+        (generation("bad", top_p=1.5), "sampling.top_p"),
     ],
 )
 async def test_what_does_not_fit_is_refused_and_leaves_nothing(

@@ -30,15 +30,16 @@ def generation(*, emitted: tuple[int, ...] = (), kind: Any = "tokens", **samplin
         (generation(), [], Reason.INVALID_REQUEST, "prompt", "at least one token"),
         (generation(), [5, 1000], Reason.INVALID_REQUEST, "prompt", "below 1000"),
         (generation(), [5, -1], Reason.INVALID_REQUEST, "prompt", "token id -1"),
-        (generation(stop_token_ids=[1000]), PROMPT, Reason.INVALID_REQUEST, "stop_token_ids", "below 1000"),
-        (generation(logit_bias={2**32: 1.0}), PROMPT, Reason.INVALID_REQUEST, "logit_bias", "below 1000"),
+        (generation(stop_token_ids=[1000]), PROMPT, Reason.INVALID_REQUEST, "sampling.stop_token_ids", "below 1000"),
+        (generation(logit_bias={2**32: 1.0}), PROMPT, Reason.INVALID_REQUEST, "sampling.logit_bias", "below 1000"),
         (generation(emitted=(1000,)), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "below 1000"),
-        (generation(min_tokens=6, max_tokens=5), PROMPT, Reason.INVALID_REQUEST, "min_tokens", "at most 5"),
-        (generation(min_tokens=10**9), PROMPT, Reason.INVALID_REQUEST, "min_tokens", "at most 96"),
-        (generation(logprob_count=21), PROMPT, Reason.INVALID_REQUEST, "logprob_count", "at most 20"),
+        (generation(min_tokens=6, max_tokens=5), PROMPT, Reason.INVALID_REQUEST, "sampling.min_tokens", "at most 5"),
+        (generation(min_tokens=10**9), PROMPT, Reason.INVALID_REQUEST, "sampling.min_tokens", "at most 96"),
+        (generation(logprob_count=21), PROMPT, Reason.INVALID_REQUEST, "sampling.logprob_count", "at most 20"),
         (generation(emitted=(9,) * 6, max_tokens=5), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "at most 5"),
         (generation(emitted=(9,), temperature=0.5), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "temperature"),
-        (generation(emitted=(9,), logprob_count=0), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "log-prob"),
+        (generation(emitted=(9,), prompt_logprob_count=0), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "log-"),
+        (generation(allowed_token_ids=[1000]), PROMPT, Reason.INVALID_REQUEST, "sampling.allowed_token_ids", "below"),
         (generation(emitted=(9,), presence_penalty=1), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "presence"),
         (
             generation(emitted=(9,), frequency_penalty=-1),
@@ -116,8 +117,13 @@ def test_every_sampling_parameter_reaches_vllm() -> None:
         ignore_eos=True,
         logit_bias={4: -5.0},
         logprob_count=2,
+        prompt_logprob_count=4,
+        bad_words=("no",),
+        allowed_token_ids=(9, 10),
+        keep_special_tokens=True,
+        include_stop_string=True,
     )
-    assert plan(replace(generation(), sampling=sampling), PROMPT, LIMITS).arguments() == {
+    assert plan(replace(generation(), sampling=sampling, choices=3), PROMPT, LIMITS).arguments() == {
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 40,
@@ -133,4 +139,42 @@ def test_every_sampling_parameter_reaches_vllm() -> None:
         "ignore_eos": True,
         "logit_bias": {4: -5.0},
         "logprobs": 2,
+        "n": 3,
+        "prompt_logprobs": 4,
+        "bad_words": ["no"],
+        "allowed_token_ids": [9, 10],
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
     }
+
+
+def test_a_seed_is_one_that_vllm_takes_for_a_seed_and_counts_up_from() -> None:
+    for seed, sent in {7: 7, -1: 2**62 - 1, -(2**63): 0, 2**63 - 1: 2**62 - 1}.items():
+        assert plan(generation(seed=seed), PROMPT, LIMITS).arguments()["seed"] == sent
+
+
+def test_a_prompt_token_limit_keeps_the_end() -> None:
+    asked = replace(generation(max_tokens=50), prompt_token_limit=50)
+    assert plan(asked, list(range(200)), LIMITS).prompt_token_ids == list(range(150, 200))
+    assert plan(asked, PROMPT, LIMITS).prompt_token_ids == PROMPT
+
+
+def test_log_probabilities_of_a_prompt_are_bounded_with_its_length() -> None:
+    limits = replace(LIMITS, context_tokens=100_000)
+    assert plan(generation(prompt_logprob_count=20), [5] * 1560, limits)
+    with pytest.raises(MeshError, match="at most 15 for a prompt of 2000 tokens"):
+        plan(generation(prompt_logprob_count=20), [5] * 2000, limits)
+    with pytest.raises(MeshError, match="can't be given for a prompt of 40000 tokens"):
+        plan(generation(prompt_logprob_count=0), [5] * 40_000, limits)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cause"),
+    [(generation(emitted=(11, 2)), None), (generation(emitted=(11, 3)), 3), (generation(emitted=(12,)), 12)],
+)
+def test_a_stop_token_is_the_cause_of_an_end_and_the_end_of_sequence_is_not(
+    asked: Generation, cause: int | None
+) -> None:
+    asked = replace(asked, sampling=replace(asked.sampling, stop_token_ids=(12,)))
+    limits = replace(LIMITS, end_ids=frozenset({2, 3}), end_id=2)
+    assert plan(asked, PROMPT, limits).stop_token_id == cause

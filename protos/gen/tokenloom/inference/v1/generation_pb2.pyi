@@ -108,8 +108,9 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text, tokenized by the worker without a chat template."""
     choice_count: _builtins.int
-    """How many alternative outputs to generate, 1 to 128. 0 means 1. With several, deltas name their choice, each choice
-    ends with a `choice_ended`, and one `completed` follows the last.
+    """How many alternative outputs to generate, 1 to 128 and at most as many as the worker runs at a time. 0 means 1.
+    Several need a temperature above 0. Deltas then name their choice, each choice ends with a `choice_ended`, and one
+    `completed` follows the last.
     """
     echo: _builtins.bool
     """Return the prompt in `started`: its text and its tokens."""
@@ -187,11 +188,13 @@ class StructuredOutput(_message.Message):
     GRAMMAR_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON document that fits this JSON Schema, itself given as JSON. At most 64 KiB; references into the schema only."""
+    """A JSON document that fits this JSON Schema, itself given as JSON. At most 64 KiB; references into the schema only.
+    The document has no whitespace between its parts.
+    """
     regex: _builtins.str
     """A text that matches this regular expression, whole. At most 4 KiB."""
     grammar: _builtins.str
-    """A text of this grammar, in EBNF or Lark notation. At most 64 KiB."""
+    """A text of this grammar, in GBNF or Lark notation. At most 64 KiB."""
     @_builtins.property
     def json_object(self) -> Global___JsonObject:
         """Any JSON object."""
@@ -611,7 +614,9 @@ class SamplingParameters(_message.Message):
     logprob_count: _builtins.int
     """How many most-likely alternatives to report for each output token, 0 to 20. Absent: no log-probabilities at all."""
     prompt_logprob_count: _builtins.int
-    """How many most-likely alternatives to report for each token of the prompt, 0 to 20. Absent: none at all."""
+    """How many most-likely alternatives to report for each token of the prompt, 0 to 20; with the token itself, at most
+    32768 in all. Absent: none at all.
+    """
     keep_special_tokens: _builtins.bool
     """Leave special tokens in the text. Default false."""
     include_stop_string: _builtins.bool
@@ -630,7 +635,9 @@ class SamplingParameters(_message.Message):
 
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that must not appear. At most 64, of 1 to 256 characters."""
+        """Texts that must not appear, as they are tokenized at the beginning of a text and after a space. At most 64, of 1 to
+        256 characters.
+        """
 
     @_builtins.property
     def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -1,0 +1,118 @@
+"""Whether forms of outputs can be compiled, found out where it harms nobody. Imports nothing of vLLM."""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Final
+
+from services.common.errors import MeshError, Reason
+from services.inference.checks import invalid
+from services.inference.engine import StructuredOutput
+
+__all__ = ["Forms"]
+
+_MAX_REMEMBERED: Final = 1024
+# Each may take its second.
+_MAX_WAITING: Final = 8
+# Reading a large vocabulary takes a second; a form has its own bounds.
+_ANSWER_SECONDS: Final = 30.0
+_CHECKER: Final = "services.inference.vllm_form_check"
+_FIELDS: Final = {
+    "json_schema": "structured_output.json_schema",
+    "json_object": "structured_output.json_object",
+    "regex": "structured_output.regex",
+    "grammar": "structured_output.grammar",
+    "choice": "structured_output.choices",
+}
+
+
+class Forms:
+    """Checks forms one after another in a process of its own, and remembers what it found. One event loop owns it."""
+
+    def __init__(self, tokenizer: Mapping[str, Any]) -> None:
+        """`tokenizer` is the checker's first line: `tokenizer`, `vocabulary`, `end_id` and `any_whitespace`."""
+        self._tokenizer = tokenizer
+        self._known: OrderedDict[bytes, str | None] = OrderedDict()
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def check(self, form: StructuredOutput, *, field: str | None = None) -> None:
+        """Returns when the engine can compile the form.
+
+        Raises:
+            MeshError: INVALID_REQUEST on `field`, by default the form's own; NO_CAPACITY while too many wait.
+        """
+        value = json.dumps(list(form.choices)) if form.kind == "choice" else form.value
+        key = hashlib.sha256(f"{form.kind}\n{value}".encode()).digest()
+        error = await self._found(key, form.kind, value)
+        if error is not None:
+            raise invalid(field or _FIELDS[form.kind], error)
+
+    async def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def _found(self, key: bytes, kind: str, value: str) -> str | None:
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        if self._waiting == _MAX_WAITING:
+            raise MeshError(Reason.NO_CAPACITY, "too many structured outputs are new", retry_after_seconds=1.0)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                # Somebody else may have asked meanwhile.
+                if key not in self._known:
+                    self._remember(key, await self._ask(kind, value))
+                return self._known[key]
+        finally:
+            self._waiting -= 1
+
+    def _remember(self, key: bytes, error: str | None) -> None:
+        self._known[key] = error
+        if len(self._known) > _MAX_REMEMBERED:
+            self._known.popitem(last=False)
+
+    async def _ask(self, kind: str, value: str) -> str | None:
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                process = await self._running()
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(json.dumps({"kind": kind, "value": value}).encode() + b"\n")
+                await process.stdin.drain()
+                answer = await process.stdout.readline()
+        except BaseException as error:
+            # A late answer would be taken for the next one's.
+            await self.close()
+            if isinstance(error, TimeoutError | OSError):
+                raise MeshError(Reason.INTERNAL, "structured outputs can't be checked") from error
+            raise
+        if not answer:
+            await self.close()
+            raise MeshError(Reason.INTERNAL, "structured outputs can't be checked")
+        found: str | None = json.loads(answer)
+        return found
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        # It ends with this process: its standard input does.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", _CHECKER),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(self._tokenizer).encode() + b"\n")
+        return self._process
