@@ -116,8 +116,16 @@ def _routes(
 ) -> Routes:
     limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
     return Routes(
-        Route("POST", "/v1/chat/completions", Endpoint(CHAT, generator, metrics, limits)),
-        Route("POST", "/v1/completions", Endpoint(COMPLETIONS, generator, metrics, limits)),
+        Route(
+            "POST", "/v1/chat/completions", Endpoint(CHAT, generator, metrics, limits), body=CHAT.shape, streams=True
+        ),
+        Route(
+            "POST",
+            "/v1/completions",
+            Endpoint(COMPLETIONS, generator, metrics, limits),
+            body=COMPLETIONS.shape,
+            streams=True,
+        ),
         *Responses(generator, metrics, limits, conversations).routes,
         *pooling_routes(calls, metrics, limits),
         *jobs.routes,

@@ -3,6 +3,7 @@
 import logging
 import uuid
 from collections.abc import Callable, MutableMapping
+from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from services.gateway.generation import Caller
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator, Identity
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.openapi import document
 from services.gateway.routes import Routes
 
 __all__ = ["App"]
@@ -42,6 +44,7 @@ class App:
         self._authorization = authorization
         self._metrics = metrics
         self._is_ready = is_ready
+        self._openapi = document(routes.all, version=version("tokenloom"))
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """One ASGI connection. Only HTTP is served."""
@@ -55,6 +58,9 @@ class App:
         response = Response(send, request_id)
         if request.path in ("/healthz", "/readyz"):
             await self._probe(request, response)
+            return
+        if request.path == "/openapi.json" and request.method == "GET":
+            await response.send_json(200, self._openapi)
             return
         endpoint = self._routes.label(request.path)
         with tracer().start_as_current_span(

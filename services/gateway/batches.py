@@ -13,7 +13,7 @@ from services.gateway.file_store import FileStore
 from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
-from services.gateway.paging import page_of
+from services.gateway.paging import PAGE_QUERY, page_of
 from services.gateway.routes import Route
 from services.gateway.stored import while_stored
 
@@ -45,8 +45,8 @@ class Batches:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/batches", self.create),
-            Route("GET", "/v1/batches", self.list),
+            Route("POST", "/v1/batches", self.create, body=BatchRequest),
+            Route("GET", "/v1/batches", self.list, query=PAGE_QUERY),
             Route("GET", "/v1/batches/{batch_id}", self.retrieve),
             Route("POST", "/v1/batches/{batch_id}/cancel", self.cancel),
         ]

@@ -10,7 +10,7 @@ from services.gateway.file_store import CHUNK_BYTES, FileRecord, FileStore
 from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
-from services.gateway.paging import page_of
+from services.gateway.paging import PAGE_QUERY, page_of
 from services.gateway.routes import Route
 from services.gateway.stored import while_stored
 from services.gateway.uploads import Upload, boundary_of, read_upload
@@ -22,6 +22,12 @@ _MIN_EXPIRY_SECONDS: Final = 3600
 _MAX_EXPIRY_SECONDS: Final = 30 * 24 * 3600
 _ENVELOPE_BYTES: Final = 64 << 10
 """What the form may add to the file."""
+_FORM: Final = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": list(_PURPOSES)}},
+}
 
 
 class Files:
@@ -36,8 +42,8 @@ class Files:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/files", self.create),
-            Route("GET", "/v1/files", self.list),
+            Route("POST", "/v1/files", self.create, form=_FORM),
+            Route("GET", "/v1/files", self.list, query={**PAGE_QUERY, "purpose": {"type": "string"}}),
             Route("GET", "/v1/files/{file_id}", self.retrieve),
             Route("DELETE", "/v1/files/{file_id}", self.delete),
             Route("GET", "/v1/files/{file_id}/content", self.content),

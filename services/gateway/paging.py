@@ -6,10 +6,16 @@ from typing import Any, Final
 
 from services.gateway.decoding import invalid
 
-__all__ = ["Page", "page_of"]
+__all__ = ["PAGE_QUERY", "Page", "page_of"]
 
 _DEFAULT: Final = 20
 _MOST: Final = 100
+PAGE_QUERY: Final[Mapping[str, Any]] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST, "default": _DEFAULT},
+    "order": {"enum": ["asc", "desc"], "default": "desc"},
+    "after": {"type": "string"},
+}
+"""The JSON Schema of what a query may say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ __all__ = ["pooling_routes"]
 def pooling_routes(calls: WorkerCalls, metrics: GatewayMetrics, limits: Limits) -> list[Route]:
     """One route an endpoint."""
     return [
-        Route("POST", "/v1/embeddings", UnaryEndpoint(EMBEDDINGS, calls, metrics, limits)),
-        Route("POST", "/v1/rerank", UnaryEndpoint(RERANK, calls, metrics, limits)),
-        Route("POST", "/v1/score", UnaryEndpoint(SCORE, calls, metrics, limits)),
-        Route("POST", "/v1/tokenize", UnaryEndpoint(TOKENIZE, calls, metrics, limits)),
-        Route("POST", "/v1/detokenize", UnaryEndpoint(DETOKENIZE, calls, metrics, limits)),
+        Route("POST", "/v1/embeddings", UnaryEndpoint(EMBEDDINGS, calls, metrics, limits), body=EMBEDDINGS.shape),
+        Route("POST", "/v1/rerank", UnaryEndpoint(RERANK, calls, metrics, limits), body=RERANK.shape),
+        Route("POST", "/v1/score", UnaryEndpoint(SCORE, calls, metrics, limits), body=SCORE.shape),
+        Route("POST", "/v1/tokenize", UnaryEndpoint(TOKENIZE, calls, metrics, limits), body=TOKENIZE.shape),
+        Route("POST", "/v1/detokenize", UnaryEndpoint(DETOKENIZE, calls, metrics, limits), body=DETOKENIZE.shape),
     ]

@@ -40,7 +40,7 @@ class Responses:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/responses", self.create),
+            Route("POST", "/v1/responses", self.create, body=ResponsesRequest, streams=True),
             Route("GET", "/v1/responses/{response_id}", self.retrieve),
             Route("DELETE", "/v1/responses/{response_id}", self.delete),
             Route("POST", "/v1/responses/{response_id}/cancel", self.cancel),

@@ -1,9 +1,9 @@
 """Which handler answers which method and path."""
 
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
 from services.gateway.generation import Caller
@@ -26,12 +26,21 @@ class Route:
     method: str
     path: str
     handler: Handler
+    body: type | None = None
+    """The shape of the JSON body that it takes."""
+    form: Mapping[str, Any] | None = None
+    """The JSON Schema of the form that it takes."""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    """The JSON Schema of each parameter that its query may have."""
+    streams: bool = False
+    """Whether it answers with events when asked to."""
 
 
 class Routes:
     """The routes of an API."""
 
     def __init__(self, *routes: Route) -> None:
+        self.all = routes
         self._exact = {(route.method, route.path): route for route in routes if "{" not in route.path}
         self._patterns = [(_pattern(route.path), route) for route in routes if "{" in route.path]
         self._methods: dict[str, list[str]] = {}

@@ -43,7 +43,7 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     """A JSON Schema with a name."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]*\Z")]
-    schema: msgspec.Raw = msgspec.Raw()
+    schema: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     description: Annotated[str, Meta(max_length=4096)] | None = None
     strict: bool | None = None
 
@@ -58,7 +58,7 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
 class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     """vLLM's way to hold an answer to a form; exactly one of them."""
 
-    json: msgspec.Raw = msgspec.Raw()
+    json: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     regex: Pattern | None = None
     choice: Annotated[list[Choice], Meta(min_length=1, max_length=1024)] | None = None
     grammar: Grammar | None = None

@@ -152,7 +152,7 @@ class Function(_Strict):
 
     name: FunctionName
     description: Annotated[str, Meta(max_length=4096)] | None = None
-    parameters: msgspec.Raw = msgspec.Raw()
+    parameters: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     strict: bool | None = None
 
 

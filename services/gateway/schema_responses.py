@@ -124,7 +124,7 @@ class FunctionTool(_Strict, kw_only=True):
 
     type: Literal["function"]
     name: FunctionName
-    parameters: msgspec.Raw = msgspec.Raw()
+    parameters: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     strict: bool | None = None
     description: Annotated[str, Meta(max_length=4096)] | None = None
 
@@ -141,7 +141,7 @@ class TextFormat(_Strict, kw_only=True):
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
-    schema: msgspec.Raw = msgspec.Raw()
+    schema: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     strict: bool | None = None
     description: Annotated[str, Meta(max_length=4096)] | None = None
 

@@ -178,3 +178,16 @@ async def test_a_sampled_generation_that_outlasts_a_drain_ends_with_an_error(tmp
             text = "".join([chunk async for chunk in response.aiter_text()])
         assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "engine_error"
         assert "[DONE]" not in text
+
+
+async def test_the_openapi_document_describes_what_is_served(lane: Lane) -> None:
+    async with httpx.AsyncClient(base_url=lane.base_url) as anybody:
+        described = (await anybody.get("/openapi.json")).json()
+    paths = described["paths"]
+    assert {"/v1/chat/completions", "/v1/responses", "/v1/files/{file_id}", "/v1/models/{model}"} <= paths.keys()
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schemas = described["components"]["schemas"]
+    chat = schemas[body["$ref"].rpartition("/")[2]]
+    assert chat["additionalProperties"] is False
+    assert {"model", "messages"} == set(chat["required"])
+    assert "\\Z" not in json.dumps(described)

@@ -1,0 +1,109 @@
+"""The OpenAPI document of the gateway: made from the very types that decode the requests."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final
+
+import msgspec
+
+from services.common.errors import TABLE, Reason
+from services.gateway.routes import Route
+
+__all__ = ["document"]
+
+_PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
+_REFERENCE: Final = "#/components/schemas/{name}"
+_REFUSALS: Final = (
+    Reason.INVALID_REQUEST,
+    Reason.INVALID_API_KEY,
+    Reason.PERMISSION_DENIED,
+    Reason.NOT_FOUND,
+    Reason.METHOD_NOT_ALLOWED,
+    Reason.REQUEST_TOO_LARGE,
+    Reason.UNSUPPORTED_MEDIA_TYPE,
+    Reason.RATE_LIMIT_EXCEEDED,
+    Reason.INTERNAL,
+    Reason.UNIMPLEMENTED,
+    Reason.NO_READY_WORKER,
+    Reason.DEADLINE_EXCEEDED,
+)
+_TEXT_OR_NULL: Final = {"type": ["string", "null"]}
+_ERROR: Final = {
+    "type": "object",
+    "required": ["error"],
+    "additionalProperties": False,
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "additionalProperties": False,
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
+_JSON: Final = "application/json"
+
+
+def document(routes: Iterable[Route], *, version: str) -> bytes:
+    """The document, as JSON."""
+    routes = list(routes)
+    bodies = [route.body for route in routes if route.body is not None]
+    schemas, components = msgspec.json.schema_components(bodies, ref_template=_REFERENCE)
+    by_body = dict(zip(bodies, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        path = _PARAMETER.sub(r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, by_body)
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "tokenloom", "version": version, "description": "An OpenAI-compatible API."},
+            "security": [{"key": []}],
+            "paths": paths,
+            "components": {
+                "schemas": {**_portable(components), "Error": _ERROR},
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            },
+        }
+    )
+
+
+def _operation(route: Route, schemas: dict[type, dict[str, Any]]) -> dict[str, Any]:
+    summary = (route.handler.__doc__ or "").strip().partition("\n")[0]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in _PARAMETER.findall(route.path)
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
+    operation: dict[str, Any] = {"summary": summary, "parameters": parameters, "responses": _responses(route)}
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schemas[route.body]}}}
+    elif route.form is not None:
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": route.form}}}
+    return operation
+
+
+def _responses(route: Route) -> dict[str, Any]:
+    answers: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}}
+    if route.path.endswith("/content"):
+        answers = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    elif route.streams:
+        answers["text/event-stream"] = {"schema": {"type": "string"}}
+    error = {_JSON: {"schema": {"$ref": _REFERENCE.format(name="Error")}}}
+    refusals = {str(TABLE[reason].http): {"description": TABLE[reason].code, "content": error} for reason in _REFUSALS}
+    return {"200": {"description": "the answer", "content": answers}, **refusals}
+
+
+def _portable(schema: Any) -> Any:
+    """The same schema in what JSON Schema calls a regular expression, which has no `\\Z`."""
+    if isinstance(schema, dict):
+        return {
+            key: value.replace(r"\Z", "$") if key == "pattern" and isinstance(value, str) else _portable(value)
+            for key, value in schema.items()
+        }
+    return [_portable(each) for each in schema] if isinstance(schema, list) else schema
