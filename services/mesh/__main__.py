@@ -8,7 +8,8 @@ from typing import Any, Final, NoReturn
 
 from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
-from services.mesh import keys, render, up
+from services.common.errors import MeshError
+from services.mesh import explain, keys, policies, render, up, workers
 
 __all__ = ["main"]
 
@@ -20,7 +21,7 @@ _LONGEST_NAME: Final = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 2 for options or a configuration that can't be used."""
+    """Runs a command; returns its exit code: 2 for options or a configuration that can't be used, 1 for a refusal."""
     parsed = _parser().parse_args(arguments)
     run: Callable[[Namespace], int] = parsed.run
     try:
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"tokenloom: {error}\n")
         return 2
+    except MeshError as error:
+        sys.stderr.write(f"tokenloom: {error.message}\n")
+        return 1
 
 
 class _Parser(ArgumentParser):
@@ -46,6 +50,9 @@ def _parser() -> ArgumentParser:
         if name == "status":
             command.add_argument("--json", action="store_true")
     _add_keys(commands)
+    _add_workers(commands)
+    _add_policy(commands)
+    _add_explain(commands)
     _add_render(commands)
     return parser
 
@@ -110,6 +117,36 @@ def _add_key_options(create: ArgumentParser) -> None:
     create.add_argument("--debug", action="store_true", help="its answers say which worker made them")
     create.add_argument("--rights", metavar="A,B", help=f"the same rights by name: {', '.join(keys.RIGHTS)}")
     create.add_argument("--expires", type=keys.duration, metavar="TIME", help="how long it works: 90s, 15m, 12h, 30d")
+
+
+def _add_workers(commands: Any) -> None:
+    actions = _command(commands, "workers", None, "the workers").add_subparsers(required=True, metavar="ACTION")
+    listing = _command(actions, "list", workers.list_workers, "what the router knows of each")
+    listing.add_argument("--json", action="store_true")
+    _add_state(listing)
+    for name, run, about in (
+        ("drain", workers.drain, "have one finish what it has and take nothing new"),
+        ("undrain", workers.undrain, "give one that was drained or cordoned work again"),
+        ("cordon", workers.cordon, "give one no new work, without telling it"),
+    ):
+        action = _command(actions, name, run, about)
+        action.add_argument("worker", metavar="WORKER")
+        _add_state(action)
+
+
+def _add_policy(commands: Any) -> None:
+    actions = _command(commands, "policy", None, "the routing policy").add_subparsers(required=True, metavar="ACTION")
+    _add_state(_command(actions, "show", policies.show, "the one in force, as JSON"))
+    applying = _command(actions, "apply", policies.apply, "put another one in force, until the mesh is started again")
+    applying.add_argument("file", type=Path, metavar="FILE", help="a mesh.yaml, or a file with its `routing` alone")
+    _add_state(applying)
+
+
+def _add_explain(commands: Any) -> None:
+    command = _command(commands, "explain", explain.explain, "why the router chose what it chose for a request")
+    command.add_argument("request_id", metavar="REQUEST_ID", help="from the answer's x-request-id")
+    command.add_argument("--json", action="store_true")
+    _add_state(command)
 
 
 def _add_render(commands: Any) -> None:
