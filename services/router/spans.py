@@ -25,7 +25,7 @@ def end_span(span: Span, ticket: Ticket) -> None:
     span.set_attribute("tokenloom.queue_seconds", ticket.queue_seconds)
     if ticket.decision is not None:
         span.set_attribute("tokenloom.candidates", len(ticket.decision.looked_at))
-        span.set_attribute("tokenloom.reason", ticket.decision.reason)
+        span.set_attribute("tokenloom.reason", ticket.reason)
         if ticket.decision.prediction is not None:
             span.set_attribute("tokenloom.predicted_ttft_seconds", ticket.decision.prediction[0])
     if ticket.lease is not None:

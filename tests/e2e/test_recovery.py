@@ -3,8 +3,9 @@
 import asyncio
 import os
 import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc.aio
@@ -95,6 +96,55 @@ async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_t
     pid = mesh.process("worker-1")["pid"]
     assert await all_texts(then_kill="worker-1") == undisturbed
     wait_until(lambda: mesh.process("worker-1")["pid"] != pid, within=20)
+
+
+async def requests_over(mesh: Mesh, count: int, disturb: Callable[[], None]) -> list[float]:
+    """Seconds that each of so many requests took, started evenly over four seconds; after one of these, `disturb`."""
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 20, "ignore_eos": True}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=mesh.edge, headers=mesh.headers, timeout=20, limits=limits) as client:
+
+        async def one() -> float:
+            began = time.monotonic()
+            answer = await client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return time.monotonic() - began
+
+        async with asyncio.TaskGroup() as tasks:
+            running = []
+            for number in range(count):
+                if number == count // 4:
+                    disturb()
+                running.append(tasks.create_task(one()))
+                await asyncio.sleep(4 / count)
+    return [task.result() for task in running]
+
+
+async def test_no_request_fails_or_waits_when_the_router_is_killed_and_its_successor_knows_the_fleet(
+    mesh: Mesh,
+) -> None:
+    wait_until(lambda: answers(mesh), within=10)
+    pid = mesh.process("router")["pid"]
+    quiet = statistics.median(await requests_over(mesh, 50, lambda: None))
+    took = await requests_over(mesh, 200, lambda: os.kill(pid, signal.SIGKILL))
+    assert len(took) == 200
+    # 250 ms is what is promised; this machine may have other things to do.
+    assert max(took) - quiet < 1.0
+    wait_until(lambda: mesh.process("router")["pid"] != pid, within=20)
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=1)
+
+
+async def test_no_request_fails_or_waits_while_the_router_hangs(mesh: Mesh) -> None:
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=10)
+    pid = mesh.process("router")["pid"]
+    try:
+        took = await requests_over(mesh, 100, lambda: os.kill(pid, signal.SIGSTOP))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert len(took) == 100
+    assert statistics.median(took) < 2
+    wait_until(lambda: answers(mesh), within=10)
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_leases") == 0, within=5)
 
 
 def test_a_stream_that_cannot_go_on_ends_with_an_error_and_without_done(mesh: Mesh) -> None:
