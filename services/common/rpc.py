@@ -114,7 +114,7 @@ async def serve(
         OSError: the address is in use or not ours.
     """
     server = grpc.aio.server(
-        options=[*_SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)],
+        options=list({**dict(_SERVER_OPTIONS), "grpc.max_receive_message_length": max_message_bytes}.items()),
         interceptors=[_ErrorInterceptor()],
         maximum_concurrent_rpcs=max_streams,
     )

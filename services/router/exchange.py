@@ -75,6 +75,7 @@ class Exchange:
         self._mode = _FULL_DUPLEX
         self._response_mode = _MODES.NONE
         self._body = bytearray()
+        self._is_rewritten = False
         self._picked: Callable[[str], list[Any]] | None = None
         self._early: list[Any] = []
         self._early_bytes = 0
@@ -203,11 +204,16 @@ class Exchange:
         ended = chunk.end_of_stream or self._mode in _BUFFERED
         wanted = self._reader.wanted(self._body, ended=ended)
         if wanted is not None:
-            self._pick(
-                wanted, _in_body if self._mode in _BUFFERED else lambda endpoint: self._streamed(endpoint, ended)
-            )
+            buffered = self._mode in _BUFFERED
+            self._pick(wanted, self._buffered if buffered else lambda endpoint: self._streamed(endpoint, ended=ended))
 
-    def _streamed(self, endpoint: str, ended: bool) -> list[Any]:
+    def _buffered(self, endpoint: str) -> list[Any]:
+        body, self._body = self._body, bytearray()
+        return [
+            extproc.picked_in_body(endpoint) if not self._is_rewritten else extproc.rewritten(endpoint, bytes(body))
+        ]
+
+    def _streamed(self, endpoint: str, *, ended: bool) -> list[Any]:
         body, self._body = bytes(self._body), bytearray()
         return [*_in_headers(endpoint), *extproc.body_pieces(body, ended=ended)]
 
@@ -295,8 +301,20 @@ class Exchange:
         if ticket.error is not None:
             raise ticket.error
         assert ticket.lease is not None
+        self._rewrite(ticket)
         others = self._admission.next_best(ticket, self._fallbacks)
         self._send_all(answers(",".join((ticket.lease.worker.endpoint, *others))))
+
+    def _rewrite(self, ticket: Ticket) -> None:
+        # An alias, a version or a smaller model: the worker knows its model by the model's own name.
+        chosen, limit = ticket.way.request.model, ticket.output_token_limit
+        if chosen is None or self._reader is None or not self._body:
+            return
+        asked = ticket.request
+        shortens = asked.occupies_slot and limit and not 0 < asked.max_output_tokens <= limit
+        if chosen != asked.model or shortens:
+            self._body = bytearray(self._reader.rewritten(self._body, chosen, limit))
+            self._is_rewritten = True
 
     def _send_all(self, responses: list[Any]) -> None:
         for response in responses:
@@ -305,10 +323,6 @@ class Exchange:
 
 def _in_headers(endpoint: str) -> list[Any]:
     return [extproc.picked_in_headers(endpoint)]
-
-
-def _in_body(endpoint: str) -> list[Any]:
-    return [extproc.picked_in_body(endpoint)]
 
 
 def _check_model(model: str | None, allowed: str | None) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "picked_in_headers",
     "refusal",
     "response_body_pieces",
+    "rewritten",
     "served_of",
     "subset_of",
 ]
@@ -122,6 +123,15 @@ def picked_in_body(endpoint: str) -> Any:
     """The answer to a buffered request body that sends the request to `endpoint`."""
     return ext_proc.ProcessingResponse(
         request_body=ext_proc.BodyResponse(response=_to(endpoint)), dynamic_metadata=_metadata(endpoint)
+    )
+
+
+def rewritten(endpoint: str, body: bytes) -> Any:
+    """The answer to a buffered request body that sends the request to `endpoint`, with another body."""
+    response = _to(endpoint)
+    response.body_mutation.body = body
+    return ext_proc.ProcessingResponse(
+        request_body=ext_proc.BodyResponse(response=response), dynamic_metadata=_metadata(endpoint)
     )
 
 

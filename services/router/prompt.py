@@ -51,16 +51,16 @@ class GrpcBody:
         Raises:
             MeshError: UNIMPLEMENTED, there is no such method.
         """
-        parse = _METHODS.get(path.removeprefix(_PACKAGE)) if path.startswith(_PACKAGE) else None
-        if parse is None:
+        method = _METHODS.get(path.removeprefix(_PACKAGE)) if path.startswith(_PACKAGE) else None
+        if method is None:
             raise MeshError(Reason.UNIMPLEMENTED, "there is no such method")
-        self._parse = parse
+        self._type, self._wanted = method
         self._encoding = encoding
 
     @property
     def needed(self) -> bool:
         """Whether the body has to be seen at all."""
-        return self._parse is not _any_worker
+        return self._wanted is not _any_worker
 
     def wanted(self, body: bytearray, *, ended: bool) -> Wanted | None:
         """What is asked for; None while the message is not complete.
@@ -75,9 +75,23 @@ class GrpcBody:
             raise _too_large()
         if len(body) < _PREFIX_BYTES + size:
             return _incomplete(ended)
+        return self._wanted(self._message(body, size))
+
+    def rewritten(self, body: bytearray, model: str, output_limit: int) -> bytes:
+        """The complete body, asking for that model and for so many tokens of output at most; 0: as many as it did."""
+        size = int.from_bytes(body[1:_PREFIX_BYTES], "big")
+        message = self._message(body, size)
+        message.model = model
+        if output_limit and isinstance(message, generation_pb2.GenerateRequest):
+            asked = message.sampling.max_tokens
+            message.sampling.max_tokens = min(asked, output_limit) if asked else output_limit
+        data: bytes = message.SerializeToString()
+        return b"\0" + len(data).to_bytes(4, "big") + data + bytes(body[_PREFIX_BYTES + size :])
+
+    def _message(self, body: bytearray, size: int) -> Any:
         message = bytes(memoryview(body)[_PREFIX_BYTES : _PREFIX_BYTES + size])
         try:
-            return self._parse(self._plain(message, body[0]))
+            return self._type.FromString(self._plain(message, body[0]))
         except DecodeError as error:
             raise MeshError(Reason.INVALID_REQUEST, "the message can't be decoded") from error
 
@@ -135,6 +149,16 @@ class JsonBody:
             needs=_EMBED if embeds else _GENERATE,
         )
 
+    def rewritten(self, body: bytearray, model: str, output_limit: int) -> bytes:
+        """The complete body, asking for that model and for so many tokens of output at most; 0: as many as it did."""
+        asked = msgspec.json.decode(body, type=dict[str, Any])
+        asked["model"] = model
+        if output_limit and not self._path.endswith(("/embeddings", "/tokenize", "/detokenize")):
+            name = "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens"
+            limit = asked.get(name)
+            asked[name] = min(limit, output_limit) if isinstance(limit, int) else output_limit
+        return msgspec.json.encode(asked)
+
 
 class _OpenAiRequest(msgspec.Struct):
     model: str
@@ -162,8 +186,7 @@ def _too_large() -> MeshError:
     return MeshError(Reason.REQUEST_TOO_LARGE, f"the message has more than {MAX_MESSAGE_BYTES} bytes")
 
 
-def _generate(data: bytes) -> Wanted:
-    message = generation_pb2.GenerateRequest.FromString(data)
+def _generate(message: generation_pb2.GenerateRequest) -> Wanted:
     emitted = message.emitted_token_ids
     kind = message.WhichOneof("prompt")
     token_ids: tuple[int, ...] = ()
@@ -202,39 +225,33 @@ def _chat_tokens(chat: generation_pb2.ChatPrompt) -> int:
     return size // _BYTES_PER_TOKEN + _TOKENS_PER_MESSAGE * len(chat.messages) + _TOKENS_PER_MEDIUM * media
 
 
-def _embed(data: bytes) -> Wanted:
-    message = inference_pb2.EmbedRequest.FromString(data)
+def _embed(message: inference_pb2.EmbedRequest) -> Wanted:
     size = sum(len(text) for text in message.texts)
     tokens = size // _BYTES_PER_TOKEN + len(message.texts) + sum(len(one.ids) for one in message.token_ids)
     return Wanted(model=message.model, prompt_tokens=tokens, max_output_tokens=1, needs=_EMBED)
 
 
-def _score(data: bytes) -> Wanted:
-    message = inference_pb2.ScoreRequest.FromString(data)
+def _score(message: inference_pb2.ScoreRequest) -> Wanted:
     # The query is read with each of the texts.
     size = sum(len(text) for text in message.texts) + len(message.query) * len(message.texts)
     tokens = size // _BYTES_PER_TOKEN + len(message.texts)
     return Wanted(model=message.model, prompt_tokens=tokens, max_output_tokens=1, needs=_SCORE)
 
 
-def _tokenize(data: bytes) -> Wanted:
-    return Wanted(model=inference_pb2.TokenizeRequest.FromString(data).model, occupies_slot=False)
+def _uses_tokenizer(message: inference_pb2.TokenizeRequest | inference_pb2.DetokenizeRequest) -> Wanted:
+    return Wanted(model=message.model, occupies_slot=False)
 
 
-def _detokenize(data: bytes) -> Wanted:
-    return Wanted(model=inference_pb2.DetokenizeRequest.FromString(data).model, occupies_slot=False)
-
-
-def _any_worker(data: bytes) -> Wanted:
-    del data
+def _any_worker(message: inference_pb2.ListModelsRequest) -> Wanted:
+    del message
     return Wanted(model=None, occupies_slot=False)
 
 
-_METHODS: Final[dict[str, Callable[[bytes], Wanted]]] = {
-    "Generate": _generate,
-    "Embed": _embed,
-    "Score": _score,
-    "Tokenize": _tokenize,
-    "Detokenize": _detokenize,
-    "ListModels": _any_worker,
+_METHODS: Final[dict[str, tuple[type[Any], Callable[[Any], Wanted]]]] = {
+    "Generate": (generation_pb2.GenerateRequest, _generate),
+    "Embed": (inference_pb2.EmbedRequest, _embed),
+    "Score": (inference_pb2.ScoreRequest, _score),
+    "Tokenize": (inference_pb2.TokenizeRequest, _uses_tokenizer),
+    "Detokenize": (inference_pb2.DetokenizeRequest, _uses_tokenizer),
+    "ListModels": (inference_pb2.ListModelsRequest, _any_worker),
 }

@@ -15,9 +15,10 @@ from google.rpc import status_pb2
 from services.common.errors import MeshError
 from services.common.status import DETAILS_KEY, error_from_status
 
-__all__ = ["BUFFERED", "DESTINATION", "FULL_DUPLEX", "Envoy", "body_message", "framed", "reply_headers"]
+__all__ = ["BUFFERED", "DESTINATION", "FULL_DUPLEX", "NO_BODY", "Envoy", "body_message", "framed", "reply_headers"]
 
 FULL_DUPLEX = processing_mode_pb2.ProcessingMode.FULL_DUPLEX_STREAMED
+NO_BODY = processing_mode_pb2.ProcessingMode.NONE
 BUFFERED = processing_mode_pb2.ProcessingMode.BUFFERED
 DESTINATION = "x-gateway-destination-endpoint"
 _SERVICE = "/tokenloom.inference.v1.InferenceService/"
