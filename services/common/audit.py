@@ -1,6 +1,5 @@
 """The audit trail: who changed what, written in the transaction that changes it."""
 
-import getpass
 import json
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from sqlalchemy import Connection
 
 from services.common.database import AUDIT, Database
 
-__all__ = ["local_actor", "read", "record"]
+__all__ = ["read", "record"]
 
 
 def record(
@@ -27,12 +26,3 @@ def read(database: Database, *, limit: int = 1000) -> list[dict[str, Any]]:
     with database.reading() as connection:
         rows = connection.execute(AUDIT.select().order_by(AUDIT.c.id.desc()).limit(limit)).mappings()
         return [{**row, "detail": json.loads(row["detail"])} for row in rows]
-
-
-def local_actor() -> str:
-    """Who uses the command line."""
-    try:
-        return f"local:{getpass.getuser()}"
-    except (KeyError, OSError):
-        # A user id without a name, as containers have.
-        return "local"

@@ -15,6 +15,7 @@ from services.common.rpc import serve
 from services.common.settings import GatewaySettings
 from services.gateway.app import App
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
+from services.gateway.bookkeeping import bookkeeping
 from services.gateway.conversations import Conversations, RedisShelf, connect
 from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
@@ -46,6 +47,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         keys = KeyDirectory(lambda: KeyStore(settings.database))
         tokens = None if settings.jwt is None else JwtTokens(settings.jwt)
         authenticator = Authenticator(keys, tokens)
+        books = resources.enter_context(bookkeeping(settings, metrics))
         conversations = await _conversations(settings, resources)
         async with asyncio.TaskGroup() as tasks:
             placement = Placement(memory_seconds=settings.fleet_memory_seconds)
@@ -58,7 +60,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 calls.keep(endpoints)
 
             fleet = FleetWatch(settings.routers, on_endpoints=keep, placement=placement)
-            running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens) if each is not None]
+            running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens, books) if each]
             generator = Generator(routers, workers)
             jobs = Jobs(settings.batches, resources.enter_context(LateDatabase(settings.database)), keys)
             routes = _routes(
@@ -75,6 +77,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             app = App(
                 routes=routes,
                 authenticator=authenticator,
+                accounts=books.accounts,
                 authorization=authorization,
                 metrics=metrics,
                 is_ready=lambda: routers.can_place and keys.is_loaded and not stop.is_set(),

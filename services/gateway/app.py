@@ -12,10 +12,11 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.common.tracing import context_from, traceparent_of, tracer
+from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.generation import Caller
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
-from services.gateway.identity import Authenticator, Identity
+from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
 from services.gateway.routes import Routes
@@ -24,6 +25,7 @@ __all__ = ["App"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_CLASS: Final = 64
+_LOWEST_PRIORITY: Final = 1000
 
 
 class App:
@@ -34,6 +36,7 @@ class App:
         *,
         routes: Routes,
         authenticator: Authenticator,
+        accounts: Accounts,
         authorization: HttpAuthorization,
         metrics: GatewayMetrics,
         is_ready: Callable[[], bool],
@@ -41,6 +44,7 @@ class App:
         """`is_ready` tells whether /readyz should say so."""
         self._routes = routes
         self._authenticator = authenticator
+        self._accounts = accounts
         self._authorization = authorization
         self._metrics = metrics
         self._is_ready = is_ready
@@ -112,19 +116,38 @@ class App:
             # Anybody may know what there is: clients ask before anything else.
             identity.check_endpoint(endpoint)
         response.facts["tenant"] = identity.tenant
-        await route.handler(request, response, identity, _caller(request, response.request_id, identity, span))
+        with self._accounts.begin(
+            identity, request_id=response.request_id, lane="openai", endpoint=endpoint, show=response.add_header
+        ) as account:
+            await route.handler(request, response, identity, _caller(request, response.request_id, account, span))
 
 
-def _caller(request: Request, request_id: str, identity: Identity, span: Span) -> Caller:
+def _caller(request: Request, request_id: str, account: Account, span: Span) -> Caller:
+    identity = account.identity
     return Caller(
         request_id=request_id,
         tenant=identity.tenant,
-        priority=identity.priority,
+        priority=_priority(request.header(b"x-priority"), identity.priority),
+        account=account,
         session_id=(request.header(b"x-session-id") or "")[:256],
         traceparent=traceparent_of(span),
         slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],
         allow_degrade=identity.allow_degrade,
     )
+
+
+def _priority(asked: str | None, highest: int) -> int:
+    """The class that a client asks for, but never one above its key's; lower goes first."""
+    if asked is None:
+        return highest
+    try:
+        wanted = int(asked)
+    except ValueError:
+        wanted = None
+    if wanted is None or abs(wanted) > _LOWEST_PRIORITY:
+        bound = f"expected a whole number from -{_LOWEST_PRIORITY} to {_LOWEST_PRIORITY}"
+        raise MeshError(Reason.INVALID_REQUEST, f"x-priority: {bound}", field="x-priority")
+    return max(highest, wanted)
 
 
 async def _answer_error(response: Response, error: Exception, span: Span) -> str:

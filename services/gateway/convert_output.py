@@ -61,6 +61,9 @@ def ending(completed: pb.Completed) -> Ending:
         cached_tokens=usage.cached_token_count,
         output_tokens=usage.output_token_count,
         reasoning_tokens=usage.reasoning_token_count,
+        queue_seconds=completed.timings.queue_duration.ToNanoseconds() / 1e9,
+        prefill_seconds=completed.timings.prefill_duration.ToNanoseconds() / 1e9,
+        gpu_seconds=completed.timings.gpu_duration.ToNanoseconds() / 1e9,
         stop=_stop(completed.stop_cause),
     )
 

@@ -15,7 +15,8 @@ from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError, Reason
 from services.common.tracing import traceparent_of, tracer
-from services.gateway.pieces import Ending, Piece, Prompt
+from services.gateway.accounts import Account
+from services.gateway.pieces import Ending, Piece, Prompt, Spent
 from services.gateway.router_client import Lease, RouterClient
 from services.gateway.stream import Stream, WorkerLostError
 from services.gateway.worker_sessions import WorkerSessions
@@ -42,6 +43,8 @@ class Caller:
     """What the client may wait for, by name; empty leaves it to the policy."""
     allow_degrade: bool = False
     """Whether a smaller model may answer when the one asked for has no room."""
+    account: Account | None = None
+    """What the request may take, and has taken; None: nobody asks."""
 
 
 class Generation:
@@ -230,6 +233,28 @@ class Generation:
             self._lease.outcome = outcome
             self._lease.output_tokens = self.ending.output_tokens if self.ending else len(self._stream.token_ids)
         await self._run.aclose()
+        if self._caller.account is not None and self._lease is not None:
+            self._caller.account.add(self._spent(self._lease), is_complete=self.ending is not None)
+
+    def _spent(self, lease: Lease) -> Spent:
+        now, first_at, ending, stream = monotonic(), self.first_token_at, self.ending, self._stream
+        spent = Spent(
+            worker=lease.worker_id,
+            prompt_tokens=stream.prompt_tokens,
+            cached_tokens=stream.cached_tokens,
+            output_tokens=len(stream.token_ids) + stream.other_tokens,
+            ttft_seconds=None if first_at is None else first_at - self.started_at,
+            queue_seconds=lease.queue_seconds,
+            running_seconds=now - lease.granted_at,
+        )
+        if ending is not None:
+            spent.prompt_tokens, spent.cached_tokens = ending.prompt_tokens, ending.cached_tokens
+            spent.output_tokens, spent.gpu_seconds = ending.output_tokens, ending.gpu_seconds
+            spent.queue_seconds += ending.queue_seconds
+            spent.prefill_seconds = ending.prefill_seconds
+        if first_at is not None and spent.output_tokens > 1:
+            spent.tpot_seconds = (now - first_at) / (spent.output_tokens - 1)
+        return spent
 
 
 class Generator:
@@ -248,8 +273,14 @@ class Generator:
         `keep_ids`: every piece of the output has its tokens.
 
         Raises:
-            MeshError: no worker, or the worker refuses.
+            MeshError: the key is over a limit, there is no worker, or the worker refuses.
         """
+        if caller.account is not None:
+            await caller.account.enter(
+                model=request.model,
+                prompt_tokens=_estimate_prompt_tokens(request),
+                output_tokens=_most_output(request),
+            )
         generation = Generation(self, request, caller, keep_ids=keep_ids)
         outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
         try:
@@ -280,6 +311,12 @@ def _forces_a_call(chat: pb.ChatPrompt) -> bool:
     choice = chat.tool_choice.mode
     forced = choice in (pb.TOOL_CHOICE_MODE_REQUIRED, pb.TOOL_CHOICE_MODE_FUNCTION)
     return forced or any(tool.strict for tool in chat.tools)
+
+
+def _most_output(request: pb.GenerateRequest) -> int | None:
+    if not request.sampling.HasField("max_tokens"):
+        return None
+    return request.sampling.max_tokens * max(1, request.choice_count)
 
 
 def _estimate_prompt_tokens(request: pb.GenerateRequest) -> int:

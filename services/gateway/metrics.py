@@ -37,6 +37,22 @@ class GatewayMetrics:
             "tokenloom_gateway_tokens", "Tokens of complete generations by kind.", ["kind"], registry=registry
         )
 
+        self.limited = Counter(
+            "tokenloom_gateway_limited",
+            "Requests refused by their key's limit on requests, tokens, concurrency or budget.",
+            ["limit"],
+            registry=registry,
+        )
+        self.journal_failures = Gauge(
+            "tokenloom_gateway_journal_failures", "Writes of usage that the disk refused at first.", registry=registry
+        )
+        self.usage_waiting = Gauge(
+            "tokenloom_gateway_usage_waiting", "1 while usage waits for a database that is away.", registry=registry
+        )
+        self.limits_shared = Gauge(
+            "tokenloom_gateway_limits_shared", "1 while limits are shared through Redis.", registry=registry
+        )
+
     def count_tokens(self, prompt: int, cached: int, output: int) -> None:
         """Counts the tokens of a complete generation."""
         self._tokens.labels("prompt").inc(prompt)

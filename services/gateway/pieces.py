@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CallPiece", "Ending", "FinishReason", "Piece", "Prompt", "TokenScore"]
+__all__ = ["CallPiece", "Ending", "FinishReason", "Piece", "Prompt", "Spent", "TokenScore"]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -66,4 +66,28 @@ class Ending:
     cached_tokens: int
     output_tokens: int
     reasoning_tokens: int = 0
+    queue_seconds: float = 0.0
+    """In the engine's queue."""
+    prefill_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    """Its part of the worker's time."""
     stop: str | int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Spent:
+    """What one generation took. A request may have several."""
+
+    worker: str
+    model: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    gpu_seconds: float | None = None
+    """None: the worker has not said."""
+    running_seconds: float = 0.0
+    """From the worker's grant to the end."""

@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final
 
@@ -52,6 +52,7 @@ class Lease:
     output_token_limit: int = 0
     outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
     output_tokens: int = 0
+    granted_at: float = field(default_factory=monotonic)
 
 
 @dataclass(slots=True)

@@ -26,7 +26,10 @@ class Stream:
     leaves a `writer` here, which gets plain text at once.
     """
 
-    __slots__ = ("_error", "_keep_ids", "_waiter", "ending", "pieces", "prompt", "token_ids", "writer")
+    __slots__ = (
+        "_error", "_keep_ids", "_waiter", "cached_tokens", "ending", "other_tokens", "pieces", "prompt",
+        "prompt_tokens", "token_ids", "writer",
+    )  # fmt: skip  # one name a line would be longer than the class
 
     def __init__(self, *, keep_ids: bool = False) -> None:
         """`keep_ids`: every delta becomes a piece with its tokens, for an answer that shows them."""
@@ -35,6 +38,10 @@ class Stream:
         self.token_ids: list[int] = []
         """Every token of the first choice so far, taken or not: what a resume needs."""
         self.prompt: Prompt | None = None
+        self.prompt_tokens = self.cached_tokens = 0
+        """Of the prompt, known with the first output."""
+        self.other_tokens = 0
+        """How many tokens the choices after the first have."""
         self.writer: Callable[[str], bool] | None = None
         """Takes plain text out of turn; False when it can't, and the text waits for the reader."""
         self.ending: Ending | None = None
@@ -68,6 +75,8 @@ class Stream:
         """Adds what is more than plain text."""
         if piece.choice == 0:
             self.token_ids += piece.token_ids
+        else:
+            self.other_tokens += len(piece.token_ids)
         self.pieces.append(piece)
         self.wake()
 

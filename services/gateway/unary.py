@@ -141,6 +141,8 @@ class UnaryEndpoint(Generic[R]):
             if identity.debug:
                 response.add_header("x-tokenloom-worker", ask.worker_id)
                 response.add_header("x-tokenloom-route", ask.route)
+            if caller.account is not None:
+                caller.account.settle("ok")
             await response.send_json(200, answer)
 
     def _describe(self, body: R) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Final
 
 import grpc.aio
@@ -18,6 +19,7 @@ from services.common.rpc import channel
 from services.common.status import DETAILS_KEY, error_from_call
 from services.common.tracing import traceparent_of, tracer
 from services.gateway.generation import Caller
+from services.gateway.pieces import Spent
 from services.gateway.router_client import Lease, RouterClient
 from services.gateway.stream import WorkerLostError
 
@@ -60,8 +62,20 @@ class WorkerCalls:
         """The answer to a call; a worker that is lost before it has answered is replaced by another one.
 
         Raises:
-            MeshError: no worker, or the worker refuses.
+            MeshError: the key is over a limit, there is no worker, or the worker refuses.
         """
+        if caller.account is not None:
+            await caller.account.enter(model=work.request.model, prompt_tokens=work.prompt_tokens, output_tokens=0)
+        began, answer = monotonic(), None
+        try:
+            answer = await self._call(work, caller)
+            return answer
+        finally:
+            if caller.account is not None and work.lease is not None:
+                # There may be several calls a request, and only who made them knows the last one.
+                caller.account.add(_spent(work.lease, answer, began), is_complete=False)
+
+    async def _call(self, work: Work, caller: Caller) -> Any:
         left: list[str] = []
         victims = 0
         while True:
@@ -190,6 +204,20 @@ def _failure(error: grpc.aio.AioRpcError) -> MeshError | WorkerLostError:
     if told.reason is Reason.ENGINE_FAILED:
         return WorkerLostError(told.message)
     return told
+
+
+def _spent(lease: Lease, answer: Any, began: float) -> Spent:
+    now = monotonic()
+    spent = Spent(
+        worker=lease.worker_id,
+        queue_seconds=lease.queue_seconds,
+        running_seconds=now - lease.granted_at,
+        ttft_seconds=None if answer is None else now - began,
+    )
+    if hasattr(answer, "usage"):
+        spent.prompt_tokens = answer.usage.prompt_token_count
+        spent.cached_tokens = answer.usage.cached_token_count
+    return spent
 
 
 def _outcome(*, is_workers_fault: bool) -> router_pb2.Outcome.ValueType:

@@ -81,6 +81,8 @@ class _Session:
             stream = self._streams.get(start.handle)
             if stream is not None:
                 stream.prompt = convert_output.prompt(start.started)
+                stream.prompt_tokens = start.started.prompt_token_count
+                stream.cached_tokens = start.started.cached_token_count
         if message.handles:
             self._push_rows(message)
         for rich in message.deltas:

@@ -68,6 +68,7 @@ def completed_to_proto(
             queue_duration=duration_to_proto(timings.queue),
             prefill_duration=duration_to_proto(timings.prefill),
             decode_duration=duration_to_proto(timings.decode),
+            gpu_duration=duration_to_proto(timings.gpu),
         ),
         stop_cause=_stop_cause_to_proto(cause),
     )

@@ -210,6 +210,8 @@ class Timings:
     queue: float
     prefill: float
     decode: float
+    gpu: float = 0.0
+    """Its part of the worker's time; engines leave that to services/inference/generations.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

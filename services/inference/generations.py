@@ -40,8 +40,8 @@ class Run:
     """
 
     __slots__ = (
-        "_begun", "_engine", "_generation", "_owner", "_sink", "_span", "_task", "_timer", "choice_ended", "delta",
-        "over", "rich_delta",
+        "_begun", "_engine", "_generation", "_owner", "_share_at", "_sink", "_span", "_task", "_timer", "choice_ended",
+        "delta", "over", "rich_delta",
     )  # fmt: skip  # one name a line would be longer than the class
 
     def __init__(
@@ -53,6 +53,7 @@ class Run:
         self._sink = sink
         self._span = span
         self._begun = owner.clock()
+        self._share_at = owner.share()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self.over = False
@@ -112,6 +113,7 @@ class Run:
         self, reason: FinishReason, usage: Usage, timings: Timings, stop_cause: StopCause | None = None
     ) -> None:
         """From the engine."""
+        timings = replace(timings, gpu=self._owner.share() - self._share_at)
         self._end(reason.value)
         if self._span is not None:
             self._span.completed(reason, usage)
@@ -149,6 +151,7 @@ class Generations:
         self.clock = clock
         self.spans = spans
         self._running: dict[str, Run] = {}
+        self._share, self._shared_until = 0.0, clock()
         self._numbers = count(1)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -156,6 +159,13 @@ class Generations:
     def new_id(self, request_id: str) -> str:
         """An id for a generation that tells which request it serves."""
         return f"{request_id[:_MAX_REQUEST_ID_CHARACTERS] or 'request'}-{next(self._numbers)}"
+
+    def share(self) -> float:
+        """A clock that runs 1/n as fast while n generations run: what passes on it is one generation's part."""
+        now = self.clock()
+        self._share += (now - self._shared_until) / max(1, len(self._running))
+        self._shared_until = now
+        return self._share
 
     def start(self, engine: Engine, generation: Generation, sink: Sink, request_id: str) -> Run:
         """A run that is to be submitted next."""
@@ -174,6 +184,7 @@ class Generations:
     def forget(self, run: Run, outcome: str) -> None:
         """A run is over."""
         self.metrics.ended(outcome)
+        self.share()
         del self._running[run.id]
         if not self._running:
             self._idle.set()

@@ -7,14 +7,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from services.common.audit import local_actor
 from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
-from services.common.keystore import KeyRecord, KeyStore
 from services.common.quota import KeyLimits
+from services.mesh.actor import local_actor
 from services.mesh.state import State
+
+if TYPE_CHECKING:
+    from services.common.keystore import KeyRecord, KeyStore
 
 __all__ = ["RIGHTS", "create", "duration", "list_keys", "revoke", "rotate"]
 
@@ -96,7 +98,10 @@ def _values(arguments: Namespace) -> dict[str, Any]:
     }
 
 
-def _open(arguments: Namespace) -> KeyStore:
+def _open(arguments: Namespace) -> "KeyStore":
+    # Importing SQLAlchemy takes longer than most commands: only those that need it do.
+    from services.common.keystore import KeyStore  # noqa: PLC0415
+
     state = State(arguments.state_dir)
     state.make()
     return KeyStore(state.database)
@@ -121,7 +126,7 @@ def _names(option: str, text: str | None, known: Sequence[str] | None = None) ->
     return names
 
 
-def _line(record: KeyRecord) -> str:
+def _line(record: "KeyRecord") -> str:
     rights = [
         name
         for name, has in (("admin", record.admin), ("debug", record.debug), ("degrade", record.allow_degrade))

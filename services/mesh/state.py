@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from services.common.keystore import KeyStore
-
 __all__ = ["MeshRunningError", "State"]
 
 _KEEP_LOG_BYTES: Final = 16 << 20
@@ -121,6 +119,9 @@ class State:
 
     def admin_key(self, database: str) -> str:
         """The key with every right, made at the first call and the same ever after unless it is revoked."""
+        # Importing SQLAlchemy takes longer than most commands: only those that need it do.
+        from services.common.keystore import KeyStore  # noqa: PLC0415
+
         kept = self.folder / "admin_key"
         with KeyStore(database) as store:
             if kept.exists() and store.find(kept.read_text(encoding="utf-8").strip()) is not None:

@@ -21,8 +21,12 @@ __all__ = ["Lane", "openai_lane"]
 class Lane:
     """What runs, and how to reach it."""
 
-    def __init__(self, base_url: str, *, key: str, keys: Path, workers: Sequence[asyncio.Event]) -> None:
+    def __init__(
+        self, base_url: str, *, metrics_url: str, key: str, keys: Path, workers: Sequence[asyncio.Event]
+    ) -> None:
         self.base_url = base_url
+        self.metrics_url = metrics_url
+        """Of the gateway."""
         self.key = key
         self.keys = keys
         """The file of API keys."""
@@ -54,8 +58,11 @@ class Lane:
 
 
 @asynccontextmanager
-async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> AsyncIterator[Lane]:
-    """Runs them until the block is left, each as its own `main` with its own stop event."""
+async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1, **settings: Any) -> AsyncIterator[Lane]:
+    """Runs them until the block is left, each as its own `main` with its own stop event.
+
+    `settings` are further ones of the gateway.
+    """
     router_address, http = _address(), _address()
     keys = folder / "keys.db"
     with KeyStore(keys) as store:
@@ -66,7 +73,7 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
         stops = []
         for index in range(workers):
             address = _address()
-            settings = WorkerSettings(
+            worker = WorkerSettings(
                 name=f"worker-{index}",
                 listen=address,
                 advertise=address,
@@ -77,7 +84,7 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
                 sim=sim,
                 drain_seconds=0.1,
             )
-            stops.append(await stack.enter_async_context(_process(Worker(settings).run)))
+            stops.append(await stack.enter_async_context(_process(Worker(worker).run)))
         gateway = GatewaySettings(
             name="gateway",
             listen=_address(),
@@ -87,9 +94,10 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1) -> As
             database=str(keys),
             max_body_bytes=1 << 20,
             drain_seconds=1,
+            **settings,
         )
         await stack.enter_async_context(_process(lambda stop: gateway_main(gateway, stop)))
-        lane = Lane(f"http://{http}", key=key, keys=keys, workers=stops)
+        lane = Lane(f"http://{http}", metrics_url=f"http://{gateway.metrics}", key=key, keys=keys, workers=stops)
         async with asyncio.timeout(10), httpx.AsyncClient() as client:
             while not await _lists_a_model(client, lane):
                 await asyncio.sleep(0.02)

@@ -371,7 +371,7 @@ def test_a_tokenize_request_needs_a_prompt() -> None:
 
 def test_a_completion_tells_usage_and_timings() -> None:
     completed = convert_events.completed_to_proto(
-        FinishReason.STOP, Usage(prompt=5, cached=2, output=7), Timings(queue=0.5, prefill=-1e-9, decode=2.25)
+        FinishReason.STOP, Usage(prompt=5, cached=2, output=7), Timings(queue=0.5, prefill=-1e-9, decode=2.25, gpu=1.5)
     )
     assert completed == pb.Completed(
         finish_reason=pb.FINISH_REASON_STOP,
@@ -380,6 +380,7 @@ def test_a_completion_tells_usage_and_timings() -> None:
             queue_duration=Duration(nanos=500_000_000),
             prefill_duration=Duration(),
             decode_duration=Duration(seconds=2, nanos=250_000_000),
+            gpu_duration=Duration(seconds=1, nanos=500_000_000),
         ),
     )
 

@@ -1,0 +1,138 @@
+"""The usage ledger: one row for each request that was let in, and what can be asked of them."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import Connection, Insert, delete, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from services.common import audit
+from services.common.database import USAGE, Database
+
+__all__ = ["LOST", "UsageRow", "add_rows", "delete_before", "erase", "month_of", "report", "spent"]
+
+LOST: Final = "lost"
+"""The outcome of a request whose gateway was gone before its end: what it used is not known."""
+
+
+class UsageRow(msgspec.Struct, kw_only=True, frozen=True):
+    """One request."""
+
+    id: str
+    """Unique for every request that was let in, however often its row is written."""
+    request_id: str
+    """`x-request-id`."""
+    time: float
+    """When it was let in, in seconds since the epoch."""
+    month: str
+    """The same as YYYY-MM, in UTC."""
+    lane: str
+    """ "openai" or "typed"."""
+    endpoint: str
+    tenant: str
+    key_id: str
+    model: str = ""
+    worker: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the prefix cache."""
+    output_tokens: int = 0
+    ttft_seconds: float | None = None
+    """From when it was let in to the first token."""
+    tpot_seconds: float | None = None
+    """Between tokens, on average."""
+    queue_seconds: float | None = None
+    """Waiting for a worker, and in its engine."""
+    prefill_seconds: float | None = None
+    duration_seconds: float | None = None
+    gpu_seconds: float = 0.0
+    """Its part of its worker's time: of a second in which n requests ran, each has 1/n."""
+    outcome: str = LOST
+    """ "ok", "client_left", the reason of an error, or LOST."""
+    cost: float = 0.0
+    """`gpu_seconds` x the price of the worker's GPUs an hour / 3600."""
+
+
+def month_of(moment: float) -> str:
+    """YYYY-MM in UTC, of seconds since the epoch."""
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m")
+
+
+def add_rows(connection: Connection, rows: Sequence[UsageRow]) -> None:
+    """Adds rows, each once, however often it comes.
+
+    What comes later is truer; but a row that only says that its request was lost never takes another one's place.
+    """
+    latest = {row.id: row for row in rows}.values()
+    final = [msgspec.structs.asdict(row) for row in latest if row.outcome != LOST]
+    lost = [msgspec.structs.asdict(row) for row in latest if row.outcome == LOST]
+    insert: Any = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(USAGE)
+    if final:
+        columns = {column.name: insert.excluded[column.name] for column in USAGE.columns if column.name != "id"}
+        upsert: Insert = insert.on_conflict_do_update(index_elements=["id"], set_=columns)
+        connection.execute(upsert, final)
+    if lost:
+        connection.execute(insert.on_conflict_do_nothing(index_elements=["id"]), lost)
+
+
+def spent(connection: Connection, month: str) -> dict[str, float]:
+    """What each key's requests of a month cost."""
+    query = select(USAGE.c.key_id, func.sum(USAGE.c.cost)).where(USAGE.c.month == month).group_by(USAGE.c.key_id)
+    return {key_id: float(cost) for key_id, cost in connection.execute(query)}
+
+
+def report(
+    database: Database, *, tenant: str | None = None, model: str | None = None, month: str | None = None
+) -> list[dict[str, Any]]:
+    """Usage by month, tenant and model.
+
+    What prefix caching saved is an estimate: the cached tokens, at the rate at which the others were prefilled, for
+    what a second of the GPUs cost.
+    """
+    counts = [
+        func.sum(USAGE.c[name]).label(name)
+        for name in ("prompt_tokens", "cached_tokens", "output_tokens", "gpu_seconds", "cost", "prefill_seconds")
+    ]
+    groups = [USAGE.c.month, USAGE.c.tenant, USAGE.c.model]
+    query = select(*groups, func.count().label("requests"), *counts).group_by(*groups).order_by(*groups)
+    for column, wanted in zip(groups, (month, tenant, model), strict=True):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    with database.reading() as connection:
+        return [_line(row) for row in connection.execute(query).mappings()]
+
+
+def _line(row: Any) -> dict[str, Any]:
+    prompt, cached, output = int(row["prompt_tokens"]), int(row["cached_tokens"]), int(row["output_tokens"])
+    cost, gpu_seconds = float(row["cost"]), float(row["gpu_seconds"])
+    uncached = prompt - cached
+    saved_seconds = cached * float(row["prefill_seconds"] or 0.0) / uncached if uncached > 0 else 0.0
+    return {
+        "month": row["month"],
+        "tenant": row["tenant"],
+        "model": row["model"],
+        "requests": int(row["requests"]),
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "output_tokens": output,
+        "gpu_seconds": round(gpu_seconds, 3),
+        "cost": round(cost, 6),
+        "cost_per_1000_tokens": round(1000 * cost / (prompt + output), 6) if prompt + output else 0.0,
+        "cache_saved_gpu_seconds": round(saved_seconds, 3),
+        "cache_saved_cost": round(saved_seconds * cost / gpu_seconds, 6) if gpu_seconds > 0 else 0.0,
+    }
+
+
+def erase(database: Database, tenant: str, *, actor: str) -> int:
+    """Deletes a tenant's rows, notes that in the audit trail, and returns how many there were."""
+    with database.writing() as connection:
+        count = connection.execute(delete(USAGE).where(USAGE.c.tenant == tenant)).rowcount
+        audit.record(connection, actor=actor, action="usage.erase", target=tenant, detail={"rows": count})
+    return count
+
+
+def delete_before(connection: Connection, moment: float) -> int:
+    """Deletes rows of requests before a moment (seconds since the epoch)."""
+    return connection.execute(delete(USAGE).where(USAGE.c.time < moment)).rowcount

@@ -1,0 +1,286 @@
+"""What a request may take and has taken: limits before it begins, and its row in the usage ledger at its end."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from time import monotonic
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import msgspec
+
+from services.common.errors import MeshError, Reason
+from services.common.ledger import UsageRow, month_of
+from services.common.quota import KeyLimits
+from services.common.settings import LedgerSettings
+from services.gateway.http import ClientLeftError
+from services.gateway.identity import Identity
+from services.gateway.journal import Journal
+from services.gateway.ledger import Spending
+from services.gateway.limits import Decision, Level, Limiter, Reservation
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.pieces import Spent
+
+__all__ = ["Account", "Accounts", "Lane", "Prices", "Show"]
+
+Lane = Literal["openai", "typed"]
+Show = Callable[[str, str], None]
+"""Takes a header of the answer, by name and value."""
+
+# What an answer takes when nobody says: at first, and how slowly the guess follows what a key's answers took.
+_FIRST_GUESS: Final = 256.0
+_GUESS_WEIGHT: Final = 0.1
+_MAX_GUESSES: Final = 10_000
+_MONTH_SECONDS: Final = 31 * 86_400
+_MESSAGES: Final = {
+    "requests": "this key may make {} requests a minute",
+    "tokens": "this key may use {} tokens a minute",
+    "concurrency": "this key may have {} requests at a time",
+}
+
+
+class Prices:
+    """What a worker's time costs."""
+
+    def __init__(self, settings: LedgerSettings) -> None:
+        self._prices: Mapping[str, float] = settings.gpu_hour_prices
+        self._default = settings.default_gpu_hour_price
+        self._parts: dict[str, float] = {}
+
+    def gpu_seconds(self, spent: Spent) -> float:
+        """A generation's part of its worker's time; guessed by the last that it told when it was cut off."""
+        if spent.gpu_seconds is None:
+            return spent.running_seconds * self._parts.get(spent.worker, 1.0)
+        if spent.running_seconds > 0:
+            self._parts[spent.worker] = min(1.0, spent.gpu_seconds / spent.running_seconds)
+        return spent.gpu_seconds
+
+    def cost(self, worker: str, gpu_seconds: float) -> float:
+        """In the currency of the prices."""
+        return gpu_seconds * self._prices.get(worker, self._default) / 3600
+
+
+class Account:
+    """One request: nothing at first, then let in, then settled."""
+
+    def __init__(
+        self,
+        accounts: "Accounts",
+        identity: Identity,
+        *,
+        request_id: str,
+        lane: Lane,
+        endpoint: str,
+        show: Show | None = None,
+    ) -> None:
+        now = time.time()
+        self._accounts = accounts
+        self.identity = identity
+        self._row = UsageRow(
+            id=secrets.token_hex(12),
+            request_id=request_id,
+            time=now,
+            month=month_of(now),
+            lane=lane,
+            endpoint=endpoint,
+            tenant=identity.tenant,
+            key_id=identity.key_id,
+        )
+        self._show = show
+        self._began = monotonic()
+        self._is_open = False
+        self._written: UsageRow | None = None
+        self._reservation: Reservation | None = None
+        self._spent: list[Spent] = []
+
+    @property
+    def id(self) -> str:
+        """The id of its row."""
+        return self._row.id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Settles it as what ended it."""
+        self.settle(_outcome(error))
+
+    async def enter(self, *, model: str = "", prompt_tokens: int = 0, output_tokens: int | None = None) -> None:
+        """Lets the request in, once, if the key's limits allow it.
+
+        `prompt_tokens` may be an estimate; `output_tokens`: the most that is wanted, None where nobody says.
+
+        Raises:
+            MeshError: RATE_LIMIT_EXCEEDED.
+        """
+        if self._is_open:
+            return
+        self._reservation = await self._accounts.admit(self.identity, prompt_tokens, output_tokens, self._show)
+        self._is_open = True
+        self._row = msgspec.structs.replace(self._row, model=model)
+        self._accounts.journal.open(self._row)
+
+    def add(self, spent: Spent, *, is_complete: bool) -> None:
+        """Counts what a generation took; of a complete one, before its client sees that it is."""
+        self._spent.append(spent)
+        if is_complete and self._is_open:
+            self._write("ok")
+
+    def settle(self, outcome: str) -> None:
+        """Writes its row, unless that is done, and gives back what it did not use; nothing if it never entered."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._written is None or self._written.outcome != outcome:
+            self._write(outcome)
+        assert self._written is not None
+        self._accounts.release(self._written, self._reservation)
+
+    def _write(self, outcome: str) -> None:
+        self._written = self._finished(outcome)
+        self._accounts.write(self._written)
+
+    def _finished(self, outcome: str) -> UsageRow:
+        prices, row, spent = self._accounts.prices, self._row, self._spent
+        seconds = [prices.gpu_seconds(each) for each in spent]
+        cost = sum(prices.cost(each.worker, part) for each, part in zip(spent, seconds, strict=True))
+        first = spent[0] if spent else Spent(worker="")
+        return msgspec.structs.replace(
+            row,
+            model=first.model or row.model,
+            worker=first.worker,
+            prompt_tokens=sum(each.prompt_tokens for each in spent),
+            cached_tokens=sum(each.cached_tokens for each in spent),
+            output_tokens=sum(each.output_tokens for each in spent),
+            ttft_seconds=first.ttft_seconds,
+            tpot_seconds=first.tpot_seconds,
+            queue_seconds=first.queue_seconds,
+            prefill_seconds=sum(each.prefill_seconds for each in spent),
+            duration_seconds=monotonic() - self._began,
+            gpu_seconds=sum(seconds),
+            outcome=outcome,
+            cost=cost,
+        )
+
+
+class Accounts:
+    """Lets requests in, within their keys' limits, and keeps account of them."""
+
+    def __init__(
+        self, limiter: Limiter, journal: Journal, spending: Spending, prices: Prices, metrics: GatewayMetrics
+    ) -> None:
+        self.prices = prices
+        self.journal = journal
+        self._limiter = limiter
+        self._spending = spending
+        self._metrics = metrics
+        self._guesses: dict[str, float] = {}
+
+    def begin(
+        self, identity: Identity, *, request_id: str, lane: Lane, endpoint: str, show: Show | None = None
+    ) -> Account:
+        """The account of a request; nothing is taken or written before it enters.
+
+        `show` gets the headers about limits, whether the request is let in or not.
+        """
+        return Account(self, identity, request_id=request_id, lane=lane, endpoint=endpoint, show=show)
+
+    async def admit(
+        self, identity: Identity, prompt_tokens: int, output_tokens: int | None, show: Show | None
+    ) -> Reservation | None:
+        """Takes what a request needs from its key's limits. Raises as Account.enter does."""
+        key_id, limits = identity.key_id, identity.limits
+        if limits.budget is not None and self._spending.of(key_id) >= limits.budget:
+            self._metrics.limited.labels("budget").inc()
+            raise _over_budget(limits.budget)
+        if limits.rpm is None and limits.tpm is None and limits.concurrency is None:
+            return None
+        expected = self._guesses.get(key_id, _FIRST_GUESS) if output_tokens is None else output_tokens
+        decision, reservation = await self._limiter.admit(key_id, limits, prompt_tokens + expected)
+        if show is not None:
+            for name, value in _headers(decision):
+                show(name, value)
+        if not decision.allowed:
+            self._metrics.limited.labels(decision.which).inc()
+            raise _over_limit(decision, limits)
+        return reservation
+
+    def write(self, row: UsageRow) -> None:
+        """Notes what a request took."""
+        self.journal.close_row(row)
+        self._spending.add(row)
+
+    def release(self, row: UsageRow, reservation: Reservation | None) -> None:
+        """Gives back what a request did not use."""
+        if reservation is not None:
+            self._limiter.settle(reservation, row.prompt_tokens + row.output_tokens)
+            if row.output_tokens:
+                self._learn(row)
+
+    def _learn(self, row: UsageRow) -> None:
+        # On the typed lane nothing is known before the end, so the guess is of prompt and output.
+        tokens = row.output_tokens + (row.prompt_tokens if row.lane == "typed" else 0)
+        if len(self._guesses) >= _MAX_GUESSES:
+            self._guesses.clear()
+        before = self._guesses.get(row.key_id, _FIRST_GUESS)
+        self._guesses[row.key_id] = before + _GUESS_WEIGHT * (tokens - before)
+
+
+def _outcome(error: BaseException | None) -> str:
+    match error:
+        case None:
+            return "ok"
+        case ClientLeftError():
+            return "client_left"
+        case MeshError():
+            return error.reason.value.lower()
+        case asyncio.CancelledError():
+            return "cancelled"
+        case _:
+            return Reason.INTERNAL.value.lower()
+
+
+def _over_limit(decision: Decision, limits: KeyLimits) -> MeshError:
+    limit = {"requests": limits.rpm, "tokens": limits.tpm, "concurrency": limits.concurrency}[decision.which]
+    wait = max(0.001, decision.wait_seconds)
+    return MeshError(Reason.RATE_LIMIT_EXCEEDED, _MESSAGES[decision.which].format(limit), retry_after_seconds=wait)
+
+
+def _headers(decision: Decision) -> Iterator[tuple[str, str]]:
+    """OpenAI's headers about a key's limits."""
+    for name, level in (("requests", decision.requests), ("tokens", decision.tokens)):
+        if level is not None:
+            for what, value in _values(level):
+                yield f"x-ratelimit-{what}-{name}", value
+
+
+def _values(level: Level) -> tuple[tuple[str, str], ...]:
+    left = max(0, int(level.left + 1e-6))
+    return ("limit", str(level.limit)), ("remaining", str(left)), ("reset", _duration(level.reset_seconds))
+
+
+def _duration(seconds: float) -> str:
+    """As OpenAI writes it: 20ms, 1.5s, 6m0s."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f}ms"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
+
+
+def _over_budget(budget: float) -> MeshError:
+    now = time.time()
+    here = month_of(now)
+    # The first moment of the next month, found to the second; budgets are counted in UTC.
+    low, high = int(now), int(now) + _MONTH_SECONDS + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if month_of(middle) == here else (low, middle)
+    return MeshError(
+        Reason.RATE_LIMIT_EXCEEDED,
+        f"this key has used up its budget of {budget:g} for the month",
+        code="insufficient_quota",
+        retry_after_seconds=high - now,
+    )

@@ -1,0 +1,176 @@
+"""Limits that gateways share through a real Redis, and what becomes of them when it is slow, away, or has forgotten."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from redis.asyncio import Redis
+
+from services.common.quota import KeyLimits
+from services.gateway.limits import Decision, Reservation
+from services.gateway.limits_shared import SharedLimits
+from tests.support.redis import RedisServer, redis_server
+from tests.support.waiting import eventually
+
+LIMITS = KeyLimits(rpm=100)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with redis_server(tmp_path) as server:
+        yield server
+
+
+@asynccontextmanager
+async def gateways(redis: RedisServer, count: int) -> AsyncIterator[list[SharedLimits]]:
+    """Gateways that know of each other."""
+    limiters = [SharedLimits(redis.url, f"gateway-{number}") for number in range(count)]
+    async with AsyncExitStack() as stack:
+        for limiter in limiters:
+            task = asyncio.create_task(limiter.run())
+            stack.push_async_callback(asyncio.wait, [task])
+            stack.callback(task.cancel)
+            await eventually(lambda limiter=limiter: limiter.is_shared, within=5)  # type: ignore[misc]  # bound now
+        for limiter in limiters:
+            await limiter._hello()  # sooner than it would
+        yield limiters
+
+
+async def admitted(limiters: list[SharedLimits], requests: int, limits: KeyLimits = LIMITS, key: str = "a") -> int:
+    """How many of so many requests, spread over the gateways, pass."""
+    tries = [limiters[turn % len(limiters)].admit(key, limits, 1) for turn in range(requests)]
+    return sum(decision.allowed for decision, _ in await asyncio.gather(*tries))
+
+
+async def timed(limiter: SharedLimits, limits: KeyLimits = LIMITS) -> tuple[float, Decision, Reservation]:
+    began = monotonic()
+    decision, reservation = await limiter.admit("timed", limits, 1)
+    return monotonic() - began, decision, reservation
+
+
+async def all_shared(limiters: list[SharedLimits]) -> None:
+    await eventually(lambda: all(limiter.is_shared for limiter in limiters), within=5)
+
+
+async def test_gateways_give_away_one_limit_together(redis: RedisServer) -> None:
+    async with gateways(redis, 3) as limiters:
+        # Some at a time: three gateways in one process would be slower than Redis, and take it for slow.
+        passed = sum([await admitted(limiters, 30) for _ in range(10)])
+        assert 95 <= passed <= 105
+        decision, _ = await limiters[0].admit("a", LIMITS, 1)
+        assert (decision.allowed, decision.which) == (False, "requests")
+        assert 0 < decision.wait_seconds <= 0.6
+        await asyncio.sleep(decision.wait_seconds)
+        assert (await limiters[1].admit("a", LIMITS, 1))[0].allowed
+
+
+async def test_tokens_that_were_not_used_come_back_to_every_gateway(redis: RedisServer) -> None:
+    limits = KeyLimits(tpm=1000)
+    async with gateways(redis, 2) as (one, two):
+        _, reservation = await one.admit("a", limits, 1000)
+        assert not (await two.admit("a", limits, 500))[0].allowed
+        one.settle(reservation, 200)
+        await asyncio.sleep(0.05)
+        decision, _ = await two.admit("a", limits, 500)
+        assert decision.allowed
+        assert decision.tokens is not None
+        assert 300 <= decision.tokens.left <= 305
+
+
+async def test_requests_at_a_time_are_counted_over_all_gateways(redis: RedisServer) -> None:
+    limits = KeyLimits(concurrency=2)
+    async with gateways(redis, 2) as (one, two):
+        _, first = await one.admit("a", limits, 1)
+        await two.admit("a", limits, 1)
+        assert (await two.admit("a", limits, 1))[0].which == "concurrency"
+        one.settle(first, 1)
+        await asyncio.sleep(0.05)
+        assert (await two.admit("a", limits, 1))[0].allowed
+
+
+async def test_a_round_trip_is_shared_by_who_comes_meanwhile(redis: RedisServer) -> None:
+    async with gateways(redis, 1) as (one,), Redis.from_url(redis.url) as client:
+        await admitted([one], 1)
+        before = (await client.info("stats"))["total_commands_processed"]
+        await admitted([one], 50, KeyLimits(rpm=1000))
+        after = (await client.info("stats"))["total_commands_processed"]
+        # Commands that scripts call are counted, too; the point is that nothing is asked twice.
+        assert after - before < 50 * 8
+
+
+@pytest.mark.parametrize("how", ["killed", "paused", "read-only"])
+async def test_redis_going_away_under_load_costs_milliseconds_and_at_most_a_fifth_more(
+    redis: RedisServer, how: str
+) -> None:
+    async with gateways(redis, 2) as limiters:
+        passed = await admitted(limiters, 40)
+        assert redis.process is not None
+        pid = redis.process.pid
+        await _break(redis, how)
+        try:
+            slowest = [max([(await timed(limiter))[0] for limiter in limiters]) for _ in range(20)]
+            # The first may wait for the deadline; nobody after it.
+            assert max(slowest) < 0.02
+            assert sorted(slowest)[10] < 0.005
+            passed += await admitted(limiters, 300)
+            assert 90 <= passed <= 120
+        finally:
+            await _repair(redis, how, pid)
+        await all_shared(limiters)
+        # What was given away meanwhile is not given away again.
+        assert passed + await admitted(limiters, 300) <= 125
+
+
+async def _break(redis: RedisServer, how: str) -> None:
+    assert redis.process is not None
+    if how == "killed":
+        redis.kill()
+    elif how == "paused":
+        redis.process.send_signal(signal.SIGSTOP)
+    else:
+        async with Redis.from_url(redis.url) as client:
+            await client.replicaof("127.0.0.1", 1)
+
+
+async def _repair(redis: RedisServer, how: str, pid: int) -> None:
+    if how == "killed":
+        redis.start()
+    elif how == "paused":
+        os.kill(pid, signal.SIGCONT)
+    else:
+        async with Redis.from_url(redis.url) as client:
+            await client.replicaof("NO", "ONE")
+
+
+async def test_what_redis_forgot_is_set_there_again(redis: RedisServer) -> None:
+    async with gateways(redis, 2) as limiters, Redis.from_url(redis.url) as client:
+        assert await admitted(limiters, 100) == 100
+        await client.flushall()
+        passed = await admitted(limiters, 2)
+        await asyncio.sleep(0.1)
+        assert passed + await admitted(limiters, 200) <= 20
+
+
+async def test_a_dead_gateway_s_running_requests_count_no_longer_than_it_is_missed(redis: RedisServer) -> None:
+    limits = KeyLimits(concurrency=1)
+    async with gateways(redis, 1) as (one,):
+        async with gateways(redis, 1) as (dead,):
+            assert (await dead.admit("a", limits, 1))[0].allowed
+        assert not (await one.admit("a", limits, 1))[0].allowed
+        async with Redis.from_url(redis.url) as client:
+            # As if ten seconds had passed since it was last heard of.
+            await client.zadd("tokenloom:gateways", {dead._name: 0})
+        assert (await one.admit("a", limits, 1))[0].allowed
+
+
+async def test_a_gateway_that_never_reached_redis_gives_away_its_part() -> None:
+    limiter = SharedLimits("redis://127.0.0.1:1/0", "gateway", replicas=4)
+    task = asyncio.create_task(limiter.run())
+    assert await admitted([limiter], 100) == 25
+    task.cancel()
+    await asyncio.wait([task])
