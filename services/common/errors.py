@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-__all__ = ["DOMAIN", "TABLE", "MeshError", "Reason", "ReasonRow"]
+__all__ = ["DOMAIN", "RETRY_BUDGET_EXHAUSTED", "TABLE", "MeshError", "Reason", "ReasonRow"]
 
 DOMAIN: Final = "tokenloom"
+RETRY_BUDGET_EXHAUSTED: Final = "retry_budget_exhausted"
+"""The `code` of a retry that is refused because too many requests fail; the first failure is the one to be told of."""
 
 
 class Reason(StrEnum):

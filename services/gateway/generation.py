@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from time import monotonic
 from typing import Final
 
@@ -13,7 +14,8 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
-from services.common.errors import MeshError, Reason
+from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
+from services.common.prompt_prefix import prompt_hashes
 from services.common.tracing import traceparent_of, tracer
 from services.gateway.accounts import Account
 from services.gateway.pieces import Ending, Piece, Prompt, Spent
@@ -66,6 +68,7 @@ class Generation:
         self._left_workers: list[str] = []
         self._victims = 0
         self._output_limit = 0
+        self._granted_at = 0.0
         self.started_at = monotonic()
         self.first_token_at: float | None = None
 
@@ -178,13 +181,27 @@ class Generation:
                 slo_class=self._caller.slo_class,
                 allow_degrade=self._caller.allow_degrade and not emitted,
                 attempt=len(self._left_workers) + 1,
+                emitted_token_count=emitted,
             )
+            self._describe(acquire)
             lease = self._lease = await self._run.enter_async_context(self._routers.lease(acquire))
+            self._granted_at = monotonic()
             span.set_attribute("tokenloom.worker", lease.worker_id)
             if not emitted:
                 # What has begun may end as it was promised.
                 self._output_limit = lease.output_token_limit
             return lease
+
+    def _describe(self, acquire: router_pb2.Acquire) -> None:
+        """Says what the prompt begins with, so that it may go where that is cached."""
+        if self._request.HasField("token_ids") and not self._request.cache_salt:
+            acquire.prompt_token_ids.extend(self._request.token_ids.ids)
+        else:
+            acquire.prefix_hashes.extend(self._prefix_hashes)
+
+    @cached_property
+    def _prefix_hashes(self) -> list[int]:
+        return prompt_hashes(self._request)
 
     async def _move(self, lost: WorkerLostError) -> None:
         lease = self._lease
@@ -211,13 +228,19 @@ class Generation:
             self._stream.recover()
         else:
             self._stream.restart()
-        await self.start()
+        try:
+            await self.start()
+        except MeshError as error:
+            if error.code != RETRY_BUDGET_EXHAUSTED:
+                raise
+            # Too much fails to try everything again: the client hears of what failed, not of the budget.
+            raise (lost.refusal or _engine_failed()) from lost
 
     def _check_movable(self, lost: WorkerLostError) -> None:
         if lost.refusal is not None and len(self._left_workers) >= _MAX_MOVES:
             raise lost.refusal
         if self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
-            raise MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost") from lost
+            raise _engine_failed() from lost
 
     @property
     def _resumes_exactly(self) -> bool:
@@ -229,9 +252,15 @@ class Generation:
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""
-        if self._lease is not None:
-            self._lease.outcome = outcome
-            self._lease.output_tokens = self.ending.output_tokens if self.ending else len(self._stream.token_ids)
+        lease, ending = self._lease, self.ending
+        if lease is not None:
+            lease.outcome = outcome
+            lease.output_tokens = ending.output_tokens if ending else len(self._stream.token_ids)
+            if ending and not self._left_workers:
+                # What a second worker does with a prompt and half an answer says little about others.
+                lease.prompt_tokens, lease.cached_tokens = ending.prompt_tokens, ending.cached_tokens
+            if self.first_token_at is not None and not self._left_workers:
+                lease.first_token_seconds = self.first_token_at - self._granted_at
         await self._run.aclose()
         if self._caller.account is not None and self._lease is not None:
             self._caller.account.add(self._spent(self._lease), is_complete=self.ending is not None)
@@ -298,6 +327,10 @@ def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:
     if limit and (not sampling.max_tokens or sampling.max_tokens > limit):
         sampling.max_tokens = limit
         sampling.min_tokens = min(sampling.min_tokens, limit)
+
+
+def _engine_failed() -> MeshError:
+    return MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost")
 
 
 def _outcome(error: MeshError) -> router_pb2.Outcome.ValueType:

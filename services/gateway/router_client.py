@@ -41,6 +41,11 @@ class Lease:
         model: the model to ask that worker for.
         degraded: whether that is a smaller one than was asked for.
         output_token_limit: most tokens of output that the mesh allows; 0 where it does not limit them.
+        outcome: how it went.
+        output_tokens: tokens that were produced.
+        first_token_seconds: from the grant to the first token; None when there was none.
+        prompt_tokens: tokens of the prompt as the worker counted them; 0 until it has.
+        cached_tokens: how many of them it had cached.
     """
 
     worker_id: str
@@ -53,6 +58,22 @@ class Lease:
     outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
     output_tokens: int = 0
     granted_at: float = field(default_factory=monotonic)
+    first_token_seconds: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    def release(self, handle: int) -> router_pb2.Release:
+        """What the router is told at its end."""
+        release = router_pb2.Release(
+            handle=handle,
+            outcome=self.outcome,
+            output_token_count=self.output_tokens,
+            prompt_token_count=self.prompt_tokens,
+            cached_token_count=self.cached_tokens,
+        )
+        if self.first_token_seconds is not None:
+            release.time_to_first_token_duration.FromNanoseconds(int(self.first_token_seconds * 1e9))
+        return release
 
 
 @dataclass(slots=True)
@@ -154,7 +175,7 @@ class RouterClient:
     def _grant(self, grant: router_pb2.Grant) -> None:
         pending = self._pending.pop(grant.handle, None)
         if pending is None or pending.granted.done():
-            self._release(grant.handle, router_pb2.OUTCOME_CANCELLED, 0)
+            self._release(_unwanted(grant.handle))
             return
         lease = Lease(
             grant.worker_id,
@@ -202,7 +223,7 @@ class RouterClient:
         if place is None:
             return False
         if self._pending.pop(acquire.handle, None) is not None:
-            self._release(acquire.handle, router_pb2.OUTCOME_CANCELLED, 0)
+            self._release(_unwanted(acquire.handle))
         pending.local = True
         pending.granted.set_result(Lease(place.worker_id, place.endpoint, _AWAY_REASON, model=place.model))
         return True
@@ -217,7 +238,7 @@ class RouterClient:
     async def lease(self, acquire: router_pb2.Acquire) -> AsyncIterator[Lease]:
         """Acquires a lease, waiting for it in the router's queue, and releases it at the end of the block.
 
-        Set the lease's `outcome` and `output_tokens` before that; a lease that is just left counts as cancelled.
+        Say in the lease how it went before that; a lease that is just left counts as cancelled.
 
         Raises:
             MeshError: the router refused, or no router answers and no worker is known that has room.
@@ -250,14 +271,17 @@ class RouterClient:
 
     def _give_back(self, handle: int, pending: _Pending, lease: Lease | None) -> None:
         if lease is not None:
-            self._release(handle, lease.outcome, lease.output_tokens)
+            self._release(lease.release(handle))
         elif not _was_rejected(pending.granted):
-            self._release(handle, router_pb2.OUTCOME_CANCELLED, 0)
+            self._release(_unwanted(handle))
 
-    def _release(self, handle: int, outcome: router_pb2.Outcome.ValueType, output_tokens: int) -> None:
+    def _release(self, release: router_pb2.Release) -> None:
         if self._outbox is not None:
-            release = router_pb2.Release(handle=handle, outcome=outcome, output_token_count=output_tokens)
             self._outbox.edit().releases.append(release)
+
+
+def _unwanted(handle: int) -> router_pb2.Release:
+    return router_pb2.Release(handle=handle, outcome=router_pb2.OUTCOME_CANCELLED)
 
 
 def _was_rejected(granted: asyncio.Future[Lease]) -> bool:

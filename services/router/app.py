@@ -133,6 +133,7 @@ class _Core:
         path = settings.policy_path
         self.policy_file = PolicyFile(None if path is None else Path(path), self.policies)
         lengths, prefixes = AnswerLengths(), Prefixes()
+        self.prefixes = prefixes
         # Who wins a tie is no secret.
         rng = random.Random()  # noqa: S311
         self.admission = Admission(
@@ -155,7 +156,7 @@ class _Doors:
 
     def __init__(self, core: _Core, tracer: Tracer, *, fallbacks: int) -> None:
         self._admission = core.admission
-        self._inside = RouterServicer(core.fleet, core.admission, tracer)
+        self._inside = RouterServicer(core.fleet, core.admission, core.prefixes, tracer)
         self._admin = AdminServicer(
             fleet=core.fleet,
             admission=core.admission,

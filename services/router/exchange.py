@@ -33,6 +33,7 @@ _BUFFERED: Final = (_MODES.BUFFERED, _MODES.BUFFERED_PARTIAL)
 _MOST_EARLY: Final = 256
 _MOST_EARLY_BYTES: Final = MAX_MESSAGE_BYTES
 _PRIORITIES: Final = (-(2**31), 2**31 - 1)
+_USAGE: Final = ("output_tokens", "prompt_tokens", "cached_tokens")
 # What a worker answers when the request is at fault: it says nothing about the worker.
 _REFUSED_STATUSES: Final = frozenset({"3", "5", "7", "8", "11", "12", "16"})
 _CANCELLED_STATUSES: Final = frozenset({"1", "4"})
@@ -107,11 +108,11 @@ class Exchange:
         self.is_over, self._picked = True, None
         self._send(extproc.refusal(error, to_grpc=self._is_grpc))
 
-    def close(self, outcome: Outcome = Outcome.CANCELLED, *, output_tokens: int = 0) -> None:
-        """The request is over; its lease is free."""
+    def close(self, outcome: Outcome = Outcome.CANCELLED, **usage: int) -> None:
+        """The request is over, with that usage if it is known; its lease is free."""
         self._picked = None
         if self._ticket is not None:
-            self._admission.finish(self._ticket, outcome, output_tokens=output_tokens)
+            self._admission.finish(self._ticket, outcome, **usage)
             end_span(self._span, self._ticket)
 
     @property
@@ -265,10 +266,10 @@ class Exchange:
         self._send(extproc.CONTINUE_RESPONSE_HEADERS)
 
     def _settle(self, trailers: dict[str, str]) -> None:
-        tokens = trailers.get("x-tokenloom-usage-output-tokens", "")
         status = trailers.get("grpc-status")
         outcome = _outcome_of_http(self._status) if status is None else _outcome(status)
-        self.close(outcome, output_tokens=int(tokens) if tokens.isdecimal() else 0)
+        counts = {name: trailers.get(f"x-tokenloom-usage-{name.replace('_', '-')}", "") for name in _USAGE}
+        self.close(outcome, **{name: int(count) for name, count in counts.items() if count.isdecimal()})
 
     def _pick(self, wanted: Wanted, answers: Callable[[str], list[Any]]) -> None:
         """Asks for a worker; `answers` makes what is said to Envoy out of its endpoint, now or later."""

@@ -28,6 +28,7 @@ class Request:
         prompt_token_ids: the prompt's tokens, where they are known.
         slo_class: what its client may wait for, by name; empty leaves it to the policy.
         attempt: which try of the same request it is, from 1.
+        emitted_tokens: tokens that its client has already.
         needs: what the model must be able to do, as the worker's card names it.
         occupies_slot: whether it runs in the engine; one that does not is never kept waiting for a slot.
         task: what is to be done: "generate", "embed", "score" or "tokenize".
@@ -51,6 +52,7 @@ class Request:
     prompt_token_ids: Sequence[int] = ()
     slo_class: str = ""
     attempt: int = 1
+    emitted_tokens: int = 0
     needs: frozenset[str] = frozenset()
     occupies_slot: bool = True
     task: str = "generate"

@@ -13,6 +13,7 @@ from services.common.status import status_from_error
 from services.router import wire
 from services.router.admission import Admission, Ticket
 from services.router.fleet import Fleet
+from services.router.prefixes import Prefixes
 from services.router.spans import end_span, start_span
 from services.router.streams import reading
 from services.router.worker import Worker
@@ -28,11 +29,18 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """The inside door of the router."""
 
     def __init__(
-        self, fleet: Fleet, admission: Admission, tracer: Tracer, *, most_answers: int = _MOST_ANSWERS
+        self,
+        fleet: Fleet,
+        admission: Admission,
+        prefixes: Prefixes,
+        tracer: Tracer,
+        *,
+        most_answers: int = _MOST_ANSWERS,
     ) -> None:
         """A gateway that leaves more than `most_answers` unread loses its session."""
         self._fleet = fleet
         self._admission = admission
+        self._prefixes = prefixes
         self._tracer = tracer
         self._most_answers = most_answers
         self._sessions: set[_Session] = set()
@@ -70,7 +78,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context.add_done_callback(lambda _: self._fleet.remove(worker))
         _log.info("worker registered", extra={"worker": worker.worker_id, "endpoint": worker.endpoint})
         try:
-            async with reading(request_iterator, _Reports(self._fleet, worker).take, ended=worker.leave) as reader:
+            async with reading(
+                request_iterator, _Reports(self._fleet, self._prefixes, worker).take, ended=worker.leave
+            ) as reader:
                 async for command in _commands(worker):
                     yield command
                 if reader.done():
@@ -128,7 +138,14 @@ class _Session:
     def _release(self, release: router_pb2.Release) -> None:
         ticket, span = self._tickets.pop(release.handle, (None, None))
         if ticket is not None and span is not None:
-            self._admission.finish(ticket, wire.outcome(release.outcome), output_tokens=release.output_token_count)
+            self._admission.finish(
+                ticket,
+                wire.outcome(release.outcome),
+                output_tokens=release.output_token_count,
+                first_token_seconds=wire.first_token_seconds(release),
+                prompt_tokens=release.prompt_token_count,
+                cached_tokens=release.cached_token_count,
+            )
             end_span(span, ticket)
 
     def _acquire(self, acquire: router_pb2.Acquire) -> None:
@@ -170,16 +187,29 @@ class _Session:
 
 
 class _Reports:
-    """The load reports of one worker."""
+    """What one worker reports."""
 
-    def __init__(self, fleet: Fleet, worker: Worker) -> None:
+    def __init__(self, fleet: Fleet, prefixes: Prefixes, worker: Worker) -> None:
         self._fleet = fleet
+        self._prefixes = prefixes
         self._worker = worker
 
     def take(self, message: router_pb2.RegisterRequest) -> None:
-        if message.WhichOneof("message") != "load":
-            raise MeshError(Reason.INVALID_REQUEST, "only the first message registers; the next ones report load")
-        self._fleet.report(self._worker, wire.load(message.load, self._worker.card))
+        match message.WhichOneof("message"):
+            case "load":
+                self._fleet.report(self._worker, wire.load(message.load, self._worker.card))
+            case "kv_cache_events":
+                events = message.kv_cache_events
+                self._prefixes.tell(
+                    self._worker,
+                    events.sequence_number,
+                    cleared=events.cleared,
+                    stored=events.stored_hashes,
+                    removed=events.removed_hashes,
+                )
+            case _:
+                what = "only the first message registers; the next ones report load or what is cached"
+                raise MeshError(Reason.INVALID_REQUEST, what)
 
 
 async def _registration(stream: AsyncIterator[router_pb2.RegisterRequest]) -> Any:

@@ -27,6 +27,7 @@ __all__ = [
     "decision",
     "degradation",
     "duration",
+    "first_token_seconds",
     "grant",
     "load",
     "outcome",
@@ -149,6 +150,7 @@ def request(message: router_pb2.Acquire) -> Request:
         prompt_token_ids=tuple(message.prompt_token_ids),
         slo_class=message.slo_class,
         attempt=max(1, message.attempt),
+        emitted_tokens=message.emitted_token_count,
         needs=_needs(message),
         occupies_slot=message.task != router_pb2.TASK_TOKENIZE,
         task=_TASKS.get(message.task, "tokenize"),
@@ -189,6 +191,13 @@ def grant(handle: int, ticket: Ticket, lease: Lease) -> router_pb2.Grant:
     ):
         message.predicted_time_to_first_token_duration.CopyFrom(duration(decision.prediction[0]))
     return message
+
+
+def first_token_seconds(release: router_pb2.Release) -> float | None:
+    """How long the first token took from the grant on; None when there was none."""
+    if not release.HasField("time_to_first_token_duration"):
+        return None
+    return _seconds(release.time_to_first_token_duration)
 
 
 def outcome(value: router_pb2.Outcome.ValueType) -> Outcome:

@@ -10,6 +10,7 @@ from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.errors import Reason
+from services.common.prefix import salt_of, token_block_hashes
 from services.common.status import error_from_call, error_from_status
 from tests.support.router import duration, gateway_session, running_router, worker_link
 from tests.support.waiting import eventually
@@ -190,3 +191,43 @@ async def test_metrics_count_workers_leases_and_decisions() -> None:
     assert 'tokenloom_router_decisions_total{outcome="granted"} 1.0' in lines
     assert "tokenloom_router_decision_seconds_count 1.0" in lines
     assert "tokenloom_router_queue_seconds_count 1.0" in lines
+
+
+async def test_a_prompt_of_tokens_goes_to_the_worker_that_tells_it_has_them_cached() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, worker_id="worker-0", endpoint="127.0.0.1:5001", block_tokens=16),
+        worker_link(router, to_router, worker_id="worker-1", endpoint="127.0.0.1:5002", block_tokens=16) as knowing,
+        gateway_session(to_router) as gateway,
+    ):
+        tokens = list(range(2000))
+        hashes = token_block_hashes(tokens, 16, salt=salt_of("demo"))
+        events = router_pb2.KvCacheEvents(sequence_number=1, cleared=True, stored_hashes=hashes)
+        await knowing.send(router_pb2.RegisterRequest(kv_cache_events=events))
+        await knowing.report()
+        before = router.fleet.get("worker-1")
+        assert before is not None
+        seen = before.reported_at
+        await knowing.report(running_count=0)
+        await eventually(lambda: before.reported_at > seen, within=1)
+        for _ in range(5):
+            grant = await gateway.granted(prompt_token_ids=tokens, prompt_token_count=len(tokens))
+            assert grant.worker_id == "worker-1"
+            assert "1999 tokens cached" in grant.reason
+            await gateway.release(grant.handle)
+
+
+async def test_a_conversation_goes_where_its_beginning_was_sent_before() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, worker_id="worker-0", endpoint="127.0.0.1:5001"),
+        worker_link(router, to_router, worker_id="worker-1", endpoint="127.0.0.1:5002"),
+        gateway_session(to_router) as gateway,
+    ):
+        hashes = [7 * number for number in range(40)]
+        home = await gateway.granted(prefix_hashes=hashes[:30], prompt_token_count=1920)
+        await gateway.release(home.handle)
+        for length in (31, 35, 40):
+            grant = await gateway.granted(prefix_hashes=hashes[:length], prompt_token_count=64 * length)
+            assert grant.worker_id == home.worker_id
+            await gateway.release(grant.handle)

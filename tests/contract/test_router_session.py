@@ -203,7 +203,7 @@ async def test_the_schedule_span_is_a_child_of_the_acquires() -> None:
 async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_elses() -> None:
     bench = Bench()
     bench.worker("w0", max_running=64)
-    servicer = RouterServicer(bench.fleet, bench.admission, tracer(), most_answers=20)
+    servicer = RouterServicer(bench.fleet, bench.admission, bench.prefixes, tracer(), most_answers=20)
 
     def register(server: grpc.aio.Server) -> list[str]:
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)

@@ -96,6 +96,7 @@ async def worker_link(
     models: tuple[str, ...] = ("demo",),
     max_running: int = 8,
     context: int = 4096,
+    block_tokens: int = 0,
     gpu_uuids: tuple[str, ...] = (),
     report: bool = True,
 ) -> AsyncIterator[WorkerLink]:
@@ -112,6 +113,7 @@ async def worker_link(
         gpu_uuids=gpu_uuids,
         max_running_count=max_running,
         kv_cache_token_count=65_536,
+        kv_block_token_count=block_tokens,
     )
     await call.write(router_pb2.RegisterRequest(registration=registration))
     listening = asyncio.create_task(link.listen())

@@ -27,49 +27,49 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from tokenloom.inference.v1 import inference_pb2 as tokenloom_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tokenloom/router/v1/router.proto\x12\x13tokenloom.router.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a&tokenloom/inference/v1/inference.proto\"p\n\x0eSessionRequest\x12.\n\x08\x61\x63quires\x18\x01 \x03(\x0b\x32\x1c.tokenloom.router.v1.Acquire\x12.\n\x08releases\x18\x02 \x03(\x0b\x32\x1c.tokenloom.router.v1.Release\"\xe7\x03\n\x07\x41\x63quire\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x04 \x01(\r\x12\x1e\n\x16max_output_token_count\x18\x05 \x01(\r\x12\x11\n\ttenant_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\nsession_id\x18\x08 \x01(\t\x12\x1b\n\x13\x65xcluded_worker_ids\x18\t \x03(\t\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x15\n\rprefix_hashes\x18\x0c \x03(\x06\x12\x18\n\x10prompt_token_ids\x18\r \x03(\r\x12\'\n\x04task\x18\x0e \x01(\x0e\x32\x19.tokenloom.router.v1.Task\x12\x11\n\tslo_class\x18\x0f \x01(\t\x12\x15\n\rallow_degrade\x18\x10 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x11 \x01(\r\x12\x41\n\x15required_capabilities\x18\x12 \x03(\x0e\x32\".tokenloom.inference.v1.Capability\"\xdd\x01\n\x07Release\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.tokenloom.router.v1.Outcome\x12\x1a\n\x12output_token_count\x18\x03 \x01(\r\x12?\n\x1ctime_to_first_token_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12prompt_token_count\x18\x05 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x06 \x01(\r\"\x9e\x01\n\x0fSessionResponse\x12*\n\x06grants\x18\x01 \x03(\x0b\x32\x1a.tokenloom.router.v1.Grant\x12+\n\x06queued\x18\x02 \x03(\x0b\x32\x1b.tokenloom.router.v1.Queued\x12\x32\n\nrejections\x18\x03 \x03(\x0b\x32\x1e.tokenloom.router.v1.Rejection\"\x87\x02\n\x05Grant\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08\x64\x65graded\x18\x07 \x01(\x08\x12\x1a\n\x12output_token_limit\x18\x08 \x01(\r\x12I\n&predicted_time_to_first_token_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\x06Queued\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x39\n\x16\x65xpected_wait_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\tRejection\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"\xc7\x01\n\x0fRegisterRequest\x12\x39\n\x0cregistration\x18\x01 \x01(\x0b\x32!.tokenloom.router.v1.RegistrationH\x00\x12/\n\x04load\x18\x02 \x01(\x0b\x32\x1f.tokenloom.router.v1.LoadReportH\x00\x12=\n\x0fkv_cache_events\x18\x03 \x01(\x0b\x32\".tokenloom.router.v1.KvCacheEventsH\x00\x42\t\n\x07message\"h\n\rKvCacheEvents\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x63leared\x18\x02 \x01(\x08\x12\x15\n\rstored_hashes\x18\x03 \x03(\x06\x12\x16\n\x0eremoved_hashes\x18\x04 \x03(\x06\"\xee\x01\n\x0cRegistration\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x31\n\x06models\x18\x03 \x03(\x0b\x32!.tokenloom.inference.v1.ModelCard\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x0c\n\x04pool\x18\x05 \x01(\t\x12\x11\n\tgpu_uuids\x18\x06 \x03(\t\x12\x19\n\x11max_running_count\x18\x07 \x01(\r\x12\x1c\n\x14kv_cache_token_count\x18\x08 \x01(\x04\x12\x1c\n\x14kv_block_token_count\x18\t \x01(\r\"\xf7\x03\n\nLoadReport\x12\x15\n\rrunning_count\x18\x01 \x01(\r\x12\x15\n\rwaiting_count\x18\x02 \x01(\r\x12\x16\n\x0ekv_usage_ratio\x18\x03 \x01(\x01\x12#\n\x1bpending_prefill_token_count\x18\x04 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12\x37\n\x14\x64\x65\x63ode_step_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x44\n!decode_step_per_sequence_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x18prefix_query_token_count\x18\x08 \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\t \x01(\x04\x12/\n\x05state\x18\n \x01(\x0e\x32 .tokenloom.router.v1.WorkerState\x12 \n\x18output_tokens_per_second\x18\x0b \x01(\x01\x12\x31\n\x06models\x18\x0c \x03(\x0b\x32!.tokenloom.inference.v1.ModelCard\x12\x14\n\x0cstate_reason\x18\r \x01(\t\"\xc0\x01\n\x10RegisterResponse\x12\x35\n\nregistered\x18\x01 \x01(\x0b\x32\x1f.tokenloom.router.v1.RegisteredH\x00\x12\x32\n\x05\x64rain\x18\x02 \x01(\x0b\x32!.tokenloom.router.v1.DrainCommandH\x00\x12\x36\n\x07undrain\x18\x03 \x01(\x0b\x32#.tokenloom.router.v1.UndrainCommandH\x00\x42\t\n\x07message\"\x0c\n\nRegistered\"\x0e\n\x0c\x44rainCommand\"\x10\n\x0eUndrainCommand*b\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x11\n\rTASK_GENERATE\x10\x01\x12\x0e\n\nTASK_EMBED\x10\x02\x12\x0e\n\nTASK_SCORE\x10\x03\x12\x11\n\rTASK_TOKENIZE\x10\x04*y\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_COMPLETED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04*\x95\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x1c\n\x18WORKER_STATE_UNAVAILABLE\x10\x03\x12\x17\n\x13WORKER_STATE_ASLEEP\x10\x04\x32\xc6\x01\n\rRouterService\x12X\n\x07Session\x12#.tokenloom.router.v1.SessionRequest\x1a$.tokenloom.router.v1.SessionResponse(\x01\x30\x01\x12[\n\x08Register\x12$.tokenloom.router.v1.RegisterRequest\x1a%.tokenloom.router.v1.RegisterResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tokenloom/router/v1/router.proto\x12\x13tokenloom.router.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a&tokenloom/inference/v1/inference.proto\"p\n\x0eSessionRequest\x12.\n\x08\x61\x63quires\x18\x01 \x03(\x0b\x32\x1c.tokenloom.router.v1.Acquire\x12.\n\x08releases\x18\x02 \x03(\x0b\x32\x1c.tokenloom.router.v1.Release\"\x84\x04\n\x07\x41\x63quire\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x04 \x01(\r\x12\x1e\n\x16max_output_token_count\x18\x05 \x01(\r\x12\x11\n\ttenant_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\nsession_id\x18\x08 \x01(\t\x12\x1b\n\x13\x65xcluded_worker_ids\x18\t \x03(\t\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x0b \x01(\t\x12\x15\n\rprefix_hashes\x18\x0c \x03(\x06\x12\x18\n\x10prompt_token_ids\x18\r \x03(\r\x12\'\n\x04task\x18\x0e \x01(\x0e\x32\x19.tokenloom.router.v1.Task\x12\x11\n\tslo_class\x18\x0f \x01(\t\x12\x15\n\rallow_degrade\x18\x10 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x11 \x01(\r\x12\x41\n\x15required_capabilities\x18\x12 \x03(\x0e\x32\".tokenloom.inference.v1.Capability\x12\x1b\n\x13\x65mitted_token_count\x18\x13 \x01(\r\"\xdd\x01\n\x07Release\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.tokenloom.router.v1.Outcome\x12\x1a\n\x12output_token_count\x18\x03 \x01(\r\x12?\n\x1ctime_to_first_token_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12prompt_token_count\x18\x05 \x01(\r\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x06 \x01(\r\"\x9e\x01\n\x0fSessionResponse\x12*\n\x06grants\x18\x01 \x03(\x0b\x32\x1a.tokenloom.router.v1.Grant\x12+\n\x06queued\x18\x02 \x03(\x0b\x32\x1b.tokenloom.router.v1.Queued\x12\x32\n\nrejections\x18\x03 \x03(\x0b\x32\x1e.tokenloom.router.v1.Rejection\"\x87\x02\n\x05Grant\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x31\n\x0equeue_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08\x64\x65graded\x18\x07 \x01(\x08\x12\x1a\n\x12output_token_limit\x18\x08 \x01(\r\x12I\n&predicted_time_to_first_token_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\x06Queued\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x39\n\x16\x65xpected_wait_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\tRejection\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"\xc7\x01\n\x0fRegisterRequest\x12\x39\n\x0cregistration\x18\x01 \x01(\x0b\x32!.tokenloom.router.v1.RegistrationH\x00\x12/\n\x04load\x18\x02 \x01(\x0b\x32\x1f.tokenloom.router.v1.LoadReportH\x00\x12=\n\x0fkv_cache_events\x18\x03 \x01(\x0b\x32\".tokenloom.router.v1.KvCacheEventsH\x00\x42\t\n\x07message\"h\n\rKvCacheEvents\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x0f\n\x07\x63leared\x18\x02 \x01(\x08\x12\x15\n\rstored_hashes\x18\x03 \x03(\x06\x12\x16\n\x0eremoved_hashes\x18\x04 \x03(\x06\"\xee\x01\n\x0cRegistration\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x31\n\x06models\x18\x03 \x03(\x0b\x32!.tokenloom.inference.v1.ModelCard\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x0c\n\x04pool\x18\x05 \x01(\t\x12\x11\n\tgpu_uuids\x18\x06 \x03(\t\x12\x19\n\x11max_running_count\x18\x07 \x01(\r\x12\x1c\n\x14kv_cache_token_count\x18\x08 \x01(\x04\x12\x1c\n\x14kv_block_token_count\x18\t \x01(\r\"\xf7\x03\n\nLoadReport\x12\x15\n\rrunning_count\x18\x01 \x01(\r\x12\x15\n\rwaiting_count\x18\x02 \x01(\r\x12\x16\n\x0ekv_usage_ratio\x18\x03 \x01(\x01\x12#\n\x1bpending_prefill_token_count\x18\x04 \x01(\x04\x12!\n\x19prefill_tokens_per_second\x18\x05 \x01(\x01\x12\x37\n\x14\x64\x65\x63ode_step_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x44\n!decode_step_per_sequence_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x18prefix_query_token_count\x18\x08 \x01(\x04\x12\x1e\n\x16prefix_hit_token_count\x18\t \x01(\x04\x12/\n\x05state\x18\n \x01(\x0e\x32 .tokenloom.router.v1.WorkerState\x12 \n\x18output_tokens_per_second\x18\x0b \x01(\x01\x12\x31\n\x06models\x18\x0c \x03(\x0b\x32!.tokenloom.inference.v1.ModelCard\x12\x14\n\x0cstate_reason\x18\r \x01(\t\"\xc0\x01\n\x10RegisterResponse\x12\x35\n\nregistered\x18\x01 \x01(\x0b\x32\x1f.tokenloom.router.v1.RegisteredH\x00\x12\x32\n\x05\x64rain\x18\x02 \x01(\x0b\x32!.tokenloom.router.v1.DrainCommandH\x00\x12\x36\n\x07undrain\x18\x03 \x01(\x0b\x32#.tokenloom.router.v1.UndrainCommandH\x00\x42\t\n\x07message\"\x0c\n\nRegistered\"\x0e\n\x0c\x44rainCommand\"\x10\n\x0eUndrainCommand*b\n\x04Task\x12\x14\n\x10TASK_UNSPECIFIED\x10\x00\x12\x11\n\rTASK_GENERATE\x10\x01\x12\x0e\n\nTASK_EMBED\x10\x02\x12\x0e\n\nTASK_SCORE\x10\x03\x12\x11\n\rTASK_TOKENIZE\x10\x04*y\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_COMPLETED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04*\x95\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x1c\n\x18WORKER_STATE_UNAVAILABLE\x10\x03\x12\x17\n\x13WORKER_STATE_ASLEEP\x10\x04\x32\xc6\x01\n\rRouterService\x12X\n\x07Session\x12#.tokenloom.router.v1.SessionRequest\x1a$.tokenloom.router.v1.SessionResponse(\x01\x30\x01\x12[\n\x08Register\x12$.tokenloom.router.v1.RegisterRequest\x1a%.tokenloom.router.v1.RegisterResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tokenloom.router.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASK']._serialized_start=2875
-  _globals['_TASK']._serialized_end=2973
-  _globals['_OUTCOME']._serialized_start=2975
-  _globals['_OUTCOME']._serialized_end=3096
-  _globals['_WORKERSTATE']._serialized_start=3099
-  _globals['_WORKERSTATE']._serialized_end=3248
+  _globals['_TASK']._serialized_start=2904
+  _globals['_TASK']._serialized_end=3002
+  _globals['_OUTCOME']._serialized_start=3004
+  _globals['_OUTCOME']._serialized_end=3125
+  _globals['_WORKERSTATE']._serialized_start=3128
+  _globals['_WORKERSTATE']._serialized_end=3277
   _globals['_SESSIONREQUEST']._serialized_start=154
   _globals['_SESSIONREQUEST']._serialized_end=266
   _globals['_ACQUIRE']._serialized_start=269
-  _globals['_ACQUIRE']._serialized_end=756
-  _globals['_RELEASE']._serialized_start=759
-  _globals['_RELEASE']._serialized_end=980
-  _globals['_SESSIONRESPONSE']._serialized_start=983
-  _globals['_SESSIONRESPONSE']._serialized_end=1141
-  _globals['_GRANT']._serialized_start=1144
-  _globals['_GRANT']._serialized_end=1407
-  _globals['_QUEUED']._serialized_start=1409
-  _globals['_QUEUED']._serialized_end=1510
-  _globals['_REJECTION']._serialized_start=1512
-  _globals['_REJECTION']._serialized_end=1575
-  _globals['_REGISTERREQUEST']._serialized_start=1578
-  _globals['_REGISTERREQUEST']._serialized_end=1777
-  _globals['_KVCACHEEVENTS']._serialized_start=1779
-  _globals['_KVCACHEEVENTS']._serialized_end=1883
-  _globals['_REGISTRATION']._serialized_start=1886
-  _globals['_REGISTRATION']._serialized_end=2124
-  _globals['_LOADREPORT']._serialized_start=2127
-  _globals['_LOADREPORT']._serialized_end=2630
-  _globals['_REGISTERRESPONSE']._serialized_start=2633
-  _globals['_REGISTERRESPONSE']._serialized_end=2825
-  _globals['_REGISTERED']._serialized_start=2827
-  _globals['_REGISTERED']._serialized_end=2839
-  _globals['_DRAINCOMMAND']._serialized_start=2841
-  _globals['_DRAINCOMMAND']._serialized_end=2855
-  _globals['_UNDRAINCOMMAND']._serialized_start=2857
-  _globals['_UNDRAINCOMMAND']._serialized_end=2873
-  _globals['_ROUTERSERVICE']._serialized_start=3251
-  _globals['_ROUTERSERVICE']._serialized_end=3449
+  _globals['_ACQUIRE']._serialized_end=785
+  _globals['_RELEASE']._serialized_start=788
+  _globals['_RELEASE']._serialized_end=1009
+  _globals['_SESSIONRESPONSE']._serialized_start=1012
+  _globals['_SESSIONRESPONSE']._serialized_end=1170
+  _globals['_GRANT']._serialized_start=1173
+  _globals['_GRANT']._serialized_end=1436
+  _globals['_QUEUED']._serialized_start=1438
+  _globals['_QUEUED']._serialized_end=1539
+  _globals['_REJECTION']._serialized_start=1541
+  _globals['_REJECTION']._serialized_end=1604
+  _globals['_REGISTERREQUEST']._serialized_start=1607
+  _globals['_REGISTERREQUEST']._serialized_end=1806
+  _globals['_KVCACHEEVENTS']._serialized_start=1808
+  _globals['_KVCACHEEVENTS']._serialized_end=1912
+  _globals['_REGISTRATION']._serialized_start=1915
+  _globals['_REGISTRATION']._serialized_end=2153
+  _globals['_LOADREPORT']._serialized_start=2156
+  _globals['_LOADREPORT']._serialized_end=2659
+  _globals['_REGISTERRESPONSE']._serialized_start=2662
+  _globals['_REGISTERRESPONSE']._serialized_end=2854
+  _globals['_REGISTERED']._serialized_start=2856
+  _globals['_REGISTERED']._serialized_end=2868
+  _globals['_DRAINCOMMAND']._serialized_start=2870
+  _globals['_DRAINCOMMAND']._serialized_end=2884
+  _globals['_UNDRAINCOMMAND']._serialized_start=2886
+  _globals['_UNDRAINCOMMAND']._serialized_end=2902
+  _globals['_ROUTERSERVICE']._serialized_start=3280
+  _globals['_ROUTERSERVICE']._serialized_end=3478
 # @@protoc_insertion_point(module_scope)

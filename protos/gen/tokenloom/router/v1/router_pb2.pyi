@@ -172,6 +172,7 @@ class Acquire(_message.Message):
     ALLOW_DEGRADE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REQUIRED_CAPABILITIES_FIELD_NUMBER: _builtins.int
+    EMITTED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The gateway's name for it, never used twice in a session."""
     request_id: _builtins.str
@@ -197,7 +198,11 @@ class Acquire(_message.Message):
     allow_degrade: _builtins.bool
     """Take a smaller model of the policy's when this one has no room."""
     attempt: _builtins.int
-    """Which attempt of the same request this is, from 1. 0 means 1."""
+    """Which attempt of the same request this is, from 1. 0 means 1. Later ones draw from a budget of a tenth of the
+    requests; beyond it they are refused with NO_CAPACITY and the code "retry_budget_exhausted".
+    """
+    emitted_token_count: _builtins.int
+    """Tokens that the client has already. A stream that has begun is moved even when the budget for retries is empty."""
     @_builtins.property
     def excluded_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers not to pick: they have just failed this request."""
@@ -241,10 +246,11 @@ class Acquire(_message.Message):
         allow_degrade: _builtins.bool = ...,
         attempt: _builtins.int = ...,
         required_capabilities: _abc.Iterable[_inference_pb2.Capability.ValueType] | None = ...,
+        emitted_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degrade", b"allow_degrade", "attempt", b"attempt", "excluded_worker_ids", b"excluded_worker_ids", "handle", b"handle", "max_output_token_count", b"max_output_token_count", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "required_capabilities", b"required_capabilities", "session_id", b"session_id", "slo_class", b"slo_class", "task", b"task", "tenant_id", b"tenant_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_degrade", b"allow_degrade", "attempt", b"attempt", "emitted_token_count", b"emitted_token_count", "excluded_worker_ids", b"excluded_worker_ids", "handle", b"handle", "max_output_token_count", b"max_output_token_count", "model", b"model", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "required_capabilities", b"required_capabilities", "session_id", b"session_id", "slo_class", b"slo_class", "task", b"task", "tenant_id", b"tenant_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
