@@ -173,7 +173,8 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     model: ModelSettings
     engine: Literal["vllm", "sim"]
     gpu: int | str | None = None
-    """CUDA device by index, or by UUID; null on a CPU, or where CUDA_VISIBLE_DEVICES is set already."""
+    """CUDA device by index or UUID (`GPU-…`, `MIG-…`), several with commas between; null on a CPU, or where
+    CUDA_VISIBLE_DEVICES is set already."""
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=0.98)] = 0.8
     """Share of the card's memory that vLLM may take."""
     engine_args: dict[str, Any] = {}

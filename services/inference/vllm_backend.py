@@ -20,12 +20,14 @@ from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.common.config import ConfigError
+from services.common.engine_args import check_engine_args
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
 from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Generation, StructuredOutput
 from services.inference.pooling import Jobs
-from services.inference.vllm_environment import has_cuda, vllm_version
+from services.inference.vllm_arguments import vllm_arguments
+from services.inference.vllm_environment import has_cuda
 from services.inference.vllm_form_params import form_checker, form_params, form_settings
 from services.inference.vllm_nursery import Nursery
 from services.inference.vllm_params import Limits, Plan
@@ -42,15 +44,6 @@ _CPU_BLOCK_SIZE: Final = 32
 _MAX_RUNNING: Final = 64
 # Different adapters in one batch, each of which takes room on the card.
 _LORA_SLOTS: Final = 4
-# They are said elsewhere in the settings, or are ours to decide.
-_OURS: Final = {
-    "model": "model.path",
-    "otlp_traces_endpoint": "otlp_endpoint",
-    "disable_log_stats": None,
-    "enable_lora": "model.adapters_dir",
-    "max_cpu_loras": "model.max_adapters",
-    "reasoning_parser": "model.reasoning_parser",
-}
 _TEXTS_A_TURN: Final = 512
 _SHUTDOWN_SECONDS: Final = 2.0
 # Weights of another shape don't go where the present ones are.
@@ -315,15 +308,10 @@ def _close_context(error: BaseException) -> None:
 
 
 def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    for key in settings.engine_args:
-        if key not in known:
-            raise ConfigError(f"engine_args.{key}: vLLM {vllm_version()} has no such argument")
-        if key in _OURS:
-            raise ConfigError(f"engine_args.{key}: can't be set here, {_OURS[key] or 'load reports need it'}")
+    check_engine_args(settings.engine_args, "engine_args")
     # The defaults have those of its settings in them that forms allow.
     given = {key: value for key, value in settings.engine_args.items() if key != "structured_outputs_config"}
-    arguments = _defaults(settings, path, cuda=cuda) | given
+    arguments = _defaults(settings, path, cuda=cuda) | vllm_arguments(given)
     try:
         return AsyncEngineArgs(model=path, **arguments).create_engine_config()
     except (ValueError, TypeError, OSError) as error:

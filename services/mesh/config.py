@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from services.common import config
 from services.common.config import ConfigError
+from services.common.engine_args import check_engine_args, parallel_size
 from services.common.policy import Policy, policy_from
 from services.common.settings import (
     Address,
@@ -39,7 +40,7 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     model: str | None = None
     """Which of the pool's models it runs; may be left out where the pool serves one."""
     gpu: int | str | None = None
-    """CUDA device by index, or by UUID; null on a CPU."""
+    """CUDA device by index or UUID (`GPU-…`, `MIG-…`), several with commas between; null on a CPU."""
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=0.98)] = 0.8
     engine_args: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
@@ -174,6 +175,9 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
             raise ConfigError(f"{where}.sim: for engine 'sim' alone, this worker's engine is 'vllm'")
         if worker.engine == "vllm" and self.model(name).path is None and name != DEMO_MODEL:
             raise ConfigError(f"{where}: engine 'vllm' needs the path of its model, and models has none for {name!r}")
+        if worker.engine == "vllm":
+            check_engine_args(worker.engine_args, f"{where}.engine_args")
+            _check_gpus(where, worker)
 
 
 def load_mesh(path: Path) -> MeshConfig:
@@ -228,6 +232,17 @@ def _resolved(path: str | None, folder: Path) -> str | None:
     if path is None or not path.startswith((".", "~")):
         return path
     return str((folder / Path(path).expanduser()).resolve())
+
+
+def _check_gpus(where: str, worker: WorkerConfig) -> None:
+    if worker.gpu is None or worker.engine_args.get("distributed_executor_backend") == "ray":
+        return
+    named, needed = len(str(worker.gpu).split(",")), parallel_size(worker.engine_args)
+    if named != needed:
+        raise ConfigError(
+            f"{where}.gpu: tensor_parallel_size times pipeline_parallel_size of engine_args is {needed}, so expected "
+            f"{needed} of them with commas between, got the value {worker.gpu!r}"
+        )
 
 
 def _check_unique(where: str, key: str, names: list[str]) -> None:

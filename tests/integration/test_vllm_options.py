@@ -1,0 +1,90 @@
+"""The table of engine options, against the vLLM that is installed; and what becomes of options in vLLM's hands."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from services.common.config import ConfigError
+from services.common.vllm_options import OPTIONS, VERSION
+from services.inference.vllm_environment import prepare_environment, vllm_version
+from tests.support.demo_model import demo_model
+from tests.support.engine_process import worker_settings
+from tests.support.vllm_options import installed_options
+
+pytestmark = [
+    pytest.mark.vllm,
+    *(pytest.mark.filterwarnings(f"ignore:::{package}") for package in ("torch", "vllm", "transformers", "importlib")),
+]
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """vLLM reads and changes it."""
+    kept = dict(os.environ)
+    prepare_environment(worker_settings(str(demo_model())))
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+def config(**arguments: Any) -> Any:
+    from services.inference.vllm_backend import _vllm_config  # noqa: PLC0415  # once the environment is prepared
+
+    return _vllm_config(worker_settings(str(demo_model()), engine_args=arguments), str(demo_model()), cuda=False)
+
+
+def test_the_table_is_what_the_installed_vllm_takes() -> None:
+    assert vllm_version().startswith(f"{VERSION}.")
+    assert {name: " | ".join(spec) for name, spec in OPTIONS.items()} == installed_options()
+
+
+def test_options_of_every_kind_reach_vllm() -> None:
+    made = config(
+        enable_prefix_caching=False,
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=512,
+        max_model_len=256,
+        kv_cache_memory_bytes=1 << 20,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 2,
+        },
+        structured_outputs_config={"backend": "guidance"},
+        kv_events_config={"enable_kv_cache_events": True, "publisher": "null"},
+        cpu_offload_params=["weight"],
+        max_logprobs=5,
+    )
+    assert made.cache_config.enable_prefix_caching is False
+    assert made.cache_config.kv_cache_memory_bytes == 1 << 20
+    assert made.scheduler_config.enable_chunked_prefill is True
+    assert made.scheduler_config.max_num_batched_tokens == 512
+    assert (made.speculative_config.method, made.speculative_config.num_speculative_tokens) == ("ngram", 2)
+    assert made.structured_outputs_config.backend == "guidance"
+    assert made.kv_events_config.publisher == "null"
+    assert (made.model_config.max_model_len, made.model_config.max_logprobs) == (256, 5)
+    # What is ours stays so.
+    assert made.scheduler_config.policy == "priority"
+
+
+def test_parallel_engines_are_configured_as_asked() -> None:
+    made = config(tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert made.parallel_config.world_size == 2
+    assert made.parallel_config.distributed_executor_backend == "mp"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"kv_events_config": {"publisher": "pigeon"}}, "engine_args.kv_events_config"),
+        ({"speculative_config": {"method": "guessing"}}, "guessing"),
+        ({"max_model_len": 1_000_000}, "1000000"),
+    ],
+)
+def test_what_only_vllm_can_refuse_is_refused_with_its_words(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**arguments)
+    assert said in str(caught.value)
