@@ -373,6 +373,9 @@ def _backend(settings: WorkerSettings, llm: Any) -> Backend:
 def _card(settings: WorkerSettings, llm: Any, prompts: Prompts) -> EngineCard:
     cache = llm.vllm_config.cache_config
     can = {Capability.GENERATE, Capability.LOGPROBS} | ({Capability.CHAT} if prompts.has_chat_template else set())
+    if llm.model_config.runner_type == "pooling":
+        # What it can instead is asked of the engine: see pooler().
+        can = set()
     return EngineCard(
         kind="vllm",
         model=settings.model.name,

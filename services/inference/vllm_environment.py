@@ -59,6 +59,8 @@ def prepare_environment(settings: WorkerSettings) -> None:
         os.environ.setdefault(name, value)
     if settings.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(settings.gpu)
+    # CUDA would number the fastest first; NVML, and so everything else here, by the bus.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # On a CPU its warnings are about libraries that it would like better.
     quiet = logging.WARNING if cuda else logging.ERROR
     logging.getLogger("vllm").setLevel(logging.INFO if settings.log_level == "debug" else quiet)

@@ -25,6 +25,9 @@ __all__ = ["DEMO_MODEL", "EdgeConfig", "MeshConfig", "PoolConfig", "WorkerConfig
 DEMO_MODEL: Final = "demo"
 """The model that the launcher makes itself when it has no path."""
 
+_MOST_MEMORY: Final = 0.98
+# Shares such as a third are written with few digits.
+_ROUNDING: Final = 0.001
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -41,7 +44,8 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     """Which of the pool's models it runs; may be left out where the pool serves one."""
     gpu: int | str | None = None
     """CUDA device by index or UUID (`GPU-…`, `MIG-…`), several with commas between; null on a CPU."""
-    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=0.98)] = 0.8
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=_MOST_MEMORY)] = 0.8
+    """Share of the card's memory that vLLM may take; never all of it, since the driver and others need some."""
     engine_args: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
     sim: SimSettings | None = None
@@ -106,6 +110,7 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         _check_not_taken(where, workers)
         for index, pool in enumerate(self.pools):
             self._check_pool(f"{where}: pools[{index}]", pool)
+        _check_shares(where, self.pools)
         self.routing.check(f"{where}: routing", pools=self.pool_names, models=self.model_names)
         return self
 
@@ -243,6 +248,23 @@ def _check_gpus(where: str, worker: WorkerConfig) -> None:
             f"{where}.gpu: tensor_parallel_size times pipeline_parallel_size of engine_args is {needed}, so expected "
             f"{needed} of them with commas between, got the value {worker.gpu!r}"
         )
+
+
+def _check_shares(where: str, pools: list[PoolConfig]) -> None:
+    shares: dict[str, list[WorkerConfig]] = {}
+    for pool in pools:
+        for worker in pool.workers:
+            if worker.engine == "vllm" and worker.gpu is not None:
+                for name in str(worker.gpu).split(","):
+                    shares.setdefault(name.strip(), []).append(worker)
+    for gpu, workers in shares.items():
+        total = sum(worker.gpu_memory_utilization for worker in workers)
+        if total > _MOST_MEMORY + _ROUNDING:
+            names = _list([worker.name for worker in workers])
+            raise ConfigError(
+                f"{where}: gpu_memory_utilization: the workers {names} share gpu {gpu} and want {total:.2f} of its "
+                f"memory together, expected at most {_MOST_MEMORY:g}"
+            )
 
 
 def _check_unique(where: str, key: str, names: list[str]) -> None:

@@ -87,6 +87,18 @@ WRONG: list[tuple[str, str, list[str]]] = [
     ("kv_blocks: 4096", "kv_blocks: many", ["pools[1].workers[0].sim.kv_blocks", "many"]),
     ("engine: sim, sim:", "engine: vllm, sim:", ["pools[1].workers[0]", "sim", "vllm"]),
     ("engine: sim, sim: {", "engine: sim, engine_args: {", ["engine_args", "sim"]),
+    ("{max_model_len: 8192}", "{max_model_length: 1}", ["pools[0].workers[0].engine_args.max_model_length", "did you"]),
+    ("{max_model_len: 8192}", "{kv_cache_dtype: fp9}", ["engine_args.kv_cache_dtype", "fp9", "'fp8_e4m3'"]),
+    (
+        "{max_model_len: 8192}",
+        "{tensor_parallel_size: 2}",
+        ["pools[0].workers[0].gpu", "expected 2", "got the value 0"],
+    ),
+    (
+        "{max_model_len: 8192}}",
+        "{}}\n      - {name: l40-1, gpu: 0, gpu_memory_utilization: 0.3}",
+        ["gpu_memory_utilization", "'l40-0', 'l40-1'", "share gpu 0", "1.10", "0.98"],
+    ),
     ("{name: demo-small}", "{name: demo-small}\nedge: {port: 99999}", ["edge.port", "99999"]),
     ("{name: demo-small}", "{name: demo-small}\nport: 1", ["port"]),
     ("{name: demo-small}", "{name: demo-small}\notlp_endpoint: nowhere", ["otlp_endpoint", "nowhere"]),

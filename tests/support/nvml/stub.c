@@ -20,6 +20,7 @@ enum {
   UNINITIALIZED = 1,
   INVALID_ARGUMENT = 2,
   NOT_SUPPORTED = 3,
+  NOT_FOUND = 6,
   INSUFFICIENT_SIZE = 7,
   LIB_RM_VERSION_MISMATCH = 18,
   UNKNOWN = 999,
@@ -184,16 +185,73 @@ ret_t nvmlSystemGetDriverVersion(char *version, unsigned length) {
   return error;
 }
 
+/* Instances of split cards come last, and are not cards of their own. */
+static int whole_cards(void) {
+  int count = 0;
+  while (count < state.card_count && !find(&state.cards[count], "mig_instance")) count++;
+  return count;
+}
+
 ret_t nvmlDeviceGetCount_v2(unsigned *count) {
   ret_t error = enter();
-  if (!error) *count = (unsigned)state.card_count;
+  if (!error) *count = (unsigned)whole_cards();
   return error;
 }
 
 ret_t nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
   ret_t error = card_error((int)index);
+  if (!error && (int)index >= whole_cards()) error = INVALID_ARGUMENT;
   if (!error) *device = (void *)(long)(index + 1);
   return error;
+}
+
+static ret_t by_uuid(const char *uuid, void **device) {
+  for (int i = 0; i < state.card_count; i++) {
+    const char *known = find(&state.cards[i], "uuid");
+    if (known && strcmp(known, uuid) == 0) {
+      *device = (void *)(long)(i + 1);
+      return card_error(i);
+    }
+  }
+  return NOT_FOUND;
+}
+
+ret_t nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+  ret_t error = enter();
+  return error ? error : by_uuid(uuid, device);
+}
+
+ret_t nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
+  const char *value;
+  ret_t error = card_value(device, "mig", &value);
+  if (!error) *current = *pending = value[0] != 0;
+  return error;
+}
+
+/* The word of a list, counted from 0; false when there are fewer. */
+static int word(const char *list, unsigned index, char *found, size_t size) {
+  char text[1024];
+  snprintf(text, sizeof text, "%s", list);
+  char *rest = NULL;
+  char *item = strtok_r(text, " ", &rest);
+  while (item && index--) item = strtok_r(NULL, " ", &rest);
+  if (item) snprintf(found, size, "%s", item);
+  return item != NULL;
+}
+
+ret_t nvmlDeviceGetMaxMigDeviceCount(void *device, unsigned *count) {
+  const char *value;
+  ret_t error = card_value(device, "mig", &value);
+  if (!error) *count = 7;
+  return error;
+}
+
+ret_t nvmlDeviceGetMigDeviceHandleByIndex(void *device, unsigned index, void **instance) {
+  const char *value;
+  char uuid[128];
+  ret_t error = card_value(device, "mig", &value);
+  if (error) return error;
+  return word(value, index, uuid, sizeof uuid) ? by_uuid(uuid, instance) : NOT_FOUND;
 }
 
 ret_t nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) { return card_text(device, "uuid", uuid, length); }

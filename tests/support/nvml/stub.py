@@ -21,6 +21,8 @@ class Card:
     Attributes:
         processes: "PID:BYTES" or "PID:-" (memory not told), with blanks between them.
         clock_reasons: NVML's mask; 0x40 is hw_thermal_slowdown.
+        mig: the UUIDs of its MIG instances, with blanks between them; "" for a card that is not split, and could be.
+        mig_instance: is an instance of a card before it, and not counted; instances come last.
         error: answers everything with this NVML error, until the session that has seen it ends.
     """
 
@@ -38,6 +40,8 @@ class Card:
     clock_reasons: int | str | None = 0
     ecc_uncorrected: int | str | None = 0
     processes: str | None = None
+    mig: str | None = None
+    mig_instance: int | None = None
     error: int | None = None
 
     def lines(self) -> list[str]:
