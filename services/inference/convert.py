@@ -26,12 +26,15 @@ __all__ = [
     "generation_from_proto",
     "load_to_proto",
     "model_card_to_proto",
+    "priority_from_metadata",
     "tokenize_prompt_from_proto",
     "usage_metadata",
 ]
 
 _MAX_MODEL_CHARACTERS: Final = 256
 _MAX_CHOICES: Final = 128
+_MAX_PRIORITY_CHARACTERS: Final = 11
+_PRIORITIES: Final = (-(2**31), 2**31 - 1)
 _MAX_SALT_CHARACTERS: Final = 256
 
 _CAPABILITIES: Final = {
@@ -141,6 +144,13 @@ def load_to_proto(load: Load, state: router_pb2.WorkerState.ValueType, reason: s
     if load.decode_step_seconds_per_sequence is not None:
         report.decode_step_per_sequence_duration.CopyFrom(duration_to_proto(load.decode_step_seconds_per_sequence))
     return report
+
+
+def priority_from_metadata(text: str) -> int:
+    """The scheduling class that the edge writes, from the caller's key; 0 for whoever comes past the edge."""
+    if not text.removeprefix("-").isdecimal() or len(text) > _MAX_PRIORITY_CHARACTERS:
+        return 0
+    return min(max(int(text), _PRIORITIES[0]), _PRIORITIES[1])
 
 
 def usage_metadata(prompt: int, cached: int, output: int) -> tuple[tuple[str, str], ...]:

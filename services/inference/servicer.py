@@ -101,6 +101,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 request,
                 card_of(engine, request.model),
                 generation_id=self._generations.new_id(request_id),
+                priority=convert.priority_from_metadata(str(metadata.get("x-tokenloom-priority", ""))),
                 traceparent=str(metadata.get("traceparent", "")),
             )
         except MeshError as error:

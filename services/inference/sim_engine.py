@@ -18,20 +18,23 @@ from services.inference.calibration import DecodeModel, PrefillMeter, TokenRate
 from services.inference.engine import (
     Capability,
     ChatMessage,
+    ChatOptions,
     Delta,
     EngineCard,
     EngineLostError,
     FinishReason,
     Generation,
     Load,
+    PromptEcho,
     Sink,
+    StopCause,
     Timings,
-    TokenLogprob,
-    TokenLogprobs,
     Usage,
 )
 from services.inference.sim_cache import BlockPool, block_hashes
+from services.inference.sim_choices import choice_sinks
 from services.inference.sim_life import SimLife
+from services.inference.sim_logprobs import prompt_logprobs, token_logprobs
 from services.inference.sim_stop import StopMatcher
 from services.inference.watchdog import Watchdog
 
@@ -81,10 +84,11 @@ class SimEngine:
         self._decode_model = DecodeModel()
         self._prefill_meter = PrefillMeter()
         self._output_rate = TokenRate(clock)
-        self._sequences: dict[str, _Sequence] = {}
+        self._generations: dict[str, list[_Sequence]] = {}
+        self._sequences: dict[int, _Sequence] = {}
         self._waiting: list[_Sequence] = []
-        self._prefilling: dict[str, _Sequence] = {}
-        self._decoding: dict[str, _Sequence] = {}
+        self._prefilling: dict[int, _Sequence] = {}
+        self._decoding: dict[int, _Sequence] = {}
         self._arrivals = 0
         self._pending_prefill_tokens = 0
         self._query_tokens = 0
@@ -103,11 +107,7 @@ class SimEngine:
         self._watching.cancel()
         if self._stepper is not None:
             self._stepper.cancel()
-        for sequence in tuple(self._sequences.values()):
-            self.abort(sequence.id)
-            sequence.sink.failed(
-                MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=_RETRY_SECONDS)
-            )
+        self._fail_all(MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=_RETRY_SECONDS))
         # What ended the block goes on as it is; only the engine's own failure is added to it.
         await self._tasks.__aexit__(None, None, None)
 
@@ -137,28 +137,39 @@ class SimEngine:
         """Starts a generation; see Engine.submit."""
         if self.life.trouble:
             raise MeshError(Reason.NO_READY_WORKER, self.life.trouble, retry_after_seconds=_RETRY_SECONDS)
-        if len(self._sequences) >= self._max_requests:
+        if len(self._sequences) + generation.choices > self._max_requests:
             raise MeshError(
                 Reason.NO_CAPACITY, "too many requests wait for this model", retry_after_seconds=_RETRY_SECONDS
             )
-        tokens = self._prompt_tokens(generation.prompt)
+        self._check_possible(generation)
+        tokens = self._prompt_tokens(generation)
         self._check_ids(generation, tokens)
-        end, reason = self._end_of(generation, tokens)
-        self._arrivals += 1
-        size = self._settings.block_size
-        sequence = _Sequence(generation, sink, tokens, end=end, reason=reason, block_size=size)
-        sequence.order = (generation.priority, self._arrivals)
-        sequence.arrival = self._clock()
-        sequence.is_poison = self._is_poison(generation.prompt)
-        self._sequences[sequence.id] = sequence
-        self._enqueue(sequence)
+        sequences = [
+            self._sequence(generation, each, tokens, choice)
+            for choice, each in enumerate(choice_sinks(sink, generation.choices))
+        ]
+        self._generations[generation.id] = sequences
+        for sequence in sequences:
+            self._sequences[sequence.id] = sequence
+            self._enqueue(sequence)
         if self._stepper is None or self._stepper.done():
             self._stepper = self._tasks.create_task(self._step_while_busy())
 
+    def _sequence(self, generation: Generation, sink: Sink, tokens: Sequence[int], choice: int) -> "_Sequence":
+        seed = sim_text.output_seed(tokens, choice)
+        end, reason = self._end_of(generation, tokens, seed)
+        self._arrivals += 1
+        size = self._settings.block_size
+        sequence = _Sequence(generation, sink, tokens, seed=seed, end=end, reason=reason, block_size=size)
+        sequence.id = self._arrivals
+        sequence.order = (generation.priority, self._arrivals)
+        sequence.arrival = self._clock()
+        sequence.is_poison = self._is_poison(generation.prompt)
+        return sequence
+
     def abort(self, generation_id: str) -> None:
         """Stops a generation; see Engine.abort."""
-        sequence = self._sequences.get(generation_id)
-        if sequence is not None:
+        for sequence in tuple(self._generations.get(generation_id, ())):
             self._remove(sequence)
 
     @property
@@ -174,7 +185,7 @@ class SimEngine:
     async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
         """The tokens of a text or a conversation; see Engine.tokenize. There are no special tokens to leave out."""
         del special_tokens
-        return self._prompt_tokens(prompt)
+        return self._text_tokens(prompt) if isinstance(prompt, str) else self._chat_tokens(prompt)
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token on its own; see Engine.token_texts."""
@@ -197,23 +208,47 @@ class SimEngine:
             raise MeshError(Reason.FAILED_PRECONDITION, "path: the simulated engine has no checkpoints", field="path")
         self._pool = BlockPool(self._settings.kv_blocks)
 
-    def _prompt_tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
-        # Text that can't fit is refused before it is tokenized, which would hold everybody up.
+    def _prompt_tokens(self, generation: Generation) -> list[int]:
+        prompt, limit = generation.prompt, generation.prompt_token_limit
         if isinstance(prompt, str):
-            self._check_length("prompt", len(prompt) // sim_text.LONGEST_TOKEN)
-            return sim_text.tokenize(prompt)
-        messages = [part for part in prompt if isinstance(part, ChatMessage)]
-        if not messages:
-            return [part for part in prompt if isinstance(part, int)]
-        self._check_length("messages", sum(len(message.content) for message in messages) // sim_text.LONGEST_TOKEN)
-        return sim_text.render_chat(messages)
+            tokens = self._text_tokens(prompt)
+        elif generation.kind == "chat":
+            tokens = self._chat_tokens([part for part in prompt if isinstance(part, ChatMessage)], generation.chat)
+        else:
+            tokens = [part for part in prompt if isinstance(part, int)]
+        return tokens if limit is None else tokens[-limit:]
+
+    # Text that can't fit is refused before it is tokenized, which would hold everybody up.
+    def _text_tokens(self, text: str) -> list[int]:
+        self._check_length("prompt", len(text) // sim_text.LONGEST_TOKEN)
+        return sim_text.tokenize(text)
+
+    def _chat_tokens(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
+        self._check_length("messages", sum(len(sim_text.said(each)) for each in messages) // sim_text.LONGEST_TOKEN)
+        return sim_text.render_chat(messages, options)
+
+    def _check_possible(self, generation: Generation) -> None:
+        # What it says is settled, so nothing can be kept from being said.
+        impossible = {
+            "sampling.bad_words": bool(generation.sampling.bad_words),
+            "sampling.allowed_token_ids": bool(generation.sampling.allowed_token_ids),
+            "structured_output": generation.structured_output is not None,
+            "chat.tools": bool(generation.chat.tools),
+            "chat.template_arguments_json": bool(generation.chat.template_arguments),
+        }
+        for field, asked in impossible.items():
+            if asked:
+                message = f"{field}: the simulated engine can't do that"
+                raise MeshError(Reason.UNIMPLEMENTED, message, field=field)
 
     def _is_poison(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> bool:
         poison = self._settings.poison_text
         if not poison:
             return False
         texts = (
-            [prompt] if isinstance(prompt, str) else [part.content for part in prompt if isinstance(part, ChatMessage)]
+            [prompt]
+            if isinstance(prompt, str)
+            else [sim_text.said(part) for part in prompt if isinstance(part, ChatMessage)]
         )
         return any(poison in text for text in texts)
 
@@ -240,7 +275,7 @@ class SimEngine:
                 message = f"{field}: {highest} is not below the vocabulary's size, {self._card.vocabulary_size}"
                 raise MeshError(Reason.INVALID_REQUEST, message, field=field)
 
-    def _end_of(self, generation: Generation, tokens: Sequence[int]) -> tuple[int, FinishReason]:
+    def _end_of(self, generation: Generation, tokens: Sequence[int], seed: int) -> tuple[int, FinishReason]:
         limit, sampling = self._card.max_context_tokens, generation.sampling
         room = limit - len(tokens)
         least = max(sampling.max_tokens or 1, sampling.min_tokens, len(generation.emitted_token_ids))
@@ -252,7 +287,7 @@ class SimEngine:
             )
         if sampling.max_tokens is not None:
             return sampling.max_tokens, FinishReason.LENGTH
-        natural = max(sim_text.natural_length(sim_text.output_seed(tokens)), sampling.min_tokens)
+        natural = max(sim_text.natural_length(seed), sampling.min_tokens)
         if sampling.ignore_eos or natural > room:
             return room, FinishReason.LENGTH
         return natural, FinishReason.STOP
@@ -284,9 +319,12 @@ class SimEngine:
 
     def _lose_all(self, message: str) -> None:
         """Fails everything, and forgets what was cached."""
-        for sequence in tuple(self._sequences.values()):
-            self.abort(sequence.id)
-            sequence.sink.failed(EngineLostError(message))
+        self._fail_all(EngineLostError(message))
+
+    def _fail_all(self, error: MeshError) -> None:
+        for generation_id, sequences in tuple(self._generations.items()):
+            self.abort(generation_id)
+            sequences[0].sink.failed(error)
 
     def _step_seconds(self, batch: int, chunk: int) -> float:
         settings = self._settings
@@ -368,7 +406,7 @@ class SimEngine:
 
     def _first(self, sequence: "_Sequence", now: float) -> bool:
         sequence.first = now
-        sequence.sink.started(sequence.prompt_count, sequence.cached)
+        sequence.sink.started(sequence.prompt_count, sequence.cached, sequence.echo)
         return sequence.decoding
 
     def _end_segment(self, sequence: "_Sequence", now: float) -> None:
@@ -396,10 +434,15 @@ class SimEngine:
         if not sequence.decoding:
             return
         self._remove(sequence)
-        sequence.sink.completed(sequence.reason, sequence.usage, sequence.timings(now))
+        sequence.sink.completed(sequence.reason, sequence.usage, sequence.timings(now), sequence.stop_cause)
 
     def _remove(self, sequence: "_Sequence") -> None:
         del self._sequences[sequence.id]
+        siblings = self._generations[sequence.generation_id]
+        if len(siblings) == 1:
+            del self._generations[sequence.generation_id]
+        else:
+            self._generations[sequence.generation_id] = [each for each in siblings if each is not sequence]
         if sequence.id in self._prefilling or sequence.id in self._decoding:
             self._stop_running(sequence)
         else:
@@ -421,8 +464,9 @@ class _Sequence:
 
     __slots__ = (
         "_block_size", "_careful", "_seed", "_segment_end", "_tail", "alone", "arrival", "cached", "decoding",
-        "deliver", "end", "first", "hashes", "id", "is_poison", "left", "order", "pending", "prefill_begun",
-        "prefill_tokens", "prompt_count", "reason", "scheduled", "shared", "sink", "steps",
+        "deliver", "echo", "end", "first", "generation_id", "hashes", "id", "is_poison", "left", "order", "pending",
+        "prefill_begun", "prefill_tokens", "prompt_count", "reason", "scheduled", "shared", "sink", "steps",
+        "stop_cause",
     )  # fmt: skip  # one name a line would be longer than the class
 
     def __init__(
@@ -431,19 +475,26 @@ class _Sequence:
         sink: Sink,
         prompt: Sequence[int],
         *,
+        seed: int,
         end: int,
         reason: FinishReason,
         block_size: int,
     ) -> None:
         emitted = generation.emitted_token_ids
         tokens = [*prompt, *emitted]
-        self.id = generation.id
+        self.id = 0
+        """Set once it is known, as are its order and arrival."""
+        self.generation_id = generation.id
         self.sink = sink
         self.prompt_count = len(prompt)
         self.end = end
         """The position at which the output ends, for `reason`."""
         self.reason = reason
-        self.hashes = block_hashes(tokens, block_size)
+        self.stop_cause: StopCause | None = None
+        self.echo = _echo(generation, prompt, seed)
+        self.hashes = block_hashes(
+            tokens, block_size, after=hash(generation.cache_salt) if generation.cache_salt else 0
+        )
         """Of every full block of prompt and output; the pool shares the first `shared` of them with this sequence."""
         self.shared = self.alone = 0
         self.cached = 0
@@ -461,7 +512,7 @@ class _Sequence:
         self.scheduled: float | None = None
         self.first: float | None = None
         self._block_size = block_size
-        self._seed = sim_text.output_seed(prompt)
+        self._seed = seed
         self._segment_end = len(emitted)
         self._tail = tokens[len(self.hashes) * block_size :]
         self.steps = sim_text.output_steps(self._seed, len(emitted))
@@ -502,8 +553,9 @@ class _Sequence:
         self.left = min(self.end - start, self._block_size - self.length % self._block_size)
         self._segment_end = start + self.left
 
-    def stop_here(self) -> None:
+    def stop_here(self, cause: StopCause) -> None:
         """Ends the output with the token that is being delivered."""
+        self.stop_cause = cause
         self.end = self._segment_end = self.position + 1
         self.left = 1
         self.reason = FinishReason.STOP
@@ -541,49 +593,49 @@ class _Careful:
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._min_tokens = sampling.min_tokens
         self._logprob_count = sampling.logprob_count
-        self._matcher = StopMatcher(sampling.stop)
+        self._matcher = StopMatcher(sampling.stop, include=sampling.include_stop_string)
 
     def replay(self, emitted: Sequence[int]) -> None:
         """Takes in what the client has already, without delivering it."""
         detokenizer = sim_text.Detokenizer()
         for position, token_id in enumerate(emitted):
-            _, stopped = self._match(position, detokenizer.push(token_id), token_id)
-            if stopped:
+            _, cause = self._match(position, detokenizer.push(token_id), token_id)
+            if cause is not None:
+                self._sequence.stop_cause = cause
                 self._sequence.end = self._sequence.position
                 self._sequence.reason = FinishReason.STOP
                 return
 
     def deliver(self, text: str, token_ids: Sequence[int]) -> None:
         position = self._sequence.position
-        text, stopped = self._match(position, text, token_ids[0])
-        if stopped:
-            self._sequence.stop_here()
+        text, cause = self._match(position, text, token_ids[0])
+        if cause is not None:
+            self._sequence.stop_here(cause)
         count = self._logprob_count
         if count is None:
             self._sequence.sink.delta(text, token_ids)
             return
-        logprobs = (_logprobs(self._seed, position, token_ids[0], count),)
+        logprobs = (token_logprobs(self._seed, position, token_ids[0], count),)
         self._sequence.sink.rich_delta(Delta(text=text, token_ids=token_ids, logprobs=logprobs))
 
     def flush(self) -> None:
         if held := self._matcher.flush():
             self._sequence.sink.delta(held, ())
 
-    def _match(self, position: int, text: str, token_id: int) -> tuple[str, bool]:
+    def _match(self, position: int, text: str, token_id: int) -> tuple[str, StopCause | None]:
         if position < self._min_tokens:
-            return text, False
-        text, stopped = self._matcher.push(text)
-        if token_id in self._stop_ids and not stopped:
-            return text + self._matcher.flush(), True
-        return text, stopped
+            return text, None
+        text, stop = self._matcher.push(text)
+        if token_id in self._stop_ids and stop is None:
+            return text + self._matcher.flush(), token_id
+        return text, stop
 
 
-def _logprobs(seed: int, position: int, token_id: int, count: int) -> TokenLogprobs:
-    chosen = _logprob(token_id, 0)
-    stride = 1 + (seed + position) % 997
-    others = (_logprob((token_id + rank * stride) % sim_text.VOCABULARY_SIZE, rank) for rank in range(1, count))
-    return TokenLogprobs(chosen=chosen, alternatives=(chosen, *others) if count else ())
-
-
-def _logprob(token_id: int, rank: int) -> TokenLogprob:
-    return TokenLogprob(token_id=token_id, token=sim_text.token_text(token_id), logprob=-(0.125 + rank))
+def _echo(generation: Generation, prompt: Sequence[int], seed: int) -> PromptEcho | None:
+    count = generation.sampling.prompt_logprob_count
+    if not generation.echo and count is None:
+        return None
+    logprobs = () if count is None else prompt_logprobs(seed, prompt, count)
+    if not generation.echo:
+        return PromptEcho(logprobs=logprobs)
+    return PromptEcho(token_ids=prompt, text=sim_text.detokenize(prompt), logprobs=logprobs)

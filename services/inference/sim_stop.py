@@ -8,20 +8,23 @@ __all__ = ["StopMatcher"]
 class StopMatcher:
     """Passes text on up to the first stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """With `include`, the stop string is passed on too."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be passed on, and whether a stop string ended it."""
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that may be passed on, and the stop string that ended it."""
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            at, _, stop = min(found)
+            return text[: at + len(stop) if self._include else at], stop
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+        return text[: len(text) - held], None
 
     def flush(self) -> str:
         """What is held back, when nothing follows."""

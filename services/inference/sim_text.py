@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import chain, count, islice
 from typing import Final
 
-from services.inference.engine import ChatMessage
+from services.inference.engine import ChatMessage, ChatOptions
 
 __all__ = [
     "LONGEST_TOKEN",
@@ -27,6 +27,7 @@ __all__ = [
     "output_steps",
     "output_tokens",
     "render_chat",
+    "said",
     "token_text",
     "tokenize",
 ]
@@ -71,22 +72,32 @@ def token_text(token_id: int) -> str:
     return detokenize((token_id,))
 
 
-def render_chat(messages: Sequence[ChatMessage]) -> list[int]:
-    """The tokens of a conversation, ending where the assistant begins to speak.
+def render_chat(messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
+    """The tokens of a conversation, ending where the assistant begins to speak unless the options say otherwise.
 
     What marks a message's ends can't be spelled by its content.
     """
+    options = options or ChatOptions()
     tokens: list[int] = []
     for message in messages:
         speaker = f"{message.role} {message.name}" if message.name else message.role
-        tokens += (_START, *tokenize(f"{speaker}\n{message.content}"), _END, *tokenize("\n"))
-    return [*tokens, _START, *tokenize("assistant\n")]
+        tokens += (_START, *tokenize(f"{speaker}\n{said(message)}"), _END, *tokenize("\n"))
+    if options.continue_final_message:
+        return tokens[: -1 - len(tokenize("\n"))]
+    return [*tokens, _START, *tokenize("assistant\n")] if options.generation_prompt else tokens
 
 
-def output_seed(prompt_tokens: Sequence[int]) -> int:
-    """What the output depends on, made of the prompt: 64 bits."""
+def said(message: ChatMessage) -> str:
+    """The text of a message, the functions that it calls included."""
+    text = message.content or "\n".join(part for part in message.parts if isinstance(part, str))
+    return text + "".join(f"\n{call.name}({call.arguments_json})" for call in message.tool_calls)
+
+
+def output_seed(prompt_tokens: Sequence[int], choice: int = 0) -> int:
+    """What the output depends on, made of the prompt and of which of several choices it is: 64 bits."""
     packed = struct.pack(f"<{len(prompt_tokens)}I", *prompt_tokens)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    person = choice.to_bytes(8, "little") if choice else b""
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8, person=person).digest(), "little")
 
 
 def natural_length(seed: int) -> int:

@@ -277,3 +277,53 @@ async def test_outcomes_and_tokens_are_counted() -> None:
 async def _drain(call: Any) -> None:
     async for _ in call:
         pass
+
+
+async def test_choices_come_by_their_index_with_the_prompt_and_what_stopped_them() -> None:
+    stop = sim_text.expected_text(sim_text.tokenize("tell me"), 20)[4:8]
+    request = generate(max_tokens=20, stop=[stop], prompt_logprob_count=1)
+    request.choice_count, request.echo = 3, True
+    async with sim_worker() as worker:
+        events = [event async for event in worker.inference.Generate(request)]
+        assert (
+            worker.metric("tokenloom_inference_requests_total", outcome="stop")
+            + worker.metric("tokenloom_inference_requests_total", outcome="length")
+            == 1
+        )
+    started, completed = events[0].started, events[-1].completed
+    assert started.prompt_text == "tell me"
+    assert list(started.prompt_token_ids) == sim_text.tokenize("tell me")
+    assert len(started.prompt_logprobs) == len(started.prompt_token_ids) - 1
+    ended = {event.choice_ended.choice_index: event.choice_ended for event in events if event.HasField("choice_ended")}
+    assert sorted(ended) == [0, 1, 2]
+    assert (ended[0].finish_reason, ended[0].stop_cause.text) == (pb.FINISH_REASON_STOP, stop)
+    tokens = dict.fromkeys(ended, 0)
+    for at, event in enumerate(events):
+        tokens[event.delta.choice_index] += len(event.delta.token_ids)
+        if event.HasField("choice_ended"):
+            index = event.choice_ended.choice_index
+            later = [e.delta for e in events[at + 1 :] if e.HasField("delta")]
+            assert all(delta.choice_index != index for delta in later)
+    assert sum(tokens.values()) == completed.usage.output_token_count
+
+
+@pytest.mark.parametrize("text", ["-3", ""])
+async def test_the_priority_that_the_edge_wrote_reaches_the_engine(text: str) -> None:
+    async with sim_worker(SimSettings(decode_step_ms=5, max_num_seqs=1)) as worker:
+        busy = worker.inference.Generate(generate(max_tokens=200))
+        await busy.read()
+        later = worker.inference.Generate(generate("later", max_tokens=1))
+        await eventually(lambda: worker.engine.load.waiting == 1, within=1)
+        urgent = worker.inference.Generate(
+            generate("urgent", max_tokens=1), metadata=(("x-tokenloom-priority", text),) if text else ()
+        )
+        await eventually(lambda: worker.engine.load.waiting == 2, within=1)
+        busy.cancel()
+        ended: list[str] = []
+
+        async def until_ended(name: str, call: Any) -> None:
+            await rest(call)
+            ended.append(name)
+
+        await asyncio.gather(until_ended("later", later), until_ended("urgent", urgent))
+    assert ended == (["urgent", "later"] if text else ["later", "urgent"])

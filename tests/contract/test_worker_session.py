@@ -317,3 +317,16 @@ async def test_a_worker_process_serves_its_metrics(tmp_path: Path) -> None:
 def _get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=5) as answer:
         return str(answer.read().decode())
+
+
+async def test_choices_of_a_session_end_one_by_one_and_then_together() -> None:
+    several = submission(1, temperature=1, max_tokens=30)
+    several.request.choice_count, several.request.echo = 3, True
+    async with sim_worker() as worker, open_session(worker.channel) as session:
+        await session.send(several, submission(2))
+        await session.read_until_ended(1, 2)
+    assert sorted(session.choice_ends[1]) == [0, 1, 2]
+    assert session.choice_token_counts == {1: dict.fromkeys(range(3), 30)}
+    assert session.started[1].prompt_text == "prompt 1"
+    assert session.ends[1].completed.usage.output_token_count == 90
+    assert session.texts[2] == sim_text.expected_text(sim_text.tokenize("prompt 2"), 20)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import msgspec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
+from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.common import rpc
@@ -124,6 +126,8 @@ class WorkerSessionClient:
         self.texts: dict[int, str] = {}
         self.token_ids: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[Any]] = {}
+        self.choice_token_counts: dict[int, Counter[int]] = {}
+        self.choice_ends: dict[int, dict[int, pb.ChoiceEnded]] = {}
         self.ends: dict[int, worker_pb2.EndedGeneration] = {}
         self.messages = 0
 
@@ -155,8 +159,14 @@ class WorkerSessionClient:
             self._append(handle, text, [next(token_ids) for _ in range(count)])
         assert next(token_ids, None) is None
         for rich in message.deltas:
+            assert rich.delta.choice_index not in self.choice_ends.get(rich.handle, {})
+            counts = self.choice_token_counts.setdefault(rich.handle, Counter())
+            counts[rich.delta.choice_index] += len(rich.delta.token_ids)
             self._append(rich.handle, rich.delta.text, rich.delta.token_ids)
             self.logprobs.setdefault(rich.handle, []).extend(rich.delta.logprobs)
+        for ended in message.choice_ends:
+            self._check_open(ended.handle)
+            self.choice_ends.setdefault(ended.handle, {})[ended.ended.choice_index] = ended.ended
         for end in message.ends:
             self._check_open(end.handle)
             self.ends[end.handle] = end

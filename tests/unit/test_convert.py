@@ -434,3 +434,11 @@ def test_a_model_card_lists_what_the_model_can() -> None:
         capabilities=[inference_pb2.CAPABILITY_GENERATE, inference_pb2.CAPABILITY_CHAT],
         vocabulary_size=500,
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "priority"),
+    [("", 0), ("-5", -5), ("7", 7), ("x", 0), ("1.5", 0), ("--1", 0), ("99999999999", 2**31 - 1), ("9" * 12, 0)],
+)
+def test_a_priority_is_what_the_edge_wrote(text: str, priority: int) -> None:
+    assert convert.priority_from_metadata(text) == priority
