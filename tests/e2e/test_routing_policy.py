@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
+from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
 from services.mesh.__main__ import main
 from tests.support.mesh import Mesh, running_mesh
@@ -279,3 +281,19 @@ def test_with_workers_missing_outputs_are_short_and_then_only_important_requests
     wait_until(lambda: mesh.metric("router", "tokenloom_router_degradation_level") == 0, within=10)
     assert complete(mesh, "base").status_code == 200
     apply(mesh, POLICY)
+
+
+@pytest.mark.parametrize("text", ["hi", "abcdefghijklmnop " * 1000], ids=["short", "in several frames"])
+def test_the_typed_lane_has_the_aliases_too(mesh: Mesh, text: str) -> None:
+    apply(mesh, {"aliases": {"quick": "tiny"}})
+    sampling = generation_pb2.SamplingParameters(max_tokens=2, ignore_eos=True)
+    request = generation_pb2.GenerateRequest(model="quick", text=text, sampling=sampling)
+    with grpc.insecure_channel(mesh.edge_target) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        events = list(stub.Generate(request, metadata=mesh.metadata, timeout=15))
+    assert events[0].started.model == "tiny"
+    assert events[-1].WhichOneof("event") == "completed"
+    body = {"model": "quick", "text": text[:100], "sampling": {"max_tokens": 2}}
+    answer = httpx.post(f"{mesh.edge}/api/v1/generate", json=body, headers=mesh.headers, timeout=15)
+    assert answer.status_code == 200
+    assert '"model":"tiny"' in answer.text
