@@ -134,6 +134,8 @@ def _headers(identity: Identity) -> dict[str, str]:
     }
     if identity.models is not None:
         headers["x-tokenloom-models"] = json.dumps(sorted(identity.models))
+    if identity.allow_degrade:
+        headers["x-tokenloom-degrade"] = "1"
     if identity.debug:
         headers["x-tokenloom-debug"] = "1"
     return headers

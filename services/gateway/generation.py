@@ -324,7 +324,7 @@ class Generator:
 
 
 def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:
-    if limit and (not sampling.max_tokens or sampling.max_tokens > limit):
+    if limit and (not sampling.HasField("max_tokens") or sampling.max_tokens > limit):
         sampling.max_tokens = limit
         sampling.min_tokens = min(sampling.min_tokens, limit)
 

@@ -33,12 +33,13 @@ _AUTHORIZATION_TIMEOUT: Final = "2s"
 _PICK_TIMEOUT: Final = "0.25s"
 _LONGEST_PICK_TIMEOUT: Final = "130s"
 # The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
-SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id")
+SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id", "x-slo-class")
 """The headers among them that clients set."""
 _PICKER_READS: Final = (
     ":path",
     *SHOWN_TO_PICKER,
     "x-request-id",
+    "x-tokenloom-degrade",
     "x-tokenloom-models",
     "x-tokenloom-priority",
     "x-tokenloom-tenant",

@@ -32,6 +32,7 @@ _BUFFERED: Final = (_MODES.BUFFERED, _MODES.BUFFERED_PARTIAL)
 # What comes while a request waits is kept for later: so many messages, with so much of a body in them.
 _MOST_EARLY: Final = 256
 _MOST_EARLY_BYTES: Final = MAX_MESSAGE_BYTES
+_LONGEST_CLASS: Final = 64
 _PRIORITIES: Final = (-(2**31), 2**31 - 1)
 _USAGE: Final = ("output_tokens", "prompt_tokens", "cached_tokens")
 # What a worker answers when the request is at fault: it says nothing about the worker.
@@ -366,7 +367,16 @@ def _request(wanted: Wanted, headers: dict[str, str], subset: frozenset[str] | N
         prefix_hashes=wanted.prefix_hashes,
         needs=wanted.needs,
         occupies_slot=wanted.occupies_slot,
+        task=_task(wanted),
+        slo_class=headers.get("x-slo-class", "")[:_LONGEST_CLASS],
+        allow_degrade=headers.get("x-tokenloom-degrade") == "1",
     )
+
+
+def _task(wanted: Wanted) -> str:
+    if not wanted.occupies_slot:
+        return "tokenize"
+    return next((task for task in ("embed", "score") if task in wanted.needs), "generate")
 
 
 def _priority(text: str) -> int:

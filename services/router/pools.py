@@ -43,7 +43,8 @@ def _choices(policy: Policy, request: Request, asked: str, serves: Serves) -> It
     models = _resolve(policy, request, asked)
     for model in models:
         yield from _pools(policy, request, asked, model, serves, backup=model != models[0])
-    if request.allow_degrade:
+    # Vectors and scores of two models can't be compared.
+    if request.allow_degrade and request.task == "generate":
         for smaller in policy.smaller(models[0]):
             yield from _pools(policy, request, asked, smaller, serves, degraded=True)
 

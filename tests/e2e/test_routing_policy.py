@@ -203,6 +203,30 @@ async def test_a_smaller_model_answers_for_a_full_one_where_the_key_allows_it_an
     assert "next-large: out of the question: full" in told.stdout
 
 
+def test_the_typed_lane_knows_the_same_names_and_limits(mesh: Mesh) -> None:
+    body = {"model": "fast", "text": "hi", "sampling": {"max_tokens": 8, "ignore_eos": True}}
+
+    def generate(path: str = "/api/v1/generate", **more: Any) -> httpx.Response:
+        return httpx.post(f"{mesh.edge}{path}", json={**body, **more}, headers=mesh.headers, timeout=10)
+
+    events = [json.loads(line.removeprefix("data: ")) for line in generate().text.splitlines() if line]
+    assert events[0]["started"]["model"] == "tiny"
+    assert events[-1]["completed"]["usage"]["output_token_count"] == 8
+    assert generate("/api/v1/tokenize").status_code == 200
+    assert generate(model="nothing").status_code == 404
+    unknown = httpx.post(
+        f"{mesh.edge}/api/v1/generate", json=body, headers={**mesh.headers, "x-slo-class": "asap"}, timeout=10
+    )
+    assert unknown.status_code == 400
+    assert unknown.json()["error"]["message"] == "there is no SLO class 'asap'"
+    with grpc.insecure_channel(mesh.edge_target) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = generation_pb2.GenerateRequest(model="fast", text="hi")
+        request.sampling.max_tokens = 3
+        first = next(iter(stub.Generate(request, metadata=mesh.metadata, timeout=10)))
+        assert first.started.model == "tiny"
+
+
 def leases(mesh: Mesh) -> dict[str, int]:
     answer = httpx.get(f"{mesh.edge}/api/v1/workers", headers=mesh.headers).json()
     return {entry["registration"]["worker_id"]: entry.get("lease_count", 0) for entry in answer["workers"]}
@@ -270,6 +294,10 @@ def test_with_workers_missing_outputs_are_short_and_then_only_important_requests
         answer = complete(mesh, "base", max_tokens=30, prompt="word " * 100).json()
         assert answer["usage"]["completion_tokens"] == 5
         assert answer["choices"][0]["finish_reason"] == "length"
+        generate = {"model": "base", "text": "word " * 100, "sampling": {"max_tokens": 30, "ignore_eos": True}}
+        typed = httpx.post(f"{mesh.edge}/api/v1/generate", json=generate, headers=mesh.headers, timeout=10)
+        (last,) = [line for line in typed.text.splitlines() if "completed" in line]
+        assert json.loads(last.removeprefix("data: "))["completed"]["usage"]["output_token_count"] == 5
         apply(mesh, {**POLICY, "degradation": {**bounds, "short_outputs_below": 0.9, "refusing_below": 0.8}})
         wait_until(lambda: mesh.metric("router", "tokenloom_router_degradation_level") == 2, within=5)
         refused = complete(mesh, "base")
