@@ -2,11 +2,18 @@
 
 import asyncio
 import logging
+import os
 import sys
 
+from services.common.engine_args import parallel_size
 from services.common.entry import start
 from services.common.settings import WorkerSettings
+from services.inference.gpus import gpu_names, wait_for_room
+from services.inference.vllm_environment import has_cuda, vllm_version
 from services.inference.worker import Worker
+
+# What an engine before this one held is free soon after its end.
+_ROOM_SECONDS = 5.0
 
 
 async def main(settings: WorkerSettings, stop: asyncio.Event) -> int:
@@ -19,11 +26,25 @@ async def main(settings: WorkerSettings, stop: asyncio.Event) -> int:
 
 
 def prepare(settings: WorkerSettings) -> None:
-    """Does what an engine needs done before there are threads."""
+    """Does what an engine needs done before there are threads.
+
+    Raises:
+        ConfigError: there is no vLLM, or others hold too much of its GPUs.
+    """
     if settings.engine == "vllm":
+        _wait_for_room(settings)
         from services.inference.vllm_engine import prepare_process  # noqa: PLC0415  # not where there is no vLLM
 
         prepare_process(settings)
+
+
+def _wait_for_room(settings: WorkerSettings) -> None:
+    vllm_version()
+    names = gpu_names(settings.gpu, os.environ)
+    if not names and has_cuda():
+        names = [str(index) for index in range(parallel_size(settings.engine_args))]
+    if names and settings.engine_args.get("distributed_executor_backend") != "ray":
+        wait_for_room(names, settings.gpu_memory_utilization, seconds=_ROOM_SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The GPUs of a worker, by NVML: which they are, and whether there is room on them."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final
 
 import pynvml
@@ -83,15 +82,15 @@ def check_room(gpus: Sequence[Gpu], share: float) -> None:
         )
 
 
-async def wait_for_room(names: Sequence[str], share: float, *, seconds: float) -> None:
-    """Waits, for so many seconds at most, until there is room: whoever had it before may only just have ended.
+def wait_for_room(names: Sequence[str], share: float, *, seconds: float) -> None:
+    """Waits, for so many seconds at most, until there is room: whoever had it before may only just have ended. Blocks.
 
     Raises:
         ConfigError: there is none, or no such GPU.
     """
     deadline = monotonic() + seconds
     while True:
-        gpus = await asyncio.to_thread(read_gpus, names)
+        gpus = read_gpus(names)
         if gpus is None:
             return
         try:
@@ -101,7 +100,7 @@ async def wait_for_room(names: Sequence[str], share: float, *, seconds: float) -
                 raise
         else:
             return
-        await asyncio.sleep(_POLL_SECONDS)
+        sleep(_POLL_SECONDS)
 
 
 def _gpu(name: str) -> Gpu:

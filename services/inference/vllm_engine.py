@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
-from services.common.engine_args import parallel_size
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
 from services.inference.calibration import MovingMean, PrefillMeter
@@ -27,7 +26,6 @@ from services.inference.engine import (
     Load,
     Sink,
 )
-from services.inference.gpus import gpu_names, wait_for_room
 from services.inference.pooling import check_can
 from services.inference.signs import signs_of
 from services.inference.vllm_adapters import Adapters
@@ -48,8 +46,6 @@ _log = logging.getLogger(__name__)
 
 # An engine that doesn't start this often in a row won't start by itself: the process ends, for its launcher to see.
 _MAX_FAILED_STARTS: Final = 3
-# What an engine before this one held is free soon after its end.
-_ROOM_SECONDS: Final = 5.0
 _RESTART_SECONDS: Final = 5.0
 # The first start reads the weights from wherever they are; the next ones find them in memory.
 _START_FACTOR: Final = 5.0
@@ -146,7 +142,6 @@ class VllmEngine:
                     raise
 
     async def _start(self) -> None:
-        await self._wait_for_room()
         begun = time.monotonic()
         self._backend = await self._started_backend()
         try:
@@ -187,15 +182,6 @@ class VllmEngine:
             os._exit(1)
         if starting.exception() is None:
             await self._in_thread(starting.result().shut_down)
-
-    async def _wait_for_room(self) -> None:
-        """Raises ConfigError when others hold too much of this worker's GPUs."""
-        settings = self._settings
-        names = gpu_names(settings.gpu, os.environ)
-        if not names and has_cuda():
-            names = [str(index) for index in range(parallel_size(settings.engine_args))]
-        if names and settings.engine_args.get("distributed_executor_backend") != "ray":
-            await wait_for_room(names, settings.gpu_memory_utilization, seconds=_ROOM_SECONDS)
 
     def _in_thread(self, function: Any, *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
