@@ -19,6 +19,7 @@ from services.common.prompt_prefix import prompt_hashes
 from services.common.tracing import traceparent_of, tracer
 from services.gateway.accounts import Account
 from services.gateway.pieces import Ending, Piece, Prompt, Spent
+from services.gateway.quarantine import Quarantine
 from services.gateway.router_client import Lease, RouterClient
 from services.gateway.stream import Stream, WorkerLostError
 from services.gateway.worker_sessions import WorkerSessions
@@ -26,8 +27,8 @@ from services.gateway.worker_sessions import WorkerSessions
 __all__ = ["Caller", "Generation", "Generator"]
 
 _log = logging.getLogger(__name__)
-# A request that has taken two workers down with it may well be the reason: it doesn't get a third.
-_MAX_VICTIMS: Final = 2
+# Workers and engines are lost for many reasons; but a request that was in so many of them may well be the reason.
+_MAX_VICTIMS: Final = 3
 # Workers that turn it away are well; but where each of so many does, another one would, too.
 _MAX_MOVES: Final = 8
 
@@ -59,6 +60,7 @@ class Generation:
     ) -> None:
         self._routers = generator.routers
         self._workers = generator.workers
+        self._quarantine = generator.quarantine
         self._request = request
         self._caller = caller
         self._stream = Stream(keep_ids=keep_ids)
@@ -67,6 +69,8 @@ class Generation:
         self._lease: Lease | None = None
         self._left_workers: list[str] = []
         self._victims = 0
+        # Of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
+        self._suspected = generator.quarantine.check(request)
         self._output_limit = 0
         self._granted_at = 0.0
         self.started_at = monotonic()
@@ -147,7 +151,10 @@ class Generation:
         """Acquires a worker and submits the prompt and the tokens emitted so far to it."""
         lease = await self._acquire()
         submission = worker_pb2.Submission(
-            request_id=self._caller.request_id, request=self._request, priority=self._caller.priority
+            request_id=self._caller.request_id,
+            request=self._request,
+            priority=self._caller.priority,
+            lost_engine_count=self._suspected + self._victims,
         )
         # A prompt plus the tokens emitted so far is all that a generation is.
         submission.request.emitted_token_ids.extend(self._stream.token_ids)
@@ -239,7 +246,9 @@ class Generation:
     def _check_movable(self, lost: WorkerLostError) -> None:
         if lost.refusal is not None and len(self._left_workers) >= _MAX_MOVES:
             raise lost.refusal
-        if self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
+        if lost.refusal is None:
+            self._quarantine.note_loss(self._request, fatal=lost.fatal)
+        if lost.fatal or self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
             raise _engine_failed() from lost
 
     @property
@@ -292,6 +301,7 @@ class Generator:
     def __init__(self, routers: RouterClient, workers: WorkerSessions) -> None:
         self.routers = routers
         self.workers = workers
+        self.quarantine = Quarantine()
 
     @asynccontextmanager
     async def run(
@@ -315,7 +325,9 @@ class Generator:
         try:
             await generation.start()
             yield generation
-            outcome = router_pb2.OUTCOME_COMPLETED if generation.ending else router_pb2.OUTCOME_CANCELLED
+            if generation.ending:
+                outcome = router_pb2.OUTCOME_COMPLETED
+                self.quarantine.clear(request)
         except MeshError as error:
             outcome = _outcome(error)
             raise

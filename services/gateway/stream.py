@@ -12,10 +12,14 @@ __all__ = ["Stream", "WorkerLostError"]
 class WorkerLostError(Exception):
     """The worker of a generation is gone, or doesn't take it; the generation may go on elsewhere."""
 
-    def __init__(self, message: str, *, refusal: MeshError | None = None) -> None:
-        """`refusal` is what a worker said that is well and turned the generation away: it drains, or is full."""
+    def __init__(self, message: str, *, refusal: MeshError | None = None, fatal: bool = False) -> None:
+        """`refusal` is what a worker said that is well and turned the generation away: it drains, or is full.
+
+        `fatal`: engines die of this request, it must not go on.
+        """
         super().__init__(message)
         self.refusal = refusal
+        self.fatal = fatal
 
 
 class Stream:

@@ -121,7 +121,7 @@ class _Session:
         if stream is None:
             return
         if end.HasField("failed"):
-            stream.fail(_failure(error_from_status(end.failed)))
+            stream.fail(_failure(error_from_status(end.failed), fatal=end.fatal))
         else:
             stream.end(convert_output.ending(end.completed))
 
@@ -175,9 +175,9 @@ def _cause(error: Exception) -> str:
     return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "no connection"
 
 
-def _failure(error: MeshError) -> MeshError | WorkerLostError:
+def _failure(error: MeshError, *, fatal: bool) -> MeshError | WorkerLostError:
     if error.reason in _TURNED_AWAY:
         return WorkerLostError(error.message, refusal=error)
     if error.reason is Reason.ENGINE_FAILED:
-        return WorkerLostError(error.message)
+        return WorkerLostError(error.message, fatal=fatal)
     return error

@@ -188,6 +188,8 @@ class Generation:
     add_special_tokens: bool = True
     emitted_token_ids: Sequence[int] = ()
     """Output tokens that the client has already."""
+    lost_engines: int = 0
+    """Engines that were lost while they ran it."""
     priority: int = 0
     traceparent: str = ""
 
@@ -328,6 +330,8 @@ class Load:
     prefix_hit_tokens: int = 0
     output_tokens_per_second: float = 0.0
     """Over the last seconds."""
+    starts: int = 1
+    """How often it was started: more than once when it died."""
     trouble: str = ""
     """Why it takes nothing, in words: it is dead, stalled or starts again, and submit() fails. Empty: it is well."""
 

@@ -12,6 +12,7 @@ from services.common.errors import MeshError, Reason
 from services.inference.engine import (
     Delta,
     Engine,
+    EngineLostError,
     FinishReason,
     Generation,
     PromptEcho,
@@ -21,12 +22,15 @@ from services.inference.engine import (
     Usage,
 )
 from services.inference.metrics import WorkerMetrics
+from services.inference.quarantine import Quarantine
 from services.inference.spans import GenerationSpan, Spans
 
 __all__ = ["Generations", "Run"]
 
 _log = logging.getLogger(__name__)
 _MAX_REQUEST_ID_CHARACTERS: Final = 128
+# The first one comes of the prompt, the second one of a step that decodes.
+_PROOF_DELTAS: Final = 2
 
 
 class _PlainDelta(Protocol):
@@ -40,8 +44,8 @@ class Run:
     """
 
     __slots__ = (
-        "_begun", "_engine", "_generation", "_owner", "_share_at", "_sink", "_span", "_task", "_timer", "choice_ended",
-        "delta", "over", "rich_delta",
+        "_begun", "_engine", "_generation", "_owner", "_share_at", "_sink", "_span", "_task", "_timer", "_to_prove",
+        "choice_ended", "delta", "over", "rich_delta",
     )  # fmt: skip  # one name a line would be longer than the class
 
     def __init__(
@@ -56,6 +60,7 @@ class Run:
         self._share_at = owner.share()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._to_prove = 0
         self.over = False
         # The engine calls these for each token, so nothing stands between it and the sink.
         self.delta: _PlainDelta = sink.delta
@@ -70,6 +75,13 @@ class Run:
     async def submit(self) -> None:
         """Hands the generation to the engine; what goes wrong is told to the sink."""
         try:
+            if await self._owner.quarantine.enter(self._generation):
+                self._to_prove = _PROOF_DELTAS
+                self.delta, self.rich_delta = self._proving_delta, self._proving_rich_delta
+            if self.over:
+                # It ended while it waited for its turn.
+                self._owner.quarantine.leave(self._generation, completed=False)
+                return
             await self._engine.submit(self._generation, self)
         except MeshError as error:
             self._refuse(error)
@@ -114,13 +126,15 @@ class Run:
     ) -> None:
         """From the engine."""
         timings = replace(timings, gpu=self._owner.share() - self._share_at)
-        self._end(reason.value)
+        self._end(reason.value, completed=True)
         if self._span is not None:
             self._span.completed(reason, usage)
         self._sink.completed(reason, usage, timings, stop_cause)
 
     def failed(self, error: MeshError) -> None:
         """From the engine."""
+        if isinstance(error, EngineLostError):
+            error = self._owner.quarantine.lost(self._generation)
         self._end(error.reason.value.lower())
         if self._span is not None:
             self._span.failed(error)
@@ -135,8 +149,23 @@ class Run:
             self._task.cancel()
         self._engine.abort(self._generation.id)
 
-    def _end(self, outcome: str) -> None:
+    def _proving_delta(self, text: str, token_ids: Sequence[int]) -> None:
+        self._prove()
+        self._sink.delta(text, token_ids)
+
+    def _proving_rich_delta(self, delta: Delta) -> None:
+        self._prove()
+        self._sink.rich_delta(delta)
+
+    def _prove(self) -> None:
+        self._to_prove -= 1
+        if self._to_prove == 0:
+            self._owner.quarantine.prove(self.id)
+            self.delta, self.rich_delta = self._sink.delta, self._sink.rich_delta
+
+    def _end(self, outcome: str, *, completed: bool = False) -> None:
         self.over = True
+        self._owner.quarantine.leave(self._generation, completed=completed)
         if self._timer is not None:
             self._timer.cancel()
         self._owner.forget(self, outcome)
@@ -149,6 +178,7 @@ class Generations:
         """`clock` gives seconds."""
         self.metrics = metrics
         self.clock = clock
+        self.quarantine = Quarantine(clock)
         self.spans = spans
         self._running: dict[str, Run] = {}
         self._share, self._shared_until = 0.0, clock()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.inference.engine import Load
@@ -78,7 +78,14 @@ class LoadCollector(Collector):
                 "Prompt tokens accepted and not prefilled yet.",
                 load.pending_prefill_tokens,
             ),
+            "tokenloom_inference_output_tokens_per_second": (
+                "Output, over the last seconds.",
+                load.output_tokens_per_second,
+            ),
             "tokenloom_inference_engine_up": ("1 while the engine is alive.", float(load.alive)),
         }
+        yield CounterMetricFamily(
+            "tokenloom_inference_engine_starts", "Starts of the engine, the first one included.", value=load.starts
+        )
         for name, (documentation, value) in values.items():
             yield GaugeMetricFamily(name, documentation, value=value)

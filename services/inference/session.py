@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Final
 
@@ -14,6 +15,7 @@ from services.inference import convert, convert_events
 from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage, card_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
+from services.inference.quarantine import FatalRequestError
 
 __all__ = ["Session"]
 
@@ -106,6 +108,7 @@ class Session:
             priority=submission.priority,
             traceparent=submission.traceparent,
         )
+        generation = replace(generation, lost_engines=submission.lost_engine_count)
         return self._generations.start(engine, generation, sink, submission.request_id)
 
     def _abort_all(self) -> None:
@@ -184,7 +187,8 @@ class _SessionSink:
         self._end(worker_pb2.EndedGeneration(handle=self._handle, completed=completed))
 
     def failed(self, error: MeshError) -> None:
-        self._end(worker_pb2.EndedGeneration(handle=self._handle, failed=status_from_error(error)))
+        fatal = isinstance(error, FatalRequestError)
+        self._end(worker_pb2.EndedGeneration(handle=self._handle, failed=status_from_error(error), fatal=fatal))
 
     def _end(self, end: worker_pb2.EndedGeneration) -> None:
         self._ended(self._handle)

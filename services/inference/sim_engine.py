@@ -130,6 +130,7 @@ class SimEngine:
             prefix_query_tokens=self._query_tokens,
             prefix_hit_tokens=self._hit_tokens,
             output_tokens_per_second=self._output_rate.per_second,
+            starts=self.life.starts,
             trouble=self.life.trouble,
         )
 

@@ -29,12 +29,15 @@ class SimLife:
         self._restart: asyncio.TimerHandle | None = None
         self.steps = 0
         """Steps that it has made."""
+        self.starts = 0
+        """How often it was started."""
         self.trouble = "the engine is starting"
         """Why it takes nothing; empty when it does."""
 
     def start(self) -> None:
         """It is up."""
         self._restart = None
+        self.starts += 1
         self.trouble = ""
         self._going.set()
 

@@ -95,6 +95,7 @@ class VllmEngine:
         self._start_bound = settings.start_seconds
         self._trouble = "the engine is starting"
         self._maintained = False
+        self._starts = 0
         self._adapters = Adapters(settings.model)
         self._backend: Backend
         self._pooler: VllmPooler | None = None
@@ -158,6 +159,7 @@ class VllmEngine:
         seconds = time.monotonic() - begun
         self._start_bound = max(_SHORTEST_START_BOUND_SECONDS, _START_FACTOR * seconds)
         self._stats.warming_up = False
+        self._starts += 1
         self._trouble = ""
         _log.info("vLLM is ready", extra={"seconds": round(seconds, 2), "model": self.card.model})
 
@@ -237,6 +239,7 @@ class VllmEngine:
             prefix_query_tokens=self._stats.prefix_queries,
             prefix_hit_tokens=self._stats.prefix_hits,
             output_tokens_per_second=self._stats.output.per_second,
+            starts=self._starts,
             trouble=self._trouble,
         )
 

@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 # A stopped process makes no progress, however long its step would be; but it may have been stopped for a moment only.
 _STOPPED_SECONDS: Final = 0.5
 _LOOK_SECONDS: Final = 0.1
+_LONGEST_LOOK_SECONDS: Final = 0.5
 # An engine that got at least this share of a processor since it fell silent is at work on something.
 _BUSY_SHARE: Final = 0.1
 
@@ -102,7 +103,7 @@ class Watchdog:
         while not (await asyncio.wait([probe], timeout=_LOOK_SECONDS))[0]:
             now = self._clock()
             # Time in which this very loop was held up says nothing about the engine.
-            silent += min(now - looked, 2 * _LOOK_SECONDS)
+            silent += min(now - looked, _LONGEST_LOOK_SECONDS)
             looked = now
             if seen != self._engine.steps and not self._stalled:
                 silent, seen, before = 0.0, self._engine.steps, None

@@ -15,7 +15,7 @@ from services.inference.signs import signs_of
 from services.inference.watchdog import Signs, Watchdog
 from tests.support.waiting import eventually, wait_until
 
-SETTINGS = WatchdogSettings(probe_seconds=0.05, silence_seconds=0.5, busy_seconds=1.5, restart_seconds=2.5)
+SETTINGS = WatchdogSettings(probe_seconds=0.05, silence_seconds=0.5, busy_seconds=1.2, restart_seconds=1.5)
 
 
 class Wedgeable:
@@ -99,20 +99,20 @@ async def test_a_stopped_process_is_given_up_however_long_its_step_may_take() ->
         await eventually(lambda: engine.heard == ["the engine's process is stopped"], within=2)
 
 
-@pytest.mark.parametrize(("step", "cpu"), [(1.0, 0.0), (0.0, 0.5), (None, 0.0)])
+@pytest.mark.parametrize(("step", "cpu"), [(0.7, 0.0), (0.0, 0.5), (None, 0.0)])
 async def test_a_long_step_is_waited_for_in_proportion(step: float | None, cpu: float) -> None:
     async with watched() as engine:
         engine.longest_step_seconds, engine.cpu_share = step, cpu
         engine.going.clear()
         await eventually(lambda: bool(engine.told), within=4)
-        assert engine.told[0][1] >= 1.4
+        assert engine.told[0][1] >= 1.1
 
 
 async def test_an_engine_that_stays_silent_is_killed() -> None:
     async with watched() as engine:
         engine.going.clear()
         await eventually(lambda: engine.heard[1:] == ["killed"], within=5)
-        assert engine.told[1][1] >= 2.4
+        assert engine.told[1][1] >= 1.4
 
 
 async def test_steps_made_while_it_is_asked_count_as_progress() -> None:

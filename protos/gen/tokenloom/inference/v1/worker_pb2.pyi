@@ -265,6 +265,7 @@ class Submission(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    LOST_ENGINE_COUNT_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The gateway's name for it, never used twice in a session."""
     request_id: _builtins.str
@@ -273,6 +274,10 @@ class Submission(_message.Message):
     """W3C trace context of the gateway's span. A stream that lasts has no metadata a request."""
     priority: _builtins.int
     """Scheduling class, lower first. 0 is the default."""
+    lost_engine_count: _builtins.int
+    """Engines and workers that were lost while they ran this request. Above 0 it is let into the engine alone, so that it
+    is known whose doing it was if that is lost, too.
+    """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
         """What to generate."""
@@ -290,10 +295,11 @@ class Submission(_message.Message):
         traceparent: _builtins.str = ...,
         timeout: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
+        lost_engine_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "priority", b"priority", "request", b"request", "request_id", b"request_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "lost_engine_count", b"lost_engine_count", "priority", b"priority", "request", b"request", "request_id", b"request_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -462,8 +468,11 @@ class EndedGeneration(_message.Message):
     HANDLE_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    FATAL_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Whose."""
+    fatal: _builtins.bool
+    """Engines die of this request: no other one is to get it."""
     @_builtins.property
     def completed(self) -> _generation_pb2.Completed:
         """It is complete."""
@@ -478,10 +487,11 @@ class EndedGeneration(_message.Message):
         handle: _builtins.int = ...,
         completed: _generation_pb2.Completed | None = ...,
         failed: _status_pb2.Status | None = ...,
+        fatal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "failed", b"failed", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "failed", b"failed", "handle", b"handle", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "failed", b"failed", "fatal", b"fatal", "handle", b"handle", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["completed", "failed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
