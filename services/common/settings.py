@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
+import regex
 from msgspec import Meta
 
 from services.common.policy import Policy
@@ -11,14 +12,21 @@ __all__ = [
     "AdapterSettings",
     "Address",
     "BatchSettings",
+    "FilterSettings",
     "GatewaySettings",
     "GrantSettings",
+    "GuardSettings",
+    "GuardrailSettings",
     "JwtSettings",
     "LedgerSettings",
     "ModelSettings",
+    "ModerationFilter",
+    "PatternsFilter",
+    "PersonalDataFilter",
     "ProcessSettings",
     "RouterSettings",
     "SimSettings",
+    "SizeFilter",
     "TelemetrySettings",
     "WatchdogSettings",
     "WorkerSettings",
@@ -241,6 +249,88 @@ class LedgerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     """Usage older than this is deleted; null keeps it."""
 
 
+class PatternsFilter(
+    msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag="patterns", tag_field="kind"
+):
+    """Regular expressions: a text that one of them matches is refused, or what it matches is masked."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    """What a refusal calls it."""
+    patterns: dict[str, str] | list[str]
+    """By the label that stands in their place, or without: then it is the filter's name."""
+    action: Literal["refuse", "mask"] = "refuse"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: one is no regular expression, or matches the empty text."""
+        for pattern in self.patterns.values() if isinstance(self.patterns, dict) else self.patterns:
+            try:
+                matches_nothing = regex.compile(pattern).match("")
+            except regex.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            if matches_nothing is not None:
+                raise ValueError(f"{pattern!r} matches the empty text")
+
+
+class PersonalDataFilter(
+    msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag="personal_data", tag_field="kind"
+):
+    """Personal data that can be told by its form and check digits."""
+
+    entities: list[Literal["EMAIL_ADDRESS", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS", "US_SSN", "PHONE_NUMBER"]] = (
+        msgspec.field(
+            default_factory=lambda: [
+                "EMAIL_ADDRESS",
+                "CREDIT_CARD",
+                "IBAN_CODE",
+                "IP_ADDRESS",
+                "US_SSN",
+                "PHONE_NUMBER",
+            ]
+        )
+    )
+    phone_region: Annotated[str, Meta(min_length=2, max_length=2)] | None = None
+    """The country, such as DE, whose phone numbers are known without a country code; null: none."""
+    action: Literal["refuse", "mask"] = "mask"
+
+
+class SizeFilter(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag="size", tag_field="kind"):
+    """A bound on the whole prompt."""
+
+    max_characters: Annotated[int, Meta(ge=1)]
+
+
+class ModerationFilter(
+    msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, tag="moderation", tag_field="kind"
+):
+    """A service that answers as OpenAI's POST /v1/moderations does. Answers are held back until it was asked."""
+
+    url: str
+    model: str | None = None
+    api_key_variable: str | None = None
+    """The environment variable that has the service's key."""
+    timeout_seconds: Positive = 2.0
+    when_away: Literal["refuse", "pass"] = "refuse"
+
+
+FilterSettings = PatternsFilter | PersonalDataFilter | SizeFilter | ModerationFilter
+
+
+class GuardSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What prompts and answers go through."""
+
+    input: list[FilterSettings] = []
+    output: list[FilterSettings] = []
+    log_content: bool = False
+    """Write prompts and answers to the log. Nothing else ever does."""
+
+
+class GuardrailSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Filters by tenant; one that is listed has its own only."""
+
+    default: GuardSettings = GuardSettings()
+    tenants: dict[str, GuardSettings] = {}
+
+
 class BatchSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Files, and the batches of requests that are made of them."""
 
@@ -270,6 +360,7 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     fleet_memory_seconds: Annotated[float, Meta(ge=0)] = 60.0
     """How long requests are placed among the workers that were ready last while no router answers."""
     batches: BatchSettings = BatchSettings()
+    guardrails: GuardrailSettings = GuardrailSettings()
     max_body_bytes: Count = 4 << 20
     request_timeout_seconds: Positive = 600.0
     """Longest that one request may take, queueing included."""

@@ -20,7 +20,9 @@ from services.gateway.conversations import Conversations, RedisShelf, connect
 from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
 from services.gateway.generation import Generator
+from services.gateway.guardrails import Guardrails
 from services.gateway.identity import Authenticator, KeyDirectory
+from services.gateway.inner_calls import InnerCalls
 from services.gateway.jobs import Jobs
 from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
@@ -49,6 +51,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         authenticator = Authenticator(keys, tokens)
         books = resources.enter_context(bookkeeping(settings, metrics))
         conversations = await _conversations(settings, resources)
+        guardrails = await resources.enter_async_context(Guardrails(settings.guardrails))
         async with asyncio.TaskGroup() as tasks:
             placement = Placement(memory_seconds=settings.fleet_memory_seconds)
             routers = RouterClient(settings.routers, placement=placement)
@@ -72,19 +75,22 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 conversations=conversations,
                 jobs=jobs,
             )
-            running.append(tasks.create_task(jobs.run(routes)))
-            authorization = HttpAuthorization(authenticator)
+            running.append(tasks.create_task(jobs.run(InnerCalls(routes, books.accounts, guardrails))))
+            authorization = HttpAuthorization(authenticator, guardrails)
             app = App(
                 routes=routes,
                 authenticator=authenticator,
                 accounts=books.accounts,
+                guardrails=guardrails,
                 authorization=authorization,
                 metrics=metrics,
                 is_ready=lambda: routers.can_place and keys.is_loaded and not stop.is_set(),
             )
 
             def register(server: grpc.aio.Server) -> list[str]:
-                external_auth_pb2_grpc.add_AuthorizationServicer_to_server(AuthorizationServicer(authenticator), server)
+                external_auth_pb2_grpc.add_AuthorizationServicer_to_server(
+                    AuthorizationServicer(authenticator, guardrails), server
+                )
                 return [_AUTHORIZATION]
 
             async with (

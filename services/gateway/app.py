@@ -15,6 +15,7 @@ from services.common.tracing import context_from, traceparent_of, tracer
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.generation import Caller
+from services.gateway.guardrails import Guard, Guardrails
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
@@ -37,6 +38,7 @@ class App:
         routes: Routes,
         authenticator: Authenticator,
         accounts: Accounts,
+        guardrails: Guardrails,
         authorization: HttpAuthorization,
         metrics: GatewayMetrics,
         is_ready: Callable[[], bool],
@@ -45,6 +47,7 @@ class App:
         self._routes = routes
         self._authenticator = authenticator
         self._accounts = accounts
+        self._guardrails = guardrails
         self._authorization = authorization
         self._metrics = metrics
         self._is_ready = is_ready
@@ -119,16 +122,20 @@ class App:
         with self._accounts.begin(
             identity, request_id=response.request_id, lane="openai", endpoint=endpoint, show=response.add_header
         ) as account:
-            await route.handler(request, response, identity, _caller(request, response.request_id, account, span))
+            guard = self._guardrails.of(identity.tenant)
+            await route.handler(
+                request, response, identity, _caller(request, response.request_id, account, span, guard)
+            )
 
 
-def _caller(request: Request, request_id: str, account: Account, span: Span) -> Caller:
+def _caller(request: Request, request_id: str, account: Account, span: Span, guard: Guard | None) -> Caller:
     identity = account.identity
     return Caller(
         request_id=request_id,
         tenant=identity.tenant,
         priority=_priority(request.header(b"x-priority"), identity.priority),
         account=account,
+        guard=guard,
         session_id=(request.header(b"x-session-id") or "")[:256],
         traceparent=traceparent_of(span),
         slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],

@@ -12,8 +12,9 @@ from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from envoy.type.v3 import http_status_pb2
 from google.rpc import status_pb2
 
-from services.common.errors import MeshError
+from services.common.errors import MeshError, Reason
 from services.common.status import DETAILS_KEY, status_from_error
+from services.gateway.guardrails import Guardrails
 from services.gateway.http import Receive, Request, Send
 from services.gateway.identity import Authenticator, Identity
 
@@ -24,6 +25,8 @@ AUTHORIZATION_PATH: Final = "/authz/"
 _RIGHT: Final = b"x-tokenloom-right"
 _FORM: Final = b"x-tokenloom-form"
 _REMOVED: Final = (b"x-envoy-auth-headers-to-remove", b"authorization")
+_INFERENCE: Final = "inference"
+"""The right that the routes to workers need."""
 _EMPTY: Final = (b"content-length", b"0")
 _Headers = list[tuple[bytes, bytes]]
 
@@ -34,8 +37,9 @@ class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
     The route says by its context extension `right` what a request needs: "admin", or any valid key.
     """
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, guardrails: Guardrails) -> None:
         self._authenticator = authenticator
+        self._guardrails = guardrails
 
     async def Check(
         self,
@@ -46,7 +50,7 @@ class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
         http = request.attributes.request.http
         right = request.attributes.context_extensions.get("right", "")
         try:
-            identity = await _check(self._authenticator, http.headers.get("authorization"), right)
+            identity = await _check(self._authenticator, self._guardrails, http.headers.get("authorization"), right)
         except MeshError as error:
             is_grpc = http.headers.get("content-type", "").startswith("application/grpc")
             return _denied(error, is_grpc=is_grpc)
@@ -60,8 +64,9 @@ class HttpAuthorization:
     which the refusal has.
     """
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, guardrails: Guardrails) -> None:
         self._authenticator = authenticator
+        self._guardrails = guardrails
 
     def known_answer(self, headers: _Headers) -> bytes | None:
         """The whole HTTP answer to a check that passes and needs no waiting; None: ask in the usual way."""
@@ -72,6 +77,8 @@ class HttpAuthorization:
         identity = self._authenticator.known(keys[0].decode("latin-1"))
         if identity is None or (rights[0] == b"admin" and not identity.admin):
             return None
+        if rights[0] == _INFERENCE.encode() and _is_filtered(self._guardrails, identity):
+            return None
         return _passed_bytes(identity)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -80,7 +87,7 @@ class HttpAuthorization:
         try:
             # Who does not say what it is for gets nothing that a stranger might have asked for.
             right = asked.header(_RIGHT) or "admin"
-            identity = await _check(self._authenticator, asked.header(b"authorization"), right)
+            identity = await _check(self._authenticator, self._guardrails, asked.header(b"authorization"), right)
         except MeshError as error:
             is_grpc = asked.header(_FORM) == "grpc"
             status, headers, body = _refusal(error, is_grpc=is_grpc)
@@ -90,11 +97,21 @@ class HttpAuthorization:
         await send({"type": "http.response.body", "body": body})
 
 
-async def _check(authenticator: Authenticator, authorization: str | None, right: str) -> Identity:
+async def _check(
+    authenticator: Authenticator, guardrails: Guardrails, authorization: str | None, right: str
+) -> Identity:
     identity = await authenticator.identify(authorization)
     if right == "admin":
         identity.check_admin()
+    elif right == _INFERENCE and _is_filtered(guardrails, identity):
+        message = "what this tenant sends and gets is filtered, which only the OpenAI API does"
+        raise MeshError(Reason.PERMISSION_DENIED, message)
     return identity
+
+
+def _is_filtered(guardrails: Guardrails, identity: Identity) -> bool:
+    guard = guardrails.of(identity.tenant)
+    return guard is not None and guard.filters
 
 
 @lru_cache(maxsize=1024)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import monotonic
 from typing import Final
@@ -18,6 +18,8 @@ from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
 from services.common.prompt_prefix import prompt_hashes
 from services.common.tracing import traceparent_of, tracer
 from services.gateway.accounts import Account
+from services.gateway.guard_output import OutputGuard
+from services.gateway.guardrails import Guard, log_content
 from services.gateway.pieces import Ending, Piece, Prompt, Spent
 from services.gateway.quarantine import Quarantine
 from services.gateway.router_client import Lease, RouterClient
@@ -48,6 +50,8 @@ class Caller:
     """Whether a smaller model may answer when the one asked for has no room."""
     account: Account | None = None
     """What the request may take, and has taken; None: nobody asks."""
+    guard: Guard | None = None
+    """What its prompt and its answer go through; None: nothing."""
 
 
 class Generation:
@@ -65,6 +69,8 @@ class Generation:
         self._caller = caller
         self._stream = Stream(keep_ids=keep_ids)
         self._shown = False
+        self._output = caller.guard.output() if caller.guard is not None else None
+        self._said: list[str | Piece] | None = [] if caller.guard is not None and caller.guard.log_content else None
         self._run = AsyncExitStack()
         self._lease: Lease | None = None
         self._left_workers: list[str] = []
@@ -108,7 +114,8 @@ class Generation:
 
     def write_to(self, writer: Callable[[str], bool]) -> None:
         """Has plain text written at once where `writer` can; what it returns False for waits for `take()`."""
-        self._stream.writer = writer
+        if self._output is None and self._said is None:
+            self._stream.writer = writer
 
     async def take(self) -> list[str | Piece]:
         """Waits for output and takes it; an empty list once the output is complete.
@@ -120,13 +127,20 @@ class Generation:
             MeshError: the generation failed.
         """
         while True:
+            taken = await self._take()
+            let_out = taken if self._output is None else await self._let_out(self._output, taken)
+            if let_out or not taken:
+                self._shown = self._shown or bool(let_out)
+                return self._noted(let_out)
+
+    async def _take(self) -> list[str | Piece]:
+        while True:
             try:
                 taken = await self._stream.take()
             except WorkerLostError as lost:
                 await self._move(lost)
                 continue
             if taken:
-                self._shown = True
                 self.first_token_at = self.first_token_at or monotonic()
             return taken
 
@@ -143,9 +157,45 @@ class Generation:
             try:
                 await self._stream.begun()
                 self.first_token_at = self.first_token_at or monotonic()
-                return await self._stream.take_whole()
+                taken = await self._stream.take_whole()
             except WorkerLostError as lost:
                 await self._move(lost)
+                continue
+            if (output := self._output) is not None:
+                taken = [*await self._let_out(output, taken), *await self._let_out(output, [])]
+            return self._noted(taken)
+
+    def _noted(self, pieces: list[str | Piece]) -> list[str | Piece]:
+        if self._said is not None:
+            self._said += pieces
+        return pieces
+
+    async def _let_out(self, output: OutputGuard, taken: list[str | Piece]) -> list[str | Piece]:
+        """What may be seen of a piece of output; of none, which is the end, what was held back."""
+        if self._output is None:
+            return []
+        let_out = output.feed(taken) if taken else await output.finish()
+        if output.blocked_by is not None:
+            await self._block(output.blocked_by)
+        elif not taken:
+            self._output = None
+        return let_out
+
+    async def _block(self, rule: str) -> None:
+        _log.info("an answer was refused", extra={"request": self._caller.request_id, "rule": rule})
+        stream, self._output = self._stream, None
+        if stream.ending is not None:
+            stream.ending = replace(stream.ending, finish_reason="content_filter")
+            return
+        await self._run.aclose()
+        stream.pieces.clear()
+        stream.ending = Ending(
+            finish_reason="content_filter",
+            prompt_tokens=stream.prompt_tokens,
+            cached_tokens=stream.cached_tokens,
+            output_tokens=len(stream.token_ids) + stream.other_tokens,
+            gpu_seconds=None,
+        )
 
     async def start(self) -> None:
         """Acquires a worker and submits the prompt and the tokens emitted so far to it."""
@@ -261,6 +311,8 @@ class Generation:
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""
+        if self._said is not None:
+            log_content(self._caller.request_id, self._request, self._said)
         lease, ending = self._lease, self.ending
         if lease is not None:
             lease.outcome = outcome
@@ -320,6 +372,8 @@ class Generator:
                 prompt_tokens=_estimate_prompt_tokens(request),
                 output_tokens=_most_output(request),
             )
+        if caller.guard is not None:
+            await caller.guard.check(request)
         generation = Generation(self, request, caller, keep_ids=keep_ids)
         outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
         try:

@@ -3,12 +3,16 @@
 import asyncio
 import logging
 from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
+from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
+from services.gateway.accounts import Accounts
 from services.gateway.generation import Caller
+from services.gateway.guardrails import Guardrails
 from services.gateway.http import Request, Response, error_response
 from services.gateway.identity import Identity
 from services.gateway.routes import Routes
@@ -30,8 +34,10 @@ class InnerAnswer(msgspec.Struct, kw_only=True):
 class InnerCalls:
     """Calls handlers with bodies that came another way than over HTTP."""
 
-    def __init__(self, routes: Routes) -> None:
+    def __init__(self, routes: Routes, accounts: Accounts, guardrails: Guardrails) -> None:
         self._routes = routes
+        self._accounts = accounts
+        self._guardrails = guardrails
 
     async def post(self, path: str, body: bytes, identity: Identity, caller: Caller) -> InnerAnswer:
         """The answer to one request; errors are answers, too."""
@@ -53,8 +59,13 @@ class InnerCalls:
         request, response = Request(scope, receive), Response(send, caller.request_id)
         retry_after: float | None = None
         try:
-            route = self._routes.find(request, response)
-            await route.handler(request, response, identity, caller)
+            route, endpoint = self._routes.find(request, response), endpoint_of(path)
+            identity.check_endpoint(endpoint)
+            with self._accounts.begin(
+                identity, request_id=caller.request_id, lane="openai", endpoint=endpoint
+            ) as account:
+                caller = replace(caller, account=account, guard=self._guardrails.of(identity.tenant))
+                await route.handler(request, response, identity, caller)
         except MeshError as error:
             if error.reason in (Reason.NO_CAPACITY, Reason.NO_READY_WORKER, Reason.RATE_LIMIT_EXCEEDED):
                 retry_after = error.retry_after_seconds or 1.0

@@ -10,7 +10,7 @@ from services.gateway.file_store import FileStore
 from services.gateway.files import Files
 from services.gateway.identity import Identity, KeyDirectory
 from services.gateway.inner_calls import InnerCalls
-from services.gateway.routes import Route, Routes
+from services.gateway.routes import Route
 from services.gateway.stored import LateDatabase
 
 __all__ = ["Jobs"]
@@ -38,14 +38,14 @@ class Jobs:
         )
         return [*files.routes, *Batches(self._batches, self._files).routes]
 
-    async def run(self, routes: Routes) -> None:
-        """Works on batches until cancelled; `routes` answer their requests."""
+    async def run(self, calls: InnerCalls) -> None:
+        """Works on batches until cancelled; `calls` make their requests."""
         if self._settings.concurrency == 0:
             return
         runner = BatchRunner(
             self._batches,
             self._files,
-            InnerCalls(routes),
+            calls,
             identity_of=self._identity_of,
             concurrency=self._settings.concurrency,
         )

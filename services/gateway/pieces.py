@@ -6,7 +6,7 @@ from typing import Literal
 
 __all__ = ["CallPiece", "Ending", "FinishReason", "Piece", "Prompt", "Spent", "TokenScore"]
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +69,8 @@ class Ending:
     queue_seconds: float = 0.0
     """In the engine's queue."""
     prefill_seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    """Its part of the worker's time."""
+    gpu_seconds: float | None = 0.0
+    """Its part of the worker's time; None: it was cut off before the worker said."""
     stop: str | int | None = None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from opentelemetry import trace
+from tokenloom.inference.v1.inference_pb2 import EmbedRequest, ScoreRequest
 from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError
@@ -59,6 +60,8 @@ class Ask:
         Raises:
             MeshError: no worker, or the worker refuses; on the field that the client knows.
         """
+        if self._caller.guard is not None and isinstance(part.request, EmbedRequest | ScoreRequest):
+            await self._caller.guard.check_texts(part.request)
         async with self._room:
             work = Work(method=part.method, request=part.request, task=self._task, prompt_tokens=part.prompt_tokens)
             try:

@@ -12,6 +12,8 @@ from services.common.engine_args import check_engine_args, parallel_size
 from services.common.policy import Policy, policy_from
 from services.common.settings import (
     Address,
+    BatchSettings,
+    GuardrailSettings,
     JwtSettings,
     LedgerSettings,
     ModelSettings,
@@ -92,6 +94,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     jwt: JwtSettings | None = None
     """Tokens of an identity provider that are taken beside keys; null: none."""
     ledger: LedgerSettings = LedgerSettings()
+    guardrails: GuardrailSettings = GuardrailSettings()
+    batches: BatchSettings = BatchSettings()
     """What a request costs, and how long that is known."""
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """How long running streams may go on when the mesh is stopped."""

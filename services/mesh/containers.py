@@ -106,6 +106,8 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         redis_url=mesh.redis_url or _REDIS_URL,
         jwt=mesh.jwt,
         ledger=mesh.ledger,
+        guardrails=mesh.guardrails,
+        batches=mesh.batches,
         drain_seconds=mesh.drain_seconds,
     )
     yield Container(name="gateway", service="gateway", address=next(hosts), settings=gateway)

@@ -139,6 +139,8 @@ class _Planner:
             redis_url=self._mesh.redis_url,
             jwt=self._mesh.jwt,
             ledger=self._mesh.ledger,
+            guardrails=self._mesh.guardrails,
+            batches=self._mesh.batches,
             drain_seconds=self._mesh.drain_seconds,
         )
 

@@ -13,8 +13,10 @@ from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 
 from services.common.keystore import KeyStore
 from services.common.rpc import channel, serve
+from services.common.settings import GuardrailSettings
 from services.common.status import DETAILS_KEY
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
+from services.gateway.guardrails import Guardrails
 from services.gateway.identity import Authenticator, KeyDirectory
 from services.gateway.server import serve_http
 
@@ -33,7 +35,7 @@ def authenticator(store: KeyStore) -> Authenticator:
 @asynccontextmanager
 async def authorization(store: KeyStore) -> AsyncIterator[external_auth_pb2_grpc.AuthorizationStub]:
     def register(server: grpc.aio.Server) -> list[str]:
-        servicer = AuthorizationServicer(authenticator(store))
+        servicer = AuthorizationServicer(authenticator(store), Guardrails(GuardrailSettings()))
         external_auth_pb2_grpc.add_AuthorizationServicer_to_server(servicer, server)
         return ["envoy.service.auth.v3.Authorization"]
 
@@ -91,7 +93,7 @@ async def test_a_grpc_client_gets_the_details_beside_the_message(store: KeyStore
 
 async def http_check(store: KeyStore, *headers: tuple[str, str], right: str | None = "inference") -> httpx.Response:
     """One check over HTTP, as Envoy sends it."""
-    app = HttpAuthorization(authenticator(store))
+    app = HttpAuthorization(authenticator(store), Guardrails(GuardrailSettings()))
     if right is not None:
         headers = (*headers, ("x-tokenloom-right", right))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
@@ -137,7 +139,7 @@ async def test_over_http_a_grpc_client_gets_the_details_beside_the_message(store
 async def test_checks_and_other_requests_share_a_connection(store: KeyStore) -> None:
     _, key = store.create("team", priority=2)
     knows = authenticator(store)
-    checks = HttpAuthorization(knows)
+    checks = HttpAuthorization(knows, Guardrails(GuardrailSettings()))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"].startswith("/authz/"):
