@@ -28,9 +28,10 @@ _CHECK_HEADERS: Final = [
     {"key": f"x-tokenloom-{key}", "value": f"%METADATA(ROUTE:{_NAMESPACE}:{key})%"} for key in ("right", "form")
 ]
 _AUTHORIZATION_TIMEOUT: Final = "2s"
-# A router that says nothing for so long is taken to be away; one that lets a request wait says so at once, and may take
-# longer than a request may wait in its queue.
-_PICK_TIMEOUT: Final = "0.25s"
+# A router that says nothing for so long is taken to be away; one that is gone is known at once. A burst keeps a router
+# busy for less: whoever went past it then would go past its queue. A router that lets a request wait says so at once,
+# and may take longer than a request may wait in its queue.
+_PICK_TIMEOUT: Final = "1s"
 _LONGEST_PICK_TIMEOUT: Final = "130s"
 # The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
 SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id", "x-slo-class")

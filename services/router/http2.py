@@ -43,6 +43,7 @@ _MOST_HEADER_BYTES: Final = 16 << 10
 _WINDOW: Final = 65_535
 _STREAM_WINDOW: Final = 1 << 20
 _CONNECTION_WINDOW: Final = 16 << 20
+_MOST_UNFLUSHED: Final = 16
 _LARGEST_WINDOW: Final = (1 << 31) - 1
 _SETTINGS: Final = {
     Setting.HEADER_TABLE_SIZE: 0,
@@ -166,6 +167,9 @@ class _Connection(asyncio.Protocol):
                 if self._is_over:
                     return
                 self._on_frame(one)
+                if len(self._out) >= _MOST_UNFLUSHED:
+                    # Many came at once: the first need not wait for the last.
+                    self._flush()
         except BrokenError as error:
             _log.warning("a peer broke HTTP/2: %s", error)
             self.end(error.code, str(error))

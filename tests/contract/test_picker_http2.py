@@ -57,10 +57,16 @@ class Peer:
             pass
         return got
 
-    async def answer(self) -> Any:
+    async def said(self) -> Any:
         """The next ProcessingResponse."""
         _, _, _, payload = await self.next(Kind.DATA)
         return ext_proc.ProcessingResponse.FromString(payload[5:])
+
+    async def answer(self) -> Any:
+        """The next one that is more than a plea for patience."""
+        while (said := await self.said()).WhichOneof("response") is None:
+            pass
+        return said
 
     async def broken(self) -> int:
         """The code with which the server ends the connection."""
@@ -152,7 +158,7 @@ async def test_a_request_that_waits_is_said_to_wait() -> None:
         for stream_id in range(1, 201, 2):
             envoy.send(envoy.headers(stream_id), frame(Kind.DATA, 0, stream_id, shown()))
         await eventually(lambda: router.admission.waiting_count > 0, within=5)
-        while (answer := await envoy.answer()).WhichOneof("response") is not None:
+        while (answer := await envoy.said()).WhichOneof("response") is not None:
             pass
         assert answer.override_message_timeout.seconds >= 60
 

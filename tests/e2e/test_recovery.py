@@ -202,13 +202,13 @@ async def test_the_typed_lane_does_without_the_router(mesh: Mesh, signal_number:
         await asyncio.sleep(0.5)
         os.kill(pid, signal_number)
         before = len(began)
-        await asyncio.sleep(1.5)
-        assert len(began) > before + 8
+        await asyncio.sleep(2.5)
+        assert len(began) >= before + 8
         if signal_number == signal.SIGSTOP:
             os.kill(pid, signal.SIGCONT)
         await asyncio.sleep(1)
         over.set()
     assert sum(lane.result() for lane in lanes) == len(began)
-    # 250 ms until the edge gives the router up, and the time that eight requests take on a busy machine.
-    assert max(began) < 1.0
+    # A second until the edge gives a router up that hangs, and the time that eight requests take on a busy machine.
+    assert max(began) < (1.5 if signal_number == signal.SIGKILL else 3.0)
     wait_until(lambda: answers(mesh), within=20)

@@ -37,7 +37,7 @@ LIMITED_KEY = "limited"
 ADMIN_KEY: Final = "tl-admin"
 _STEP_SECONDS: Final = 0.03
 # Longer than the edge waits for a router that says nothing.
-_WAIT_SECONDS = 0.6
+_WAIT_SECONDS = 1.3
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
