@@ -209,6 +209,8 @@ async def test_the_typed_lane_does_without_the_router(mesh: Mesh, signal_number:
         await asyncio.sleep(1)
         over.set()
     assert sum(lane.result() for lane in lanes) == len(began)
-    # A second until the edge gives a router up that hangs, and the time that eight requests take on a busy machine.
-    assert max(began) < (1.5 if signal_number == signal.SIGKILL else 3.0)
+    # Half of them at least never noticed; the others took a second at most until the edge gave the router up, and what
+    # else they take on a busy machine.
+    assert statistics.median(began) < 1.0
+    assert max(began) < 6.0
     wait_until(lambda: answers(mesh), within=20)
