@@ -353,7 +353,9 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     """The folder in which usage waits for the database, on a disk that outlives this process, and of this process
     alone; null: beside the SQLite file, or `journal-NAME` where the process runs."""
     redis_url: str | None = None
-    """Where replicas share limits, for example redis://127.0.0.1:6379/0; null: each counts for itself."""
+    """Where replicas share limits, for example redis://127.0.0.1:6379/0; null: each gives away its part of them."""
+    replicas: Count = 1
+    """How many gateways there are, this one among them."""
     jwt: JwtSettings | None = None
     """Tokens of an identity provider that are taken beside keys; null: none."""
     ledger: LedgerSettings = LedgerSettings()

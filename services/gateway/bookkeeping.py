@@ -57,8 +57,14 @@ def bookkeeping(settings: GatewaySettings, metrics: GatewayMetrics) -> Iterator[
         ledger = Ledger(
             journal, lambda: Database(settings.database), spending, retention_days=settings.ledger.retention_days
         )
-        shared = None if settings.redis_url is None else SharedLimits(settings.redis_url, settings.name)
-        accounts = Accounts(shared or LocalLimits(), journal, spending, Prices(settings.ledger), metrics)
+        shared = (
+            None
+            if settings.redis_url is None
+            else SharedLimits(settings.redis_url, settings.name, replicas=settings.replicas)
+        )
+        accounts = Accounts(
+            shared or LocalLimits(replicas=settings.replicas), journal, spending, Prices(settings.ledger), metrics
+        )
         ledger.start()
         try:
             yield Books(accounts, journal, ledger, shared, metrics)

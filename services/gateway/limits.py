@@ -99,11 +99,11 @@ class KeyState:
 class LocalLimits:
     """Limits as far as this process sees them: all there is without Redis, and a share of it while Redis is away."""
 
-    def __init__(self, *, clock: Callable[[], float] = monotonic) -> None:
-        """`clock` gives seconds."""
+    def __init__(self, *, replicas: int = 1, clock: Callable[[], float] = monotonic) -> None:
+        """`replicas`: how many gateways give away parts of the same limits. `clock` gives seconds."""
         self._clock = clock
         self._keys: dict[str, KeyState] = {}
-        self.share = 1.0
+        self.share = 1.0 / replicas
         """The part of every limit that this process may give away by itself."""
 
     @property

@@ -94,9 +94,13 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     jwt: JwtSettings | None = None
     """Tokens of an identity provider that are taken beside keys; null: none."""
     ledger: LedgerSettings = LedgerSettings()
-    guardrails: GuardrailSettings = GuardrailSettings()
-    batches: BatchSettings = BatchSettings()
     """What a request costs, and how long that is known."""
+    guardrails: GuardrailSettings = GuardrailSettings()
+    """What prompts and answers must not have, by tenant."""
+    batches: BatchSettings = BatchSettings()
+    """Files, and the batches of requests that are made of them."""
+    gateways: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Gateway processes behind the one edge. Without Redis each gives away its part of a key's limits."""
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """How long running streams may go on when the mesh is stopped."""
 
@@ -117,6 +121,11 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         _check_shares(where, self.pools)
         self.routing.check(f"{where}: routing", pools=self.pool_names, models=self.model_names)
         return self
+
+    @property
+    def gateway_names(self) -> list[str]:
+        """One name a gateway process."""
+        return ["gateway"] if self.gateways == 1 else [f"gateway-{index}" for index in range(self.gateways)]
 
     @property
     def pool_names(self) -> list[str]:

@@ -61,7 +61,7 @@ def edge_of(mesh: MeshConfig) -> Edge:
     return Edge(
         listen=f"{_ANY}:{mesh.edge.port}",
         admin=f"127.0.0.1:{mesh.edge.admin_port or _ADMIN}",
-        gateway=f"gateway:{_HTTP}",
+        gateways=tuple(f"{name}:{_HTTP}" for name in mesh.gateway_names),
         router=f"router:{_GRPC}",
         picker=f"router:{_PICKER}",
         telemetry=f"telemetry:{_GRPC}",
@@ -94,15 +94,24 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         expected_workers=mesh.worker_count,
     )
     yield Container(name="router", service="router", address=next(hosts), settings=router)
-    gateway = GatewaySettings(
-        name="gateway",
+    for name in mesh.gateway_names:
+        yield _gateway(mesh, name, next(hosts))
+    for pool in mesh.pools:
+        for worker in pool.workers:
+            yield _worker(mesh, pool, worker, next(hosts))
+
+
+def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
+    settings = GatewaySettings(
+        name=name,
         listen=f"{_ANY}:{_GRPC}",
         metrics=f"{_ANY}:{_METRICS}",
         otlp_endpoint=mesh.otlp_endpoint,
         http=f"{_ANY}:{_HTTP}",
         routers=[f"router:{_GRPC}"],
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
-        journal=f"{STATE_FOLDER}/journal",
+        journal=f"{STATE_FOLDER}/journal-{name}",
+        replicas=mesh.gateways,
         redis_url=mesh.redis_url or _REDIS_URL,
         jwt=mesh.jwt,
         ledger=mesh.ledger,
@@ -110,10 +119,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         batches=mesh.batches,
         drain_seconds=mesh.drain_seconds,
     )
-    yield Container(name="gateway", service="gateway", address=next(hosts), settings=gateway)
-    for pool in mesh.pools:
-        for worker in pool.workers:
-            yield _worker(mesh, pool, worker, next(hosts))
+    return Container(name=name, service="gateway", address=address, settings=settings)
 
 
 def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: str) -> Container:

@@ -26,8 +26,8 @@ class Edge:
 
     listen: str
     admin: str
-    gateway: str
-    """The gateway's HTTP side."""
+    gateways: tuple[str, ...]
+    """The gateways' HTTP sides."""
     router: str
     picker: str
     """The router's endpoint picker for the edge."""
@@ -54,7 +54,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
             "listeners": [_listener(edge), *([] if edge.fallback is None else [fallback_listener(edge.fallback)])],
             "clusters": [
                 *clusters(
-                    gateway=edge.gateway,
+                    gateways=edge.gateways,
                     router=edge.router,
                     picker=edge.picker,
                     telemetry=edge.telemetry,

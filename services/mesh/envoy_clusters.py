@@ -16,10 +16,10 @@ _BUFFER_BYTES: Final = 32 << 10
 _MANY: Final = 100_000
 
 
-def clusters(*, gateway: str, router: str, picker: str, telemetry: str) -> list[dict[str, Any]]:
+def clusters(*, gateways: Sequence[str], router: str, picker: str, telemetry: str) -> list[dict[str, Any]]:
     """Every cluster but the tracing collector; addresses are `host:port`."""
     return [
-        _fixed("gateway", gateway, _HTTP1),
+        _gateways(gateways),
         _fixed("router", router, _HTTP2),
         _fixed("picker", picker, _HTTP2),
         _fixed("telemetry", telemetry, _HTTP2),
@@ -65,6 +65,29 @@ def _fixed(name: str, address: str, protocol: dict[str, Any]) -> dict[str, Any]:
         **_cluster(name, protocol),
         "type": "STATIC" if _is_ip(address) else "STRICT_DNS",
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+
+
+def _gateways(addresses: Sequence[str]) -> dict[str, Any]:
+    if len(addresses) == 1:
+        return _fixed("gateway", addresses[0], _HTTP1)
+    endpoints = [{"endpoint": {"address": socket_address(address)}} for address in addresses]
+    return {
+        **_cluster("gateway", _HTTP1),
+        "type": "STATIC" if all(map(_is_ip, addresses)) else "STRICT_DNS",
+        "lb_policy": "LEAST_REQUEST",
+        "load_assignment": {"cluster_name": "gateway", "endpoints": [{"lb_endpoints": endpoints}]},
+        # One that is gone is left out within a second; checks of keys, too, go to one that is there.
+        "health_checks": [
+            {
+                "timeout": "0.5s",
+                "interval": "0.5s",
+                "no_traffic_interval": "0.5s",
+                "unhealthy_threshold": 1,
+                "healthy_threshold": 1,
+                "http_health_check": {"path": "/readyz"},
+            }
+        ],
     }
 
 

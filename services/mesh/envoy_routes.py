@@ -126,4 +126,14 @@ _RETRY_UNSENT: Final = {
     "retry_on": "connect-failure",
     "num_retries": 3,
     "retry_back_off": {"base_interval": "0.1s", "max_interval": "0.5s"},
+    # Another of several, where there are several; the same one again where there is one.
+    "retry_host_predicate": [
+        {
+            "name": "envoy.retry_host_predicates.previous_hosts",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+            },
+        }
+    ],
+    "host_selection_retry_max_attempts": 3,
 }

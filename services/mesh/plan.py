@@ -76,9 +76,9 @@ class _Planner:
         yield router
         workers = [self._worker(pool, worker, _grpc(router)) for pool in self._mesh.pools for worker in pool.workers]
         yield from workers
-        gateway = self._gateway(_grpc(router))
-        yield gateway
-        yield self._envoy(telemetry=telemetry, router=router, gateway=gateway, workers=workers)
+        gateways = [self._gateway(name, _grpc(router)) for name in self._mesh.gateway_names]
+        yield from gateways
+        yield self._envoy(telemetry=telemetry, router=router, gateways=gateways, workers=workers)
 
     def _router(self, telemetry: str) -> ProcessPlan:
         port = self._ports.pick()
@@ -124,10 +124,10 @@ class _Planner:
             return msgspec.structs.replace(model, path=str(self._state.demo_model.resolve()))
         return model
 
-    def _gateway(self, router: str) -> ProcessPlan:
+    def _gateway(self, name: str, router: str) -> ProcessPlan:
         port = self._ports.pick()
         return self._python(
-            "gateway",
+            name,
             "gateway",
             GatewaySettings,
             more_ports={"http": port},
@@ -135,7 +135,8 @@ class _Planner:
             http=f"{_HOST}:{port}",
             routers=[router],
             database=database_of(self._mesh, self._state),
-            journal=str(self._state.folder.resolve() / "journal"),
+            journal=str(self._state.folder.resolve() / f"journal-{name}"),
+            replicas=self._mesh.gateways,
             redis_url=self._mesh.redis_url,
             jwt=self._mesh.jwt,
             ledger=self._mesh.ledger,
@@ -183,7 +184,7 @@ class _Planner:
         )
 
     def _envoy(
-        self, *, telemetry: ProcessPlan, router: ProcessPlan, gateway: ProcessPlan, workers: list[ProcessPlan]
+        self, *, telemetry: ProcessPlan, router: ProcessPlan, gateways: list[ProcessPlan], workers: list[ProcessPlan]
     ) -> ProcessPlan:
         ports = {
             "http": self._mesh.edge.port,
@@ -193,7 +194,7 @@ class _Planner:
         edge = Edge(
             listen=f"{self._mesh.edge.host}:{ports['http']}",
             admin=f"{_HOST}:{ports['admin']}",
-            gateway=f"{_HOST}:{gateway.ports['http']}",
+            gateways=tuple(f"{_HOST}:{gateway.ports['http']}" for gateway in gateways),
             router=_grpc(router),
             picker=f"{_HOST}:{router.ports['picker']}",
             telemetry=_grpc(telemetry),

@@ -390,7 +390,7 @@ async def running_edge(folder: Path, *, fallback: bool = False, **changes: Any) 
             add = inference_pb2_grpc.add_InferenceServiceServicer_to_server
             other = await stack.enter_async_context(_grpc(add, OtherModel(seen), "other"))
             addresses |= {"fallback": f"127.0.0.1:{free_port()}", "workers": (other, seen.worker_endpoint)}
-        edge = Edge(**addresses)
+        edge = Edge(gateways=(addresses.pop("gateway"),), **addresses)
         stack.enter_context(_envoy(edge, folder))
         await _ready(edge.admin, folder)
         yield RunningEdge(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 LOCAL = Edge(
     listen="127.0.0.1:8080",
     admin="127.0.0.1:9901",
-    gateway="127.0.0.1:8000",
+    gateways=("127.0.0.1:8000",),
     router="127.0.0.1:8002",
     picker="127.0.0.1:8004",
     telemetry="127.0.0.1:8003",
@@ -38,7 +38,7 @@ def traced(otlp: str) -> Edge:
     return Edge(
         listen=LOCAL.listen,
         admin=LOCAL.admin,
-        gateway=LOCAL.gateway,
+        gateways=LOCAL.gateways,
         router=LOCAL.router,
         picker=LOCAL.picker,
         telemetry=LOCAL.telemetry,

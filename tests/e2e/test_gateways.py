@@ -1,0 +1,102 @@
+"""Several gateways behind one edge: any of them may die."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from services.inference.sim_text import expected_text, tokenize
+from tests.support.mesh import Mesh, running_mesh
+from tests.support.waiting import eventually
+
+CONFIG = """
+models: [{name: sim}]
+pools:
+  - name: sim
+    serves: [sim]
+    workers:
+      - {name: sim-0, engine: sim, sim: {decode_step_ms: 5}}
+      - {name: sim-1, engine: sim, sim: {decode_step_ms: 5}}
+gateways: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    folder: Path = tmp_path_factory.mktemp("gateways")
+    (folder / "mesh.yaml").write_text(CONFIG)
+    with running_mesh(folder / "state", "--config", str(folder / "mesh.yaml")) as running:
+        yield running
+
+
+def kill(mesh: Mesh, name: str) -> None:
+    os.kill(mesh.process(name)["pid"], signal.SIGKILL)
+
+
+def serves(mesh: Mesh, name: str) -> bool:
+    try:
+        return mesh.metric(name, "tokenloom_gateway_open_requests") >= 0
+    except OSError:
+        return False
+
+
+async def test_both_gateways_serve(mesh: Mesh) -> None:
+    def served(name: str) -> float:
+        return mesh.metric(name, "tokenloom_gateway_requests_total")
+
+    async with mesh.async_sdk() as client, asyncio.timeout(20):
+        # The edge may have to look a second time before it takes one for healthy.
+        while min(served("gateway-0"), served("gateway-1")) <= 5:
+            asks = (client.completions.create(model="sim", prompt="x", max_tokens=2) for _ in range(20))
+            await asyncio.gather(*asks)
+
+
+async def test_with_an_sdks_own_retries_no_request_fails_when_a_gateway_is_killed(mesh: Mesh) -> None:
+    async with mesh.async_sdk(max_retries=2) as client:
+
+        async def ask(number: int) -> str:
+            await asyncio.sleep(number * 0.01)
+            prompt = f"prompt {number}"
+            answer = await client.completions.create(
+                model="sim", prompt=prompt, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+            )
+            assert answer.choices[0].text == expected_text(tokenize(prompt), 20)
+            return prompt
+
+        asking = [asyncio.create_task(ask(number)) for number in range(200)]
+        await asyncio.sleep(0.7)
+        kill(mesh, "gateway-0")
+        assert len(await asyncio.gather(*asking)) == 200
+    await eventually(lambda: serves(mesh, "gateway-0"), within=15)
+
+
+async def test_a_stream_of_a_killed_gateway_never_looks_finished(mesh: Mesh) -> None:
+    ended: list[str] = []
+
+    async def read(client: openai.AsyncOpenAI) -> None:
+        finish = None
+        try:
+            stream = await client.completions.create(
+                model="sim", prompt="long", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+            )
+            async for chunk in stream:
+                finish = chunk.choices[0].finish_reason
+        except (openai.APIError, openai.APIConnectionError, OSError) as error:
+            ended.append(f"failed: {type(error).__name__}")
+        except Exception as error:  # noqa: BLE001  # the SDK passes on what its HTTP library raises midway
+            ended.append(f"failed: {type(error).__name__}")
+        else:
+            ended.append(f"finished: {finish}")
+
+    async with mesh.async_sdk() as client:
+        reading = [asyncio.create_task(read(client)) for _ in range(20)]
+        await asyncio.sleep(0.8)
+        kill(mesh, "gateway-1")
+        await asyncio.gather(*reading)
+    assert len(ended) == 20
+    assert set(ended) - {"finished: length"}, "the killed gateway had no stream"
+    assert all(how == "finished: length" or how.startswith("failed") for how in ended), ended
