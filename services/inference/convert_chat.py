@@ -156,8 +156,9 @@ def _media(field: str, media: pb.Media, kind: Literal["image", "audio"], needs: 
 
 
 def _tools(chat: pb.ChatPrompt, card: EngineCard) -> tuple[Tool, ...]:
-    if chat.tools and Capability.TOOLS not in card.capabilities:
-        message = f"chat.tools: the model {card.model!r} calls no functions"
+    wanted = chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
+    if chat.tools and wanted and Capability.TOOLS not in card.capabilities:
+        message = f"chat.tools: nothing reads calls of functions here: {card.model!r} has no setting tool_call_parser"
         raise MeshError(Reason.UNIMPLEMENTED, message, field="chat.tools")
     check_count("chat.tools", chat.tools, _MAX_TOOLS, "functions")
     names: set[str] = set()

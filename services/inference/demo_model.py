@@ -1,7 +1,8 @@
 """Makes a small real model, without a network: `python -m services.inference.demo_model DIR`.
 
-A Llama of two layers with seeded random weights, a byte-level BPE tokenizer and a ChatML template. It talks nonsense,
-but everything else about it is real, and greedy decoding is repeatable because its logits are far apart.
+A Llama of two layers with seeded random weights, a byte-level BPE tokenizer and a ChatML template that knows functions
+as Hermes models do. It talks nonsense, but everything else about it is real, and greedy decoding is repeatable because
+its logits are far apart.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 __all__ = ["main", "make_demo_model"]
 
@@ -31,6 +32,8 @@ _CONTEXT: Final = 2048
 # Far above the usual 0.02: the likeliest token is then likeliest by far, whatever the batch around it.
 _WEIGHT_SCALE: Final = 0.3
 _SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Each is one token, which stays in the text.
+_MARKS: Final = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _WEIGHTS: Final = "model.safetensors"
 _FILES: Final = (
     "config.json",
@@ -42,13 +45,31 @@ _FILES: Final = (
 )
 
 _CHAT_TEMPLATE: Final = """\
+{%- if tools -%}
+{{- '<|im_start|>system\\nFunctions that you may call:\\n' -}}
+{%- for tool in tools -%}
+{{- (tool | tojson) + '\\n' -}}
+{%- endfor -%}
+{{- 'Call one as <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call><|im_end|>\\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
 {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
 {{- '<|im_start|>' + role + (' name=' + message['name'] if message['name'] else '') + '\\n' -}}
-{{- (message['content'] or '') + '<|im_end|>\\n' -}}
+{%- if message['reasoning'] -%}
+{{- '<think>\\n' + message['reasoning'] + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- message['content'] or '' -}}
+{%- for call in message['tool_calls'] or [] -%}
+{{- '<tool_call>\\n{"name": "' + call['function']['name'] + '", "arguments": ' -}}
+{{- (call['function']['arguments'] | tojson) + '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking is false -%}
+{{- '<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}
 {%- endif -%}
 """
 
@@ -133,12 +154,13 @@ def _write_tokenizer(folder: Path) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=_VOCABULARY - len(_MARKS),
         special_tokens=list(_SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sentences(), trainer)
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in _MARKS])
     tokenizer.save(str(folder / "tokenizer.json"))
     size: int = tokenizer.get_vocab_size()
     return size

@@ -35,6 +35,7 @@ from services.inference.vllm_prompts import Prompts
 from services.inference.vllm_replay import Replay
 
 if TYPE_CHECKING:
+    from services.inference.vllm_parsing import Parsing, Reading
     from services.inference.vllm_pooling import VllmPooler
 
 __all__ = ["Backend", "start_backend"]
@@ -73,10 +74,12 @@ _log = logging.getLogger(__name__)
 class Backend:
     """A running AsyncLLM, and what of vLLM's is needed to use it."""
 
-    def __init__(self, llm: Any, *, card: EngineCard, prompts: Prompts) -> None:
+    def __init__(self, llm: Any, *, card: EngineCard, prompts: Prompts, parsing: "Parsing | None") -> None:
         self.llm = llm
         self.card = card
         self.prompts = prompts
+        self.parsing = parsing
+        """What reads calls and thinking out of outputs; None where nothing does."""
         self.limits = _limits(llm)
         self.most_step_tokens = int(llm.vllm_config.scheduler_config.max_num_batched_tokens)
         """Tokens that the engine computes in one step at most."""
@@ -158,8 +161,18 @@ class Backend:
         """Returns when the engine process is gone."""
         await asyncio.wait([self.llm.output_handler])
 
-    async def add(self, generation: Generation, plan: Plan, *, detokenize: bool, lora: Any = None) -> Any:
+    async def add(
+        self,
+        generation: Generation,
+        plan: Plan,
+        *,
+        detokenize: bool,
+        reading: "Reading | None" = None,
+        lora: Any = None,
+    ) -> Any:
         """Hands a request to the engine; returns the collector that its outputs come through.
+
+        `lora` is vLLM's request for the adapter to use; None uses none.
 
         Raises:
             MeshError: vLLM refuses it (INVALID_REQUEST).
@@ -175,9 +188,17 @@ class Backend:
                 tokens_input(plan.tokens, cache_salt=generation.cache_salt or None),
                 SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
                 lora_request=lora,
+                **self._thinking(generation, plan, reading),
                 trace_headers=self.trace_headers(generation.traceparent),
                 priority=generation.priority,
             )
+
+    def _thinking(self, generation: Generation, plan: Plan, reading: "Reading | None") -> dict[str, Any]:
+        if reading is not None:
+            return reading.engine_arguments(plan.prompt_token_ids)
+        # Elsewhere than in a chat nobody thinks first.
+        thinks = self.parsing is not None and self.parsing.has_reasoning
+        return {"reasoning_ended": True} if thinks and generation.structured_output is not None else {}
 
     async def check_form(self, form: StructuredOutput, *, field: str | None = None) -> None:
         """Returns when outputs can be held to the form; raises MeshError as Forms.check() does."""
@@ -294,7 +315,11 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery) -> Bac
         except BaseException as error:
             _close_context(error)
             raise
-    return _backend(settings, llm)
+    try:
+        return _backend(settings, llm)
+    except BaseException:
+        llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+        raise
 
 
 def _close_context(error: BaseException) -> None:
@@ -367,12 +392,24 @@ def _backend(settings: WorkerSettings, llm: Any) -> Backend:
         llm.observability_config.otlp_traces_endpoint = settings.otlp_endpoint
         llm.output_processor.tracing_enabled = True
     prompts = Prompts(llm.renderer, context_tokens=llm.model_config.max_model_len)
-    return Backend(llm, card=_card(settings, llm, prompts), prompts=prompts)
+    parsing = _parsing(settings, llm)
+    return Backend(llm, card=_card(settings, llm, prompts, parsing), prompts=prompts, parsing=parsing)
 
 
-def _card(settings: WorkerSettings, llm: Any, prompts: Prompts) -> EngineCard:
+def _parsing(settings: WorkerSettings, llm: Any) -> "Parsing | None":
+    if settings.model.tool_call_parser is None and settings.model.reasoning_parser is None:
+        return None
+    # It brings half of vLLM's HTTP server along, which other engines do without.
+    from services.inference.vllm_parsing import Parsing  # noqa: PLC0415
+
+    return Parsing(settings.model, llm)
+
+
+def _card(settings: WorkerSettings, llm: Any, prompts: Prompts, parsing: "Parsing | None") -> EngineCard:
     cache = llm.vllm_config.cache_config
-    can = {Capability.GENERATE, Capability.LOGPROBS} | ({Capability.CHAT} if prompts.has_chat_template else set())
+    can = {Capability.GENERATE, Capability.LOGPROBS}
+    if prompts.has_chat_template:
+        can |= {Capability.CHAT} | (parsing.capabilities if parsing is not None else set())
     if llm.model_config.runner_type == "pooling":
         # What it can instead is asked of the engine: see pooler().
         can = set()

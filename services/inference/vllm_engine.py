@@ -322,7 +322,7 @@ class VllmEngine:
         # From here on it counts as load, and can be aborted.
         self._streams[generation.id] = stream
         try:
-            todo = await self._prepare(generation)
+            todo = await self._prepare(stream)
         except BaseException:
             del self._streams[generation.id]
             raise
@@ -362,13 +362,18 @@ class VllmEngine:
             seconds = min(60.0, max(0.1, turns * (self._served_seconds.value or 1.0)))
             raise MeshError(Reason.NO_CAPACITY, "the worker's queue is full", retry_after_seconds=seconds)
 
-    async def _prepare(self, generation: Generation) -> Plan:
+    async def _prepare(self, stream: Stream) -> Plan:
         backend = self._backend
-        prompts = backend.prompts
+        prompts, generation = backend.prompts, stream.generation
+        form_field = None
+        if backend.parsing is not None and (reading := backend.parsing.reading(generation)) is not None:
+            form_field = None if reading.form is None else "chat.tools"
+            stream.reading, stream.generation = reading, reading.apply(generation)
+            generation = stream.generation
         with backend.refusals("messages" if generation.kind == "chat" else "prompt"):
             prompt = await prompts.generation_tokens(generation)
         if generation.structured_output is not None:
-            await backend.check_form(generation.structured_output)
+            await backend.check_form(generation.structured_output, field=form_field)
         todo = plan(generation, prompt, self._ready().limits)
         if not generation.echo:
             return todo
@@ -407,15 +412,18 @@ class VllmEngine:
             raise
 
     async def _generate(self, stream: Stream, todo: Plan, backend: "Backend", lora: Any) -> None:
-        replay = backend.replay(todo)
-        if replay is not None and (replay.stop_string or not todo.remaining_tokens):
+        reading = stream.reading
+        replay = backend.replay(todo) if reading is None else None
+        stream.readers = [reading.reader(todo) for _ in range(stream.generation.choices)] if reading else ()
+        resumed = stream.readers[0] if stream.readers and todo.emitted_token_ids else replay
+        if resumed is not None and (resumed.stop_string or not todo.remaining_tokens):
             stream.accept()
             stream.start(todo)
-            stops = replay.stop_string or todo.ended_by_token
-            cause = replay.stop_string or todo.stop_token_id
+            stops = resumed.stop_string or todo.ended_by_token
+            cause = resumed.stop_string or todo.stop_token_id
             stream.complete(FinishReason.STOP if stops else FinishReason.LENGTH, todo, cause)
             return
-        outputs = await backend.add(stream.generation, todo, detokenize=replay is None, lora=lora)
+        outputs = await backend.add(stream.generation, todo, detokenize=resumed is None, reading=reading, lora=lora)
         stream.accept()
         output = await outputs.get()
         self._observe_prefill(output)

@@ -54,6 +54,8 @@ def prepare_environment(settings: WorkerSettings) -> None:
         if settings.engine_args.get("enforce_eager", True):
             # Else the first request with log-probabilities waits 17 s for a C++ compiler.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
+    # Its grammars for calls are xgrammar's, and can't be bounded: a call that must be made is held to a schema instead.
+    os.environ["VLLM_ENFORCE_STRICT_TOOL_CALLING"] = "0"
     ignore_warnings()
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

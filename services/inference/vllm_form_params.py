@@ -26,7 +26,8 @@ def form_settings(settings: WorkerSettings) -> dict[str, Any]:
         raise ConfigError("engine_args.structured_outputs_config: expected a mapping")
     if given.get("backend", _COMPILER) != _COMPILER:
         raise ConfigError(f"engine_args.structured_outputs_config.backend: only {_COMPILER!r} can be bounded")
-    return _SETTINGS | given
+    # The engine holds an output to its form from the end of the thinking on.
+    return _SETTINGS | given | {"reasoning_parser": settings.model.reasoning_parser or ""}
 
 
 def form_checker(llm: Any) -> Forms | None:

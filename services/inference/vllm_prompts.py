@@ -1,14 +1,14 @@
 """Prompts as tokens, by vLLM's renderer and the model's own chat template."""
 
 import re
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from vllm.renderers.params import ChatParams, TokenizeParams
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import ChatMessage, Generation
+from services.inference.engine import ChatMessage, ChatOptions, Generation
+from services.inference.vllm_conversation import Disguise, to_openai, tool_to_openai
 
 __all__ = ["Prompts"]
 
@@ -26,7 +26,6 @@ class Prompts:
         self._renderer = renderer
         self._tokenizer = renderer.get_tokenizer()
         self._context_tokens = context_tokens
-        self._chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
         self._plain = TokenizeParams(max_total_tokens=None, add_special_tokens=True)
         self._rendered = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
         self._backwards = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
@@ -43,10 +42,12 @@ class Prompts:
         prompt = generation.prompt
         if isinstance(prompt, str) and not generation.add_special_tokens:
             return await self.plain_tokens(prompt)
-        return await self.tokens(prompt)
+        return await self.tokens(prompt, generation.chat)
 
-    async def tokens(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
-        """The tokens of a prompt in any of its three forms.
+    async def tokens(
+        self, prompt: str | Sequence[int] | Sequence[ChatMessage], options: ChatOptions | None = None
+    ) -> list[int]:
+        """The tokens of a prompt in any of its three forms; `options` say how to render a conversation.
 
         Raises:
             MeshError: it is too long whatever its tokens are (CONTEXT_LENGTH_EXCEEDED); the template refuses the
@@ -57,7 +58,7 @@ class Prompts:
             return await self._encode(prompt, self._plain)
         messages = [message for message in prompt if isinstance(message, ChatMessage)]
         if messages:
-            return await self._chat_tokens(messages)
+            return await self._chat_tokens(messages, options or ChatOptions())
         return [token for token in prompt if isinstance(token, int)]
 
     def _check_length(self, field: str, characters: int) -> None:
@@ -69,13 +70,16 @@ class Prompts:
                 field=field,
             )
 
-    async def _chat_tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+    async def _chat_tokens(self, messages: Sequence[ChatMessage], options: ChatOptions) -> list[int]:
         if not self.has_chat_template:
             raise MeshError(Reason.INVALID_REQUEST, "this model has no chat template", field="messages")
-        self._check_length("messages", sum(len(message.content) for message in messages))
-        disguise = _Disguise(self._special)
-        conversation = [_openai(message, disguise) for message in messages]
-        _, prompt = await self._renderer.render_messages_async(conversation, self._chat)
+        self._check_length("messages", sum(map(_characters, messages)))
+        self._check_length(
+            "chat.tools", sum(len(tool.parameters_json) + len(tool.description) for tool in options.tools)
+        )
+        disguise = Disguise(self._special)
+        conversation = [to_openai(message, disguise) for message in messages]
+        _, prompt = await self._renderer.render_messages_async(conversation, _chat_params(options, disguise))
         if "prompt_token_ids" in prompt:
             return list(prompt["prompt_token_ids"])
         tokens: list[int] = []
@@ -101,42 +105,23 @@ class Prompts:
         return list(prompt["prompt_token_ids"])
 
 
-class _Disguise:
-    """Special tokens in what messages say, hidden from the template and the tokenizer.
-
-    Each becomes a mark that nobody can guess, and that is replaced after rendering; so templates that trim or search
-    what was said still do.
-    """
-
-    def __init__(self, special: re.Pattern[str] | None) -> None:
-        self._special = special
-        self._secret = secrets.token_hex(8)
-        self._hidden: list[str] = []
-
-    def hide(self, text: str) -> str:
-        """The text with marks in place of special tokens."""
-        return text if self._special is None else self._special.sub(self._mark, text)
-
-    def _mark(self, match: re.Match[str]) -> str:
-        self._hidden.append(match[0])
-        return f"\ue000{self._secret}{len(self._hidden) - 1:x}\ue001"
-
-    def lift(self, rendered: str) -> list[tuple[str, bool]]:
-        """Pieces of the rendered text, and whether each is to be tokenized without special tokens."""
-        if not self._hidden:
-            return [(rendered, False)]
-        pieces = re.split(f"\ue000{self._secret}([0-9a-f]+)\ue001", rendered)
-        return [(self._hidden[int(piece, 16)], True) if i % 2 else (piece, False) for i, piece in enumerate(pieces)]
-
-
 def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     spelled = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
 
-def _openai(message: ChatMessage, disguise: _Disguise) -> dict[str, str]:
-    rendered = {"role": message.role, "content": disguise.hide(message.content)}
-    if message.name:
-        rendered["name"] = disguise.hide(message.name)
-    return rendered
+def _characters(message: ChatMessage) -> int:
+    said = len(message.content) + len(message.reasoning) + sum(len(call.arguments_json) for call in message.tool_calls)
+    return said + sum(len(part) for part in message.parts if isinstance(part, str))
+
+
+def _chat_params(options: ChatOptions, disguise: Disguise) -> Any:
+    arguments: dict[str, Any] = {
+        **disguise.hide_in(dict(options.template_arguments)),
+        "add_generation_prompt": options.generation_prompt,
+        "continue_final_message": options.continue_final_message,
+        "tools": disguise.hide_in([tool_to_openai(tool) for tool in options.tools]) if options.tools else None,
+        "tokenize": False,
+    }
+    return ChatParams(chat_template_kwargs=arguments, tool_choice=options.tool_choice if options.tools else None)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from services.common.errors import MeshError, Reason
@@ -21,11 +22,17 @@ from services.inference.vllm_params import Plan
 
 if TYPE_CHECKING:
     # It imports vLLM.
+    from services.inference.vllm_parsing import Reader, Reading
     from services.inference.vllm_replay import Replay
 
 __all__ = ["Stream"]
 
-_REASONS: Final = {"stop": FinishReason.STOP, "repetition": FinishReason.STOP, "length": FinishReason.LENGTH}
+_REASONS: Final = {
+    "stop": FinishReason.STOP,
+    "repetition": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "tool_calls": FinishReason.TOOL_CALLS,
+}
 _NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
 
 
@@ -45,6 +52,10 @@ class Stream:
         self._token_text = token_text
         self._cached = 0
         self._output_tokens = len(generation.emitted_token_ids)
+        self.reading: Reading | None = None
+        """How calls and thinking are read out of the output; None reads it as text."""
+        self.readers: Sequence[Reader] = ()
+        """What reads them, one for each choice; none where nothing does."""
         self._open_choices = generation.choices
         self._first: Any = None
 
@@ -100,6 +111,9 @@ class Stream:
     def take(self, output: Any, plan: Plan, replay: "Replay | None") -> bool:
         """Passes one of vLLM's outputs on; true when it was the last."""
         for completion in output.outputs:
+            if self.readers:
+                self._read(completion, self.readers[completion.index], plan, output.metrics)
+                continue
             text, ids, reason = completion.text, completion.token_ids, completion.finish_reason
             cause = completion.stop_reason
             if replay is not None:
@@ -110,6 +124,20 @@ class Stream:
             if reason is not None:
                 self._end(completion.index, reason, cause, plan, output.metrics)
         return self.closed
+
+    def _read(self, completion: Any, reader: "Reader", plan: Plan, metrics: Any) -> None:
+        reason, cause = completion.finish_reason, completion.stop_reason
+        # The reader finds a stop string itself; vLLM's reason would have it take the last token for a stop token.
+        stopped = isinstance(cause, str)
+        delta, reason = reader.feed(completion.token_ids, None if stopped else reason)
+        self._output_tokens += len(delta.token_ids)
+        logprobs = self._logprobs(delta.token_ids, completion.logprobs or ())
+        if delta.reasoning or delta.tool_calls or logprobs or self.generation.choices > 1:
+            self._sink.rich_delta(replace(delta, logprobs=logprobs, choice=completion.index))
+        elif delta.text or delta.token_ids:
+            self._sink.delta(delta.text, delta.token_ids)
+        if reason is not None:
+            self._end(completion.index, reason, reader.stop_string or cause, plan, metrics)
 
     def _deliver(self, completion: Any, text: str, ids: Sequence[int]) -> None:
         self._output_tokens += len(ids)
@@ -134,7 +162,10 @@ class Stream:
         self, reason: FinishReason, plan: Plan, stop_cause: StopCause | None, timings: Timings = _NO_TIME
     ) -> None:
         """The output is complete."""
-        usage = Usage(prompt=len(plan.prompt_token_ids), cached=self._cached, output=self._output_tokens)
+        thought = sum(reader.reasoning_tokens for reader in self.readers)
+        usage = Usage(
+            prompt=len(plan.prompt_token_ids), cached=self._cached, output=self._output_tokens, reasoning=thought
+        )
         self._sink.completed(reason, usage, timings, stop_cause)
         self.closed = True
 

@@ -22,14 +22,25 @@ from services.common.settings import (
     WatchdogSettings,
 )
 
-__all__ = ["DEMO_MODEL", "EdgeConfig", "MeshConfig", "PoolConfig", "WorkerConfig", "load_mesh", "parse_sim"]
+__all__ = [
+    "DEMO_MODEL",
+    "EdgeConfig",
+    "MeshConfig",
+    "PoolConfig",
+    "WorkerConfig",
+    "demo_model",
+    "load_mesh",
+    "parse_sim",
+]
 
 DEMO_MODEL: Final = "demo"
 """The model that the launcher makes itself when it has no path."""
 
+_DEMO_PARSER: Final = "hermes"
 _MOST_MEMORY: Final = 0.98
 # Shares such as a third are written with few digits.
 _ROUNDING: Final = 0.001
+
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -196,6 +207,11 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         if worker.engine == "vllm":
             check_engine_args(worker.engine_args, f"{where}.engine_args")
             _check_gpus(where, worker)
+
+
+def demo_model(model: ModelSettings, path: str) -> ModelSettings:
+    """What is said of a model that has no path: it is the one made here, in the folder `path`, and calls functions."""
+    return msgspec.structs.replace(model, path=path, tool_call_parser=model.tool_call_parser or _DEMO_PARSER)
 
 
 def load_mesh(path: Path) -> MeshConfig:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Final
 
-import msgspec
-
 from services.common.settings import (
     GatewaySettings,
     ProcessSettings,
@@ -15,7 +13,7 @@ from services.common.settings import (
     TelemetrySettings,
     WorkerSettings,
 )
-from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig
+from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge
 
 __all__ = ["DEMO_FOLDER", "NETWORK", "STATE_FOLDER", "Container", "containers", "edge_of"]
@@ -125,7 +123,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
 def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: str) -> Container:
     model = mesh.model(pool.model_of(worker))
     if worker.engine == "vllm" and model.path is None:
-        model = msgspec.structs.replace(model, path=DEMO_FOLDER)
+        model = demo_model(model, DEMO_FOLDER)
     settings = WorkerSettings(
         name=worker.name,
         listen=f"{_ANY}:{_GRPC}",

@@ -18,7 +18,7 @@ from services.common.settings import (
     TelemetrySettings,
     WorkerSettings,
 )
-from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig
+from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy
 from services.mesh.ports import PortPicker
@@ -121,7 +121,7 @@ class _Planner:
     def _model(self, pool: PoolConfig, worker: WorkerConfig) -> ModelSettings:
         model = self._mesh.model(pool.model_of(worker))
         if worker.engine == "vllm" and model.path is None:
-            return msgspec.structs.replace(model, path=str(self._state.demo_model.resolve()))
+            return demo_model(model, str(self._state.demo_model.resolve()))
         return model
 
     def _gateway(self, name: str, router: str) -> ProcessPlan:
