@@ -30,6 +30,9 @@ _SWEEP_SECONDS: Final = 0.05
 # A router that has just started does not know every worker yet, and has requests wait for those that we know.
 _TRUST_SECONDS: Final = 1.0
 _SILENCE_SECONDS: Final = 1.0
+# The first router is used again after it has answered so often, so many seconds apart.
+_SURE: Final = 2
+_RETURN_SECONDS: Final = 1.0
 _AWAY_REASON: Final = "the router is away: the less busy one of two workers that were ready last"
 
 
@@ -113,6 +116,8 @@ class RouterClient:
         self._away_since = clock()
         self._connected_at = clock()
         self._silent_since: float | None = None
+        self._place_of_router = 0
+        self._away_before = clock()
 
     @property
     def connected(self) -> bool:
@@ -128,14 +133,34 @@ class RouterClient:
         """Keeps the session until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sweep_often())
-            for target in itertools.cycle(self._targets):
-                try:
-                    async with channel(target) as connection:
-                        await connected(connection, within=_CONNECT_SECONDS)
-                        await self._talk(connection)
-                except (grpc.aio.AioRpcError, TimeoutError) as error:
-                    _log.debug("router session lost", extra={"router": target, "cause": repr(error)})
+            tasks.create_task(self._return_to_first())
+            while True:
+                await self._try(self._targets[self._place_of_router])
                 await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _try(self, target: str) -> None:
+        """One session with one router; afterwards it is the next one's turn, or the first one's if it had answered."""
+        following = (self._place_of_router + 1) % len(self._targets)
+        try:
+            async with channel(target) as connection:
+                await connected(connection, within=_CONNECT_SECONDS)
+                await self._talk(connection)
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            _log.debug("router session lost", extra={"router": target, "cause": repr(error)})
+        hung = self._silent_since is not None
+        answered = self._connected_at > self._away_before and not hung
+        self._away_before = self._clock()
+        self._place_of_router = 0 if answered else following
+
+    async def _return_to_first(self) -> None:
+        """Has everybody use the same router again once it is back: one that sees every request decides best."""
+        found = 0
+        while len(self._targets) > 1:
+            await asyncio.sleep(_RETURN_SECONDS)
+            found = found + 1 if self._place_of_router and await _answers(self._targets[0]) else 0
+            if found >= _SURE and self._talking is not None:
+                found = 0
+                self._talking.reschedule(asyncio.get_running_loop().time())
 
     async def _talk(self, connection: grpc.aio.Channel) -> None:
         outbox = Outbox(router_pb2.SessionRequest, max_edits=_MAX_WAITING_EDITS)
@@ -282,6 +307,15 @@ class RouterClient:
 
 def _unwanted(handle: int) -> router_pb2.Release:
     return router_pb2.Release(handle=handle, outcome=router_pb2.OUTCOME_CANCELLED)
+
+
+async def _answers(target: str) -> bool:
+    async with channel(target) as connection:
+        try:
+            await connected(connection, within=_RETURN_SECONDS)
+        except TimeoutError:
+            return False
+        return True
 
 
 def _was_rejected(granted: asyncio.Future[Lease]) -> bool:

@@ -95,6 +95,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     pools: Annotated[list[PoolConfig], Meta(min_length=1)]
     routing: Policy = Policy()
     """Which model, which pools and how well, by what a request is; may be changed while the mesh runs."""
+    routers: Annotated[int, Meta(ge=1, le=8)] = 1
+    """Replicas of the router. The first one decides; the others know the fleet, too, and step in at once."""
     edge: EdgeConfig = EdgeConfig()
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
@@ -126,7 +128,7 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         _check_unique(where, "pools", [pool.name for pool in self.pools])
         workers = [worker.name for pool in self.pools for worker in pool.workers]
         _check_unique(where, "workers of pools", workers)
-        _check_not_taken(where, workers)
+        _check_not_taken(where, workers, [*self.router_names, *self.gateway_names])
         for index, pool in enumerate(self.pools):
             self._check_pool(f"{where}: pools[{index}]", pool)
         _check_shares(where, self.pools)
@@ -145,8 +147,13 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
 
     @property
     def model_names(self) -> list[str]:
-        """The models, in order."""
-        return [model.name for model in self.models]
+        """The models and their adapters, in order."""
+        return [name for model in self.models for name in (model.name, *(adapter.name for adapter in model.adapters))]
+
+    @property
+    def router_names(self) -> list[str]:
+        """The replicas of the router, the one that is used first."""
+        return ["router", *(f"router-{number}" for number in range(1, self.routers))]
 
     @property
     def worker_count(self) -> int:
@@ -302,8 +309,8 @@ def _check_unique(where: str, key: str, names: list[str]) -> None:
         raise ConfigError(f"{where}: {key}: the name {twice[0]!r} is there twice")
 
 
-def _check_not_taken(where: str, workers: list[str]) -> None:
-    taken = sorted({"telemetry", "router", "gateway", "envoy"}.intersection(workers))
+def _check_not_taken(where: str, workers: list[str], others: list[str]) -> None:
+    taken = sorted({"telemetry", *others, "envoy"}.intersection(workers))
     if taken:
         raise ConfigError(f"{where}: workers of pools: the name {taken[0]!r} belongs to another process of the mesh")
 

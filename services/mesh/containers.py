@@ -62,6 +62,8 @@ def edge_of(mesh: MeshConfig) -> Edge:
         gateways=tuple(f"{name}:{_HTTP}" for name in mesh.gateway_names),
         router=f"router:{_GRPC}",
         picker=f"router:{_PICKER}",
+        standby_routers=tuple(f"{name}:{_GRPC}" for name in mesh.router_names[1:]),
+        standby_pickers=tuple(f"{name}:{_PICKER}" for name in mesh.router_names[1:]),
         telemetry=f"telemetry:{_GRPC}",
         workers=tuple(f"{one.address}:{_GRPC}" for one in _containers(mesh) if one.worker is not None),
         fallback=f"127.0.0.1:{_FALLBACK}",
@@ -79,19 +81,20 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         redis_url=mesh.redis_url or _REDIS_URL,
     )
     yield Container(name="telemetry", service="telemetry", address=next(hosts), settings=telemetry)
-    router = RouterSettings(
-        name="router",
-        listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{_METRICS}",
-        otlp_endpoint=mesh.otlp_endpoint,
-        picker=f"{_ANY}:{_PICKER}",
-        telemetry=[f"telemetry:{_GRPC}"],
-        routing=mesh.routing,
-        pools=mesh.pool_names,
-        models=mesh.model_names,
-        expected_workers=mesh.worker_count,
-    )
-    yield Container(name="router", service="router", address=next(hosts), settings=router)
+    for name in mesh.router_names:
+        router = RouterSettings(
+            name=name,
+            listen=f"{_ANY}:{_GRPC}",
+            metrics=f"{_ANY}:{_METRICS}",
+            otlp_endpoint=mesh.otlp_endpoint,
+            picker=f"{_ANY}:{_PICKER}",
+            telemetry=[f"telemetry:{_GRPC}"],
+            routing=mesh.routing,
+            pools=mesh.pool_names,
+            models=mesh.model_names,
+            expected_workers=mesh.worker_count,
+        )
+        yield Container(name=name, service="router", address=next(hosts), settings=router)
     for name in mesh.gateway_names:
         yield _gateway(mesh, name, next(hosts))
     for pool in mesh.pools:
@@ -106,7 +109,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
         metrics=f"{_ANY}:{_METRICS}",
         otlp_endpoint=mesh.otlp_endpoint,
         http=f"{_ANY}:{_HTTP}",
-        routers=[f"router:{_GRPC}"],
+        routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
         journal=f"{STATE_FOLDER}/journal-{name}",
         replicas=mesh.gateways,
@@ -130,7 +133,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         metrics=f"{_ANY}:{_METRICS}",
         otlp_endpoint=mesh.otlp_endpoint,
         advertise=f"{address}:{_GRPC}",
-        routers=[f"router:{_GRPC}"],
+        routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         pool=pool.name,
         model=model,
         engine=worker.engine,

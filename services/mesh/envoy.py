@@ -32,6 +32,10 @@ class Edge:
     picker: str
     """The router's endpoint picker for the edge."""
     telemetry: str
+    standby_routers: tuple[str, ...] = ()
+    """Replicas of the router, which are used while those before them are away."""
+    standby_pickers: tuple[str, ...] = ()
+    """Their endpoint pickers."""
     workers: tuple[str, ...] = ()
     """Workers that are known before any has registered; they are used while the router is away. Each is `ip:port`."""
     fallback: str | None = None
@@ -55,8 +59,8 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
             "clusters": [
                 *clusters(
                     gateways=edge.gateways,
-                    router=edge.router,
-                    picker=edge.picker,
+                    routers=(edge.router, *edge.standby_routers),
+                    pickers=(edge.picker, *edge.standby_pickers),
                     telemetry=edge.telemetry,
                 ),
                 *([] if edge.fallback is None else [fallback_cluster(edge.workers)]),

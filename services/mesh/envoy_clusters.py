@@ -12,16 +12,30 @@ __all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "balanced", "clusters", "
 DESTINATION_NAMESPACE: Final = "envoy.lb"
 DESTINATION_KEY: Final = "x-gateway-destination-endpoint"
 
+# A process that is gone is noticed at once, one that hangs by those who ask it.
+_IS_THERE: Final = {
+    "timeout": "0.5s",
+    "interval": "0.25s",
+    "no_traffic_interval": "0.25s",
+    "unhealthy_threshold": 1,
+    "healthy_threshold": 2,
+    "tcp_health_check": {},
+}
 _BUFFER_BYTES: Final = 32 << 10
 _MANY: Final = 100_000
 
 
-def clusters(*, gateways: Sequence[str], router: str, picker: str, telemetry: str) -> list[dict[str, Any]]:
-    """Every cluster but the tracing collector; addresses are `host:port`."""
+def clusters(
+    *, gateways: Sequence[str], routers: Sequence[str], pickers: Sequence[str], telemetry: str
+) -> list[dict[str, Any]]:
+    """Every cluster but the tracing collector; addresses are `host:port`.
+
+    Requests are shared among gateways; of several routers the first one that is there is used.
+    """
     return [
         _gateways(gateways),
-        _fixed("router", router, _HTTP2),
-        _fixed("picker", picker, _HTTP2),
+        _first_of("router", routers),
+        _first_of("picker", pickers),
         _fixed("telemetry", telemetry, _HTTP2),
         _workers(),
     ]
@@ -88,6 +102,24 @@ def _gateways(addresses: Sequence[str]) -> dict[str, Any]:
                 "http_health_check": {"path": "/readyz"},
             }
         ],
+    }
+
+
+def _first_of(name: str, addresses: Sequence[str]) -> dict[str, Any]:
+    """Replicas of which the first that is there gets everything: one that sees every request decides best."""
+    cluster = _fixed(name, addresses[0], _HTTP2)
+    if len(addresses) == 1:
+        return cluster
+    levels = [
+        {"priority": level, "lb_endpoints": [{"endpoint": {"address": socket_address(address)}}]}
+        for level, address in enumerate(addresses)
+    ]
+    return {
+        **cluster,
+        "connect_timeout": "0.25s",
+        "load_assignment": {"cluster_name": name, "endpoints": levels},
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "health_checks": [_IS_THERE],
     }
 
 

@@ -72,18 +72,19 @@ class _Planner:
         """In the order in which a request needs them last to first."""
         telemetry = self._python("telemetry", "telemetry", TelemetrySettings, redis_url=self._mesh.redis_url)
         yield telemetry
-        router = self._router(_grpc(telemetry))
-        yield router
-        workers = [self._worker(pool, worker, _grpc(router)) for pool in self._mesh.pools for worker in pool.workers]
+        routers = [self._router(name, _grpc(telemetry)) for name in self._mesh.router_names]
+        yield from routers
+        addresses = [_grpc(router) for router in routers]
+        workers = [self._worker(pool, worker, addresses) for pool in self._mesh.pools for worker in pool.workers]
         yield from workers
-        gateways = [self._gateway(name, _grpc(router)) for name in self._mesh.gateway_names]
+        gateways = [self._gateway(name, addresses) for name in self._mesh.gateway_names]
         yield from gateways
-        yield self._envoy(telemetry=telemetry, router=router, gateways=gateways, workers=workers)
+        yield self._envoy(telemetry=telemetry, routers=routers, gateways=gateways, workers=workers)
 
-    def _router(self, telemetry: str) -> ProcessPlan:
+    def _router(self, name: str, telemetry: str) -> ProcessPlan:
         port = self._ports.pick()
         return self._python(
-            "router",
+            name,
             "router",
             RouterSettings,
             more_ports={"picker": port},
@@ -96,7 +97,7 @@ class _Planner:
             expected_workers=self._mesh.worker_count,
         )
 
-    def _worker(self, pool: PoolConfig, worker: WorkerConfig, router: str) -> ProcessPlan:
+    def _worker(self, pool: PoolConfig, worker: WorkerConfig, routers: list[str]) -> ProcessPlan:
         port = self._ports.pick()
         return self._python(
             worker.name,
@@ -106,7 +107,7 @@ class _Planner:
             label=worker.engine,
             start_seconds=_VLLM_START_SECONDS if worker.engine == "vllm" else _START_SECONDS,
             advertise=f"{_HOST}:{port}",
-            routers=[router],
+            routers=routers,
             pool=pool.name,
             model=self._model(pool, worker),
             engine=worker.engine,
@@ -124,7 +125,7 @@ class _Planner:
             return demo_model(model, str(self._state.demo_model.resolve()))
         return model
 
-    def _gateway(self, name: str, router: str) -> ProcessPlan:
+    def _gateway(self, name: str, routers: list[str]) -> ProcessPlan:
         port = self._ports.pick()
         return self._python(
             name,
@@ -133,7 +134,7 @@ class _Planner:
             more_ports={"http": port},
             ready=http_ok(f"http://{_HOST}:{port}/readyz"),
             http=f"{_HOST}:{port}",
-            routers=[router],
+            routers=routers,
             database=database_of(self._mesh, self._state),
             journal=str(self._state.folder.resolve() / f"journal-{name}"),
             replicas=self._mesh.gateways,
@@ -184,7 +185,12 @@ class _Planner:
         )
 
     def _envoy(
-        self, *, telemetry: ProcessPlan, router: ProcessPlan, gateways: list[ProcessPlan], workers: list[ProcessPlan]
+        self,
+        *,
+        telemetry: ProcessPlan,
+        routers: list[ProcessPlan],
+        gateways: list[ProcessPlan],
+        workers: list[ProcessPlan],
     ) -> ProcessPlan:
         ports = {
             "http": self._mesh.edge.port,
@@ -195,8 +201,10 @@ class _Planner:
             listen=f"{self._mesh.edge.host}:{ports['http']}",
             admin=f"{_HOST}:{ports['admin']}",
             gateways=tuple(f"{_HOST}:{gateway.ports['http']}" for gateway in gateways),
-            router=_grpc(router),
-            picker=f"{_HOST}:{router.ports['picker']}",
+            router=_grpc(routers[0]),
+            picker=_picker(routers[0]),
+            standby_routers=tuple(_grpc(router) for router in routers[1:]),
+            standby_pickers=tuple(_picker(router) for router in routers[1:]),
             telemetry=_grpc(telemetry),
             workers=tuple(_grpc(worker) for worker in workers),
             fallback=f"{_HOST}:{ports['fallback']}",
@@ -214,6 +222,10 @@ class _Planner:
             ports=ports,
             ready=http_ok(f"http://{_HOST}:{ports['admin']}/ready"),
         )
+
+
+def _picker(plan: ProcessPlan) -> str:
+    return f"{_HOST}:{plan.ports['picker']}"
 
 
 def _grpc(plan: ProcessPlan) -> str:

@@ -65,7 +65,7 @@ def test_mesh_json_has_one_entry_for_each_process(mesh: Mesh) -> None:
         assert psutil.Process(process["pid"]).ppid() == launcher_of(mesh)
     assert listed["worker-0"]["ports"].keys() == {"grpc", "metrics"}
     assert listed["gateway"]["ports"].keys() == {"grpc", "http", "metrics"}
-    assert listed["envoy"]["ports"].keys() == {"http", "admin"}
+    assert listed["envoy"]["ports"].keys() == {"http", "admin", "fallback"}
     assert state["edge"] == f"http://127.0.0.1:{listed['envoy']['ports']['http']}"
     assert (mesh.state_dir / "mesh.json").stat().st_mode & 0o777 == 0o600
     assert (mesh.state_dir / "admin_key").stat().st_mode & 0o777 == 0o600

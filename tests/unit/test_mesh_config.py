@@ -278,6 +278,26 @@ def test_a_policy_that_changes_in_the_file_is_handed_on_and_a_wrong_one_is_told_
     assert json.loads(state.policy.read_text()) == {"aliases": {"chat": "demo"}}
 
 
+def test_every_replica_of_the_router_is_known_to_workers_gateway_and_edge(tmp_path: Path) -> None:
+    mesh = load(tmp_path, "routers: 2" + EXAMPLE)
+    plans = {plan.name: plan for plan in plan_processes(mesh, State(tmp_path))}
+    configs: dict[str, dict[str, Any]] = {name: json.loads(plan.config) for name, plan in plans.items()}
+    addresses = [f"127.0.0.1:{plans[name].ports['grpc']}" for name in ("router", "router-1")]
+    assert configs["gateway"]["routers"] == configs["sim-0"]["routers"] == addresses
+    clusters = {cluster["name"]: cluster for cluster in configs["envoy"]["static_resources"]["clusters"]}
+    for name, port in (("router", "grpc"), ("picker", "picker")):
+        levels = clusters[name]["load_assignment"]["endpoints"]
+        ports = [
+            level["lb_endpoints"][0]["endpoint"]["address"]["socket_address"]["port_value"]
+            for level in sorted(levels, key=lambda level: level["priority"])
+        ]
+        assert ports == [plans[router].ports[port] for router in ("router", "router-1")]
+    services = compose_file(mesh)["services"]
+    assert {"router", "router-1"} <= services.keys()
+    gateway = json.loads(compose_file(mesh)["configs"]["gateway"]["content"].replace("$$", "$"))
+    assert gateway["routers"] == ["router:50051", "router-1:50051"]
+
+
 def test_the_committed_compose_file_is_what_its_mesh_yaml_gives() -> None:
     folder = ROOT / "deploy" / "compose"
     assert yaml.safe_load((folder / "compose.yaml").read_text()) == compose_file(load_mesh(folder / "mesh.yaml"))
