@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
 from services.common.errors import MeshError
-from services.mesh import explain, keys, policies, render, up, workers
+from services.mesh import explain, keys, plan_command, policies, render, up, workers
 
 __all__ = ["main"]
 
@@ -54,6 +54,7 @@ def _parser() -> ArgumentParser:
     _add_policy(commands)
     _add_explain(commands)
     _add_render(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -160,6 +161,28 @@ def _add_render(commands: Any) -> None:
         target = _command(targets, name, run, about)
         target.add_argument("--config", type=Path, required=True, metavar="FILE", help="a mesh.yaml")
         target.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+
+
+def _add_plan(commands: Any) -> None:
+    command = _command(commands, "plan", plan_command.plan, "whether a model fits a GPU; whether a mesh.yaml is right")
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="a mesh.yaml: checked, and each of its vLLM workers"
+    )
+    command.add_argument("--model", metavar="PATH", help="a folder, or a Hugging Face id that was downloaded before")
+    command.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 24GiB")
+    command.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="default: 0.8")
+    for name, about in (
+        ("--tensor-parallel-size", "GPUs that each layer is spread over; default: 1"),
+        ("--pipeline-parallel-size", "GPUs that the layers are spread over; default: 1"),
+        ("--max-model-len", "longest sequence, in tokens; default: the model's own"),
+        ("--typical-length", "a usual sequence, in tokens; default: 2048"),
+    ):
+        command.add_argument(name, type=int, metavar="N", help=about)
+    command.add_argument("--dtype", metavar="TYPE", help="what the model runs in; default: what it was saved in")
+    command.add_argument(
+        "--kv-cache-dtype", metavar="TYPE", help="what the KV cache holds; default: what the model runs in"
+    )
+    command.add_argument("--json", action="store_true")
 
 
 def _port(text: str) -> int:

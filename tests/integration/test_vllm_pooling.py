@@ -13,6 +13,8 @@ from services.common.errors import MeshError, Reason
 from services.inference.engine import Capability, Engine, Generation, Sampling
 from services.inference.pooling import EmbedJob, Pooler, ScoreJob
 from services.inference.vllm_engine import VllmEngine
+from services.mesh.checkpoint import read_checkpoint
+from services.mesh.kv_cache import kv_cache
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import worker_settings
 from tests.support.sinks import Kept
@@ -20,6 +22,7 @@ from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.timeout(240),
     pytest.mark.asyncio(loop_scope="module"),
     *(pytest.mark.filterwarnings(f"ignore:::{package}") for package in ("torch", "vllm", "transformers", "importlib")),
 ]
@@ -61,6 +64,14 @@ async def test_the_card_says_that_it_embeds_and_scores_and_does_not_generate(eng
     assert (card.embedding_dimensions, card.max_context_tokens, card.max_running) == (64, 256, 4)
     generation = Generation(id="g", model="demo", prompt="x", kind="text", sampling=Sampling())
     assert (await refusal(engine.submit(generation, Kept()))).reason == Reason.UNIMPLEMENTED
+
+
+async def test_the_plan_reckons_with_as_many_blocks_of_kv_cache_as_vllm_makes(engine: VllmEngine) -> None:
+    checkpoint = read_checkpoint(str(demo_model()))
+    cache = kv_cache(checkpoint.config, dtype_bytes=4, tensor_parallel=1, pipeline_parallel=1)
+    made = engine._backend.llm.vllm_config.cache_config
+    assert made.num_gpu_blocks == made.kv_cache_memory_bytes // (cache.bytes_per_token * made.block_size)
+    assert engine.card.kv_cache_tokens == made.kv_cache_memory_bytes // cache.bytes_per_token
 
 
 async def test_texts_and_their_tokens_give_the_same_unit_vectors_alone_and_together(engine: VllmEngine) -> None:

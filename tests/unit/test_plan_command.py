@@ -1,0 +1,264 @@
+"""The arithmetic of `tokenloom plan`, against what is known of public models and of a checkpoint made here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.config import ConfigError
+from services.mesh.__main__ import main
+from services.mesh.checkpoint import read_checkpoint
+from services.mesh.fit import fit, parse_memory
+from services.mesh.kv_cache import kv_cache
+
+GIB = 1 << 30
+LLAMA_3_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+QWEN_25_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "sliding_window": None,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+}
+DEEPSEEK_V3 = {
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "hidden_size": 7168,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+}
+GEMMA_3_27B = {
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+}
+GPT_OSS_20B = {
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+}
+QWEN3_NEXT = {
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+}
+JAMBA = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "attn_layer_period": 8,
+    "attn_layer_offset": 4,
+}
+
+# Bytes a token with 16-bit values: in layers that keep everything, and in those that keep a window.
+KNOWN: list[tuple[str, dict[str, Any], int, int]] = [
+    ("Llama-3-8B", LLAMA_3_8B, 131_072, 0),
+    ("Qwen2.5-7B", QWEN_25_7B, 57_344, 0),
+    ("Mixtral-8x7B", MIXTRAL_8X7B, 131_072, 0),
+    ("DeepSeek-V3", DEEPSEEK_V3, 70_272, 0),
+    ("gemma-3-27b", GEMMA_3_27B, 81_920, 425_984),
+    ("gpt-oss-20b", GPT_OSS_20B, 24_576, 24_576),
+    ("Qwen3-Next-80B", QWEN3_NEXT, 24_576, 0),
+    ("Jamba-v0.1", JAMBA, 16_384, 0),
+]
+
+
+def cache(config: dict[str, Any], *, dtype_bytes: float = 2, tensor: int = 1, pipeline: int = 1) -> Any:
+    return kv_cache(config, dtype_bytes=dtype_bytes, tensor_parallel=tensor, pipeline_parallel=pipeline)
+
+
+@pytest.mark.parametrize(("name", "config", "full", "sliding"), KNOWN, ids=[name for name, *_ in KNOWN])
+def test_the_kv_cache_of_well_known_models(name: str, config: dict[str, Any], full: int, sliding: int) -> None:
+    del name
+    found = cache(config)
+    assert (found.full_bytes, found.sliding_bytes) == (full, sliding)
+    assert cache(config, dtype_bytes=1).bytes_per_token == (full + sliding) / 2
+
+
+def test_gpus_share_heads_and_layers_but_not_a_latent_vector() -> None:
+    assert cache(LLAMA_3_8B, tensor=2).full_bytes == 65_536
+    assert cache(LLAMA_3_8B, tensor=16).full_bytes == 16_384
+    assert cache(LLAMA_3_8B, pipeline=2).full_bytes == 65_536
+    assert cache(DEEPSEEK_V3, tensor=8).full_bytes == 70_272
+
+
+def test_windows_bound_what_a_long_sequence_takes() -> None:
+    found = cache(GEMMA_3_27B)
+    assert found.sequence_bytes(100) == 100 * (81_920 + 425_984)
+    assert found.sequence_bytes(10_000) == 10_000 * 81_920 + 1024 * 425_984
+
+
+def folder(path: Path, config: dict[str, Any], tensors: dict[str, tuple[str, list[int], int]] | None = None) -> Path:
+    """A model's folder; tensors by name: their type, shape and bytes. Their values are a hole in the file."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        header, at = {}, 0
+        for name, (kind, shape, size) in tensors.items():
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
+def test_weights_are_read_off_the_files_and_cast_to_what_the_model_runs_in(tmp_path: Path) -> None:
+    tensors = {"a": ("F32", [1000, 10], 40_000), "b": ("BF16", [500], 1000)}
+    checkpoint = read_checkpoint(str(folder(tmp_path, LLAMA_3_8B, tensors)))
+    assert checkpoint.parameters == 10_500
+    assert checkpoint.weight_bytes(2.0)[0] == 21_000
+    assert checkpoint.weight_bytes(4.0)[0] == 42_000
+
+
+def test_quantised_weights_stay_as_they_are_stored(tmp_path: Path) -> None:
+    config = {**LLAMA_3_8B, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    tensors = {"qweight": ("I32", [1000, 10], 40_000), "scales": ("F16", [100], 200)}
+    checkpoint = read_checkpoint(str(folder(tmp_path, config, tensors)))
+    weights, known_by = checkpoint.weight_bytes(2.0)
+    assert weights == 40_200
+    assert "awq" in known_by
+
+
+@pytest.mark.parametrize(("config", "billions"), [(LLAMA_3_8B, 8.03), (QWEN_25_7B, 7.61), (MIXTRAL_8X7B, 46.7)])
+def test_without_files_the_weights_are_estimated_with_a_fifth_on_top(
+    tmp_path: Path, config: dict[str, Any], billions: float
+) -> None:
+    checkpoint = read_checkpoint(str(folder(tmp_path, config)))
+    assert checkpoint.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    weights, known_by = checkpoint.weight_bytes(2.0)
+    assert weights == pytest.approx(checkpoint.parameters * 2.4)
+    assert "estimated" in known_by
+
+
+def test_the_sum_adds_up(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(str(folder(tmp_path, LLAMA_3_8B, {"w": ("BF16", [8 * 10**9], 16 * 10**9)})))
+    found = fit(checkpoint, gpu_bytes=24 * GIB, share=0.8, arguments={})
+    assert found.weight_bytes + found.overhead_bytes + found.cache_bytes == pytest.approx(0.8 * 24 * GIB)
+    assert found.cache_tokens == int(found.cache_bytes // 131_072)
+    assert found.at_max_len == found.cache_tokens // 8192
+    assert found.fits
+    two = fit(checkpoint, gpu_bytes=24 * GIB, share=0.8, arguments={"tensor_parallel_size": 2})
+    assert two.weight_bytes == 8 * 10**9
+    assert two.cache_tokens > 4 * found.cache_tokens
+    halved = fit(checkpoint, gpu_bytes=24 * GIB, share=0.8, arguments={"kv_cache_dtype": "fp8"})
+    assert halved.cache_tokens == pytest.approx(2 * found.cache_tokens, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("512 MiB", GIB // 2), ("7", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "24 apples"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory"):
+        parse_memory(text)
+
+
+def test_the_command_says_in_words_and_by_its_exit_code_whether_a_model_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(folder(tmp_path, LLAMA_3_8B, {"w": ("BF16", [8 * 10**9], 16 * 10**9)}))
+    assert main(["plan", "--model", model, "--gpu-memory", "24GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "8.00 billion parameters" in said
+    assert "128.0 KiB a token" in said
+    assert "it fits" in said
+    assert main(["plan", "--model", model, "--gpu-memory", "16GiB"]) == 1
+    assert "it does not fit: weights and allowance are" in capsys.readouterr().out
+    assert main(["plan", "--model", model, "--gpu-memory", "24GiB", "--max-model-len", "200000"]) == 1
+    assert "with max_model_len" in capsys.readouterr().out
+    assert main(["plan", "--model", model]) == 0
+    assert "--gpu-memory" in capsys.readouterr().out
+    assert main(["plan", "--model", model, "--gpu-memory", "24GiB", "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["models"]
+    assert answer["fits"] is True
+    assert answer["kv_cache_bytes_per_token"] == 131_072
+
+
+def test_the_command_checks_a_mesh_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder(tmp_path / "big", LLAMA_3_8B, {"w": ("BF16", [8 * 10**9], 16 * 10**9)})
+    config = tmp_path / "mesh.yaml"
+    text = (
+        "models: [{name: big, path: ./big}]\n"
+        "pools: [{name: p, serves: [big], workers: [{name: w, gpu: 0, engine_args: {max_model_len: 4096}}]}]\n"
+    )
+    config.write_text(text)
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "mesh.yaml is right" in capsys.readouterr().out
+    assert main(["plan", "--config", str(config), "--gpu-memory", "24GiB"]) == 0
+    assert "of 4,096 tokens" in capsys.readouterr().out
+    assert main(["plan", "--config", str(config), "--gpu-memory", "12GiB"]) == 1
+    capsys.readouterr()
+    config.write_text(text.replace("max_model_len", "max_model_length"))
+    assert main(["plan", "--config", str(config)]) == 2
+    assert "did you mean max_model_len?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--model"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "{model}", "--gpu-memory", "lots"], "--gpu-memory"),
+        (["--model", "{model}", "--gpu-memory-utilization", "2"], "--gpu-memory-utilization"),
+        (["--model", "{model}", "--tensor-parallel-size", "0"], "tensor_parallel_size"),
+        (["--model", "{model}", "--kv-cache-dtype", "fp9"], "did you mean"),
+        (["--model", "{model}", "--config", "x"], "either"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    model = str(folder(tmp_path, LLAMA_3_8B))
+    assert main(["plan", *(argument.format(model=model) for argument in arguments)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path, LLAMA_3_8B)
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ConfigError, match="not a safetensors file"):
+        read_checkpoint(str(path))
