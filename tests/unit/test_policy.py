@@ -1,12 +1,14 @@
 """The routing policy's shape: what is taken, and what is refused by the key at fault."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from services.common.config import ConfigError
-from services.common.policy import MAX_POLICY_BYTES, Policy, parse_policy, policy_json
+from services.common.policy import MAX_POLICY_BYTES, Policy, parse_policy, policy_from, policy_json
 
 RULE = {"name": "r", "pools": ["small"]}
 
@@ -78,3 +80,11 @@ def test_a_policy_is_the_same_after_a_way_through_json() -> None:
     )
     assert parse_policy(policy_json(policy)) == policy
     assert list(policy.smaller("big")) == ["medium", "tiny"]
+
+
+def test_the_documented_policy_is_valid() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = [part for part in readme.split("```") if part.startswith("yaml\nrouting:")]
+    policy = policy_from(yaml.safe_load(block.removeprefix("yaml"))["routing"], where="routing")
+    policy.check("routing", pools=["small", "large"], models=["llama", "llama-next", "llama-small"])
+    assert [rule.name for rule in policy.rules] == ["embeddings", "short", "long"]

@@ -360,7 +360,9 @@ class Grant(_message.Message):
     reason: _builtins.str
     """Why this worker, in one line."""
     model: _builtins.str
-    """The model to ask that worker for: another name than the acquire's where that was an alias, a version or degraded."""
+    """The model to ask that worker for: another name than the acquire's where that was an alias, a version or degraded.
+    What this model has begun, only it can go on with: a later attempt asks for it by this name.
+    """
     degraded: _builtins.bool
     """Whether a smaller model answers than was asked for."""
     output_token_limit: _builtins.int
@@ -552,7 +554,9 @@ class Registration(_message.Message):
     another address and is still heard of: then it is ALREADY_EXISTS.
     """
     endpoint: _builtins.str
-    """Its gRPC address as gateways and the edge reach it: `ip:port`."""
+    """Its gRPC address as gateways and the edge reach it: `ip:port`. It is believed: whoever reaches this service can have
+    requests sent to any address, so nobody outside the mesh may reach it.
+    """
     engine: _builtins.str
     """The kind of engine: "vllm" or "sim"."""
     pool: _builtins.str
