@@ -5,6 +5,7 @@ import sys
 from contextlib import AsyncExitStack
 
 import grpc.aio
+from envoy.service.accesslog.v3 import als_pb2_grpc
 from envoy.service.auth.v3 import external_auth_pb2_grpc
 from prometheus_client import CollectorRegistry
 
@@ -13,6 +14,7 @@ from services.common.keystore import KeyStore
 from services.common.metrics import serve_metrics
 from services.common.rpc import serve
 from services.common.settings import GatewaySettings
+from services.gateway.access_log import AccessLogServicer
 from services.gateway.app import App
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
 from services.gateway.bookkeeping import bookkeeping
@@ -34,10 +36,12 @@ from services.gateway.router_client import RouterClient
 from services.gateway.routes import Route, Routes
 from services.gateway.server import serve_http
 from services.gateway.stored import LateDatabase
+from services.gateway.typed_lane import TypedAccounts
 from services.gateway.worker_calls import WorkerCalls
 from services.gateway.worker_sessions import WorkerSessions
 
 _AUTHORIZATION = "envoy.service.auth.v3.Authorization"
+_ACCESS_LOG = "envoy.service.accesslog.v3.AccessLogService"
 
 
 async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
@@ -76,7 +80,8 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 jobs=jobs,
             )
             running.append(tasks.create_task(jobs.run(InnerCalls(routes, books.accounts, guardrails))))
-            authorization = HttpAuthorization(authenticator, guardrails)
+            typed = TypedAccounts(books.accounts)
+            authorization = HttpAuthorization(authenticator, guardrails, typed)
             app = App(
                 routes=routes,
                 authenticator=authenticator,
@@ -91,7 +96,8 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 external_auth_pb2_grpc.add_AuthorizationServicer_to_server(
                     AuthorizationServicer(authenticator, guardrails), server
                 )
-                return [_AUTHORIZATION]
+                als_pb2_grpc.add_AccessLogServiceServicer_to_server(AccessLogServicer(typed), server)
+                return [_AUTHORIZATION, _ACCESS_LOG]
 
             async with (
                 serve(settings.listen, register) as checks,

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -12,7 +12,7 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 from services.common.ledger import UsageRow, month_of
-from services.common.quota import KeyLimits
+from services.common.quota import NO_LIMITS, KeyLimits
 from services.common.settings import LedgerSettings
 from services.gateway.http import ClientLeftError
 from services.gateway.identity import Identity
@@ -78,7 +78,7 @@ class Account:
         self._accounts = accounts
         self.identity = identity
         self._row = UsageRow(
-            id=secrets.token_hex(12),
+            id=accounts.new_id(),
             request_id=request_id,
             time=now,
             month=month_of(now),
@@ -119,8 +119,19 @@ class Account:
         if self._is_open:
             return
         self._reservation = await self._accounts.admit(self.identity, prompt_tokens, output_tokens, self._show)
+        if model:
+            self._row = msgspec.structs.replace(self._row, model=model)
+        self._enter()
+
+    def enter_now(self) -> bool:
+        """Lets a request in whose key has no limits; False, and nothing happens, where it has."""
+        if self.identity.limits != NO_LIMITS:
+            return False
+        self._enter()
+        return True
+
+    def _enter(self) -> None:
         self._is_open = True
-        self._row = msgspec.structs.replace(self._row, model=model)
         self._accounts.journal.open(self._row)
 
     def add(self, spent: Spent, *, is_complete: bool) -> None:
@@ -140,44 +151,36 @@ class Account:
         self._accounts.release(self._written, self._reservation)
 
     def _write(self, outcome: str) -> None:
-        self._written = self._finished(outcome)
+        row = msgspec.structs.replace(self._row, outcome=outcome, duration_seconds=monotonic() - self._began)
+        self._written = self._accounts.charged(row, self._spent)
         self._accounts.write(self._written)
-
-    def _finished(self, outcome: str) -> UsageRow:
-        prices, row, spent = self._accounts.prices, self._row, self._spent
-        seconds = [prices.gpu_seconds(each) for each in spent]
-        cost = sum(prices.cost(each.worker, part) for each, part in zip(spent, seconds, strict=True))
-        first = spent[0] if spent else Spent(worker="")
-        return msgspec.structs.replace(
-            row,
-            model=first.model or row.model,
-            worker=first.worker,
-            prompt_tokens=sum(each.prompt_tokens for each in spent),
-            cached_tokens=sum(each.cached_tokens for each in spent),
-            output_tokens=sum(each.output_tokens for each in spent),
-            ttft_seconds=first.ttft_seconds,
-            tpot_seconds=first.tpot_seconds,
-            queue_seconds=first.queue_seconds,
-            prefill_seconds=sum(each.prefill_seconds for each in spent),
-            duration_seconds=monotonic() - self._began,
-            gpu_seconds=sum(seconds),
-            outcome=outcome,
-            cost=cost,
-        )
 
 
 class Accounts:
     """Lets requests in, within their keys' limits, and keeps account of them."""
 
     def __init__(
-        self, limiter: Limiter, journal: Journal, spending: Spending, prices: Prices, metrics: GatewayMetrics
+        self,
+        limiter: Limiter,
+        journal: Journal,
+        spending: Spending,
+        prices: Prices,
+        metrics: GatewayMetrics,
+        *,
+        name: str,
     ) -> None:
-        self.prices = prices
+        """`name` of this gateway: ids of accounts begin with it, and the edge tells by that whom to tell the end."""
+        self._name = name
+        self._prices = prices
         self.journal = journal
         self._limiter = limiter
         self._spending = spending
         self._metrics = metrics
         self._guesses: dict[str, float] = {}
+
+    def new_id(self) -> str:
+        """An id that no other account has."""
+        return f"{self._name}.{secrets.token_hex(12)}"
 
     def begin(
         self, identity: Identity, *, request_id: str, lane: Lane, endpoint: str, show: Show | None = None
@@ -207,6 +210,27 @@ class Accounts:
             self._metrics.limited.labels(decision.which).inc()
             raise _over_limit(decision, limits)
         return reservation
+
+    def charged(self, row: UsageRow, spent: Sequence[Spent]) -> UsageRow:
+        """A row with what its generations took, and what that costs."""
+        if not spent:
+            return row
+        seconds = [self._prices.gpu_seconds(each) for each in spent]
+        first = spent[0]
+        return msgspec.structs.replace(
+            row,
+            model=first.model or row.model,
+            worker=first.worker,
+            prompt_tokens=sum(each.prompt_tokens for each in spent),
+            cached_tokens=sum(each.cached_tokens for each in spent),
+            output_tokens=sum(each.output_tokens for each in spent),
+            ttft_seconds=first.ttft_seconds,
+            tpot_seconds=first.tpot_seconds,
+            queue_seconds=first.queue_seconds,
+            prefill_seconds=sum(each.prefill_seconds for each in spent),
+            gpu_seconds=sum(seconds),
+            cost=sum(self._prices.cost(each.worker, part) for each, part in zip(spent, seconds, strict=True)),
+        )
 
     def write(self, row: UsageRow) -> None:
         """Notes what a request took."""

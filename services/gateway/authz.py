@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import MutableMapping
 from functools import lru_cache
 from typing import Any, Final
@@ -13,10 +14,12 @@ from envoy.type.v3 import http_status_pb2
 from google.rpc import status_pb2
 
 from services.common.errors import MeshError, Reason
+from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
 from services.gateway.guardrails import Guardrails
 from services.gateway.http import Receive, Request, Send
 from services.gateway.identity import Authenticator, Identity
+from services.gateway.typed_lane import ACCOUNT_HEADER, TypedAccounts
 
 __all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization"]
 
@@ -24,6 +27,8 @@ AUTHORIZATION_PATH: Final = "/authz/"
 """Where checks over HTTP come in; what follows is the path that the client asked for."""
 _RIGHT: Final = b"x-tokenloom-right"
 _FORM: Final = b"x-tokenloom-form"
+_REQUEST_ID: Final = b"x-request-id"
+_ACCOUNT: Final = ACCOUNT_HEADER.encode()
 _REMOVED: Final = (b"x-envoy-auth-headers-to-remove", b"authorization")
 _INFERENCE: Final = "inference"
 """The right that the routes to workers need."""
@@ -64,11 +69,15 @@ class HttpAuthorization:
     which the refusal has.
     """
 
-    def __init__(self, authenticator: Authenticator, guardrails: Guardrails) -> None:
+    def __init__(
+        self, authenticator: Authenticator, guardrails: Guardrails, accounts: TypedAccounts | None = None
+    ) -> None:
+        """`accounts`: calls are held to their keys' limits, and kept account of; None: they are not."""
         self._authenticator = authenticator
         self._guardrails = guardrails
+        self._accounts = accounts
 
-    def known_answer(self, headers: _Headers) -> bytes | None:
+    def known_answer(self, url: bytes, headers: _Headers) -> bytes | None:
         """The whole HTTP answer to a check that passes and needs no waiting; None: ask in the usual way."""
         keys = [value for name, value in headers if name == b"authorization"]
         rights = [value for name, value in headers if name == _RIGHT]
@@ -77,24 +86,49 @@ class HttpAuthorization:
         identity = self._authenticator.known(keys[0].decode("latin-1"))
         if identity is None or (rights[0] == b"admin" and not identity.admin):
             return None
-        if rights[0] == _INFERENCE.encode() and _is_filtered(self._guardrails, identity):
+        if rights[0] != _INFERENCE.encode():
+            return _passed_bytes(identity)
+        return self._entered_at_once(identity, url, headers)
+
+    def _entered_at_once(self, identity: Identity, url: bytes, headers: _Headers) -> bytes | None:
+        if _is_filtered(self._guardrails, identity) or identity.limits != NO_LIMITS or identity.endpoints is not None:
             return None
-        return _passed_bytes(identity)
+        if self._accounts is None:
+            return _passed_bytes(identity)
+        ids = [value for name, value in headers if name == _REQUEST_ID]
+        path, request_id = url.decode("latin-1"), ids[0].decode("latin-1") if ids else ""
+        account = self._accounts.begin(identity, path, request_id)
+        account.enter_now()
+        self._accounts.keep(account)
+        return b"%s%s: %s\r\n\r\n" % (_passed_bytes(identity)[:-2], _ACCOUNT, account.id.encode())
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers one check: 200 with the headers to add, or the refusal that the client is to get."""
         asked = Request(scope, receive)
+        shown: list[tuple[str, str]] = []
         try:
             # Who does not say what it is for gets nothing that a stranger might have asked for.
             right = asked.header(_RIGHT) or "admin"
             identity = await _check(self._authenticator, self._guardrails, asked.header(b"authorization"), right)
+            entered = await self._enter(identity, asked, shown) if right == _INFERENCE else []
         except MeshError as error:
             is_grpc = asked.header(_FORM) == "grpc"
             status, headers, body = _refusal(error, is_grpc=is_grpc)
         else:
-            status, headers, body = 200, _passed(identity), b""
+            status, headers, body = 200, [*_passed(identity), *entered], b""
+        headers = [*headers, *((name.encode(), value.encode()) for name, value in shown)]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    async def _enter(self, identity: Identity, asked: Request, shown: list[tuple[str, str]]) -> _Headers:
+        if self._accounts is None:
+            return []
+        account = self._accounts.begin(
+            identity, asked.path, asked.header(_REQUEST_ID) or "", lambda *header: shown.append(header)
+        )
+        await account.enter()
+        self._accounts.keep(account)
+        return [(_ACCOUNT, account.id.encode())]
 
 
 async def _check(
@@ -128,7 +162,10 @@ def _passed_bytes(identity: Identity) -> bytes:
 def _refusal(error: MeshError, *, is_grpc: bool) -> tuple[int, _Headers, bytes]:
     body = error.message.encode() if is_grpc else json.dumps(error.http_body()).encode()
     extra = (DETAILS_KEY.encode(), _details(error).encode()) if is_grpc else (b"content-type", b"application/json")
-    return error.row.http, [(b"content-length", str(len(body)).encode()), extra], body
+    headers = [(b"content-length", str(len(body)).encode()), extra]
+    if error.retry_after_seconds is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_seconds))).encode()))
+    return error.row.http, headers, body
 
 
 @lru_cache(maxsize=1024)

@@ -63,7 +63,12 @@ def bookkeeping(settings: GatewaySettings, metrics: GatewayMetrics) -> Iterator[
             else SharedLimits(settings.redis_url, settings.name, replicas=settings.replicas)
         )
         accounts = Accounts(
-            shared or LocalLimits(replicas=settings.replicas), journal, spending, Prices(settings.ledger), metrics
+            shared or LocalLimits(replicas=settings.replicas),
+            journal,
+            spending,
+            Prices(settings.ledger),
+            metrics,
+            name=settings.name,
         )
         ledger.start()
         try:

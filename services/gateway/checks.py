@@ -21,7 +21,7 @@ def protocol_with(authorization: HttpAuthorization) -> type[HttpToolsProtocol]:
             self._answer = None
             is_check = self.url.startswith(_PATH) and self.parser.should_keep_alive()
             if is_check and (self.cycle is None or self.cycle.response_complete):
-                self._answer = authorization.known_answer(self.headers)
+                self._answer = authorization.known_answer(self.url, self.headers)
             if self._answer is None:
                 super().on_headers_complete()
 

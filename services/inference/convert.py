@@ -27,6 +27,7 @@ __all__ = [
     "load_to_proto",
     "model_card_to_proto",
     "priority_from_metadata",
+    "timing_metadata",
     "tokenize_prompt_from_proto",
     "usage_metadata",
 ]
@@ -151,6 +152,17 @@ def priority_from_metadata(text: str) -> int:
     if not text.removeprefix("-").isdecimal() or len(text) > _MAX_PRIORITY_CHARACTERS:
         return 0
     return min(max(int(text), _PRIORITIES[0]), _PRIORITIES[1])
+
+
+def timing_metadata(model: str, worker: str, timings: pb.Timings) -> tuple[tuple[str, str], ...]:
+    """The trailing metadata that tells who answered a call, and where its time went, in microseconds."""
+    return (
+        ("x-tokenloom-usage-model", model),
+        ("x-tokenloom-usage-worker", worker),
+        ("x-tokenloom-usage-queue-us", str(timings.queue_duration.ToMicroseconds())),
+        ("x-tokenloom-usage-prefill-us", str(timings.prefill_duration.ToMicroseconds())),
+        ("x-tokenloom-usage-gpu-us", str(timings.gpu_duration.ToMicroseconds())),
+    )
 
 
 def usage_metadata(prompt: int, cached: int, output: int) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from services.common.errors import MeshError, Reason
 from services.common.rpc import metadata_of
 from services.inference import convert
 from services.inference.call import Call
-from services.inference.convert import usage_metadata
+from services.inference.convert import timing_metadata, usage_metadata
 from services.inference.engine import AdapterControl, card_of, cards_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
@@ -25,9 +25,11 @@ __all__ = ["InferenceServicer", "WorkerServicer", "register"]
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """The public, typed way in."""
 
-    def __init__(self, gate: Gate, generations: Generations) -> None:
+    def __init__(self, gate: Gate, generations: Generations, *, worker: str = "") -> None:
+        """`worker`: the name of this worker, for the accounts of calls."""
         self._gate = gate
         self._generations = generations
+        self._worker = worker
         self.pooling = PoolingCalls(gate, generations)
         """What is answered beside Generate."""
 
@@ -50,7 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         run = self._start(request, call, context)
         try:
             await run.submit()
-            await self._stream(call, context)
+            await self._stream(call, request.model, context)
         finally:
             run.cancel()
 
@@ -109,7 +111,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise
         return self._generations.start(engine, generation, call, request_id)
 
-    async def _stream(self, call: Call, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _stream(self, call: Call, model: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with aclosing(call.events()) as events:
             async for event in events:
                 if event.HasField("delta"):
@@ -117,7 +119,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 elif event.HasField("completed"):
                     usage = event.completed.usage
                     context.set_trailing_metadata(
-                        usage_metadata(usage.prompt_token_count, usage.cached_token_count, usage.output_token_count)
+                        (
+                            *usage_metadata(
+                                usage.prompt_token_count, usage.cached_token_count, usage.output_token_count
+                            ),
+                            *timing_metadata(model, self._worker, event.completed.timings),
+                        )
                     )
                 await context.write(event)
 

@@ -44,7 +44,7 @@ class Worker:
         self._registry.register(LoadCollector(self._load))
         tracer = tracing.tracer() if settings.otlp_endpoint else None
         self._generations = Generations(Spans(tracer, worker=settings.name), WorkerMetrics(self._registry))
-        self._inference = InferenceServicer(self._gate, self._generations)
+        self._inference = InferenceServicer(self._gate, self._generations, worker=settings.name)
         lifecycle = Lifecycle(self._gate, self._generations, drain_seconds=settings.drain_seconds)
         self._sessions = WorkerServicer(self._gate, self._generations, lifecycle)
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
 from services.common.errors import MeshError
-from services.mesh import explain, keys, plan_command, policies, render, up, workers
+from services.mesh import explain, keys, plan_command, policies, render, up, usage, workers
 
 __all__ = ["main"]
 
@@ -50,6 +50,7 @@ def _parser() -> ArgumentParser:
         if name == "status":
             command.add_argument("--json", action="store_true")
     _add_keys(commands)
+    _add_usage(commands)
     _add_workers(commands)
     _add_policy(commands)
     _add_explain(commands)
@@ -148,6 +149,22 @@ def _add_explain(commands: Any) -> None:
     command.add_argument("request_id", metavar="REQUEST_ID", help="from the answer's x-request-id")
     command.add_argument("--json", action="store_true")
     _add_state(command)
+
+
+def _add_usage(commands: Any) -> None:
+    reporting = _command(commands, "usage", usage.show, "what was used, by month, tenant and model, and what it cost")
+    reporting.add_argument("--tenant")
+    reporting.add_argument("--model")
+    reporting.add_argument("--month", type=usage.month, metavar="YYYY-MM")
+    actions = reporting.add_subparsers(metavar="ACTION")
+    erase = _command(actions, "erase", usage.erase, "delete a tenant's usage")
+    erase.add_argument("--tenant", required=True)
+    trail = _command(commands, "audit", usage.audit_trail, "who changed what, newest first")
+    trail.add_argument("--limit", type=_at_least_one, default=100, metavar="N", help="default: %(default)s")
+    for command in (reporting, trail):
+        command.add_argument("--json", action="store_true")
+    for command in (reporting, erase, trail):
+        _add_state(command)
 
 
 def _add_render(commands: Any) -> None:

@@ -60,6 +60,7 @@ def edge_of(mesh: MeshConfig) -> Edge:
         listen=f"{_ANY}:{mesh.edge.port}",
         admin=f"127.0.0.1:{mesh.edge.admin_port or _ADMIN}",
         gateways=tuple(f"{name}:{_HTTP}" for name in mesh.gateway_names),
+        accounting=tuple((name, f"{name}:{_GRPC}") for name in mesh.gateway_names),
         router=f"router:{_GRPC}",
         picker=f"router:{_PICKER}",
         standby_routers=tuple(f"{name}:{_GRPC}" for name in mesh.router_names[1:]),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from services.mesh.envoy_clusters import clusters, otlp_cluster
+from services.mesh.envoy_accounting import usage_log
+from services.mesh.envoy_clusters import accounting_cluster, clusters, otlp_cluster
 from services.mesh.envoy_fallback import fallback_cluster, fallback_listener
 from services.mesh.envoy_filters import http_filters
 from services.mesh.envoy_replies import local_replies
@@ -28,6 +29,8 @@ class Edge:
     admin: str
     gateways: tuple[str, ...]
     """The gateways' HTTP sides."""
+    accounting: tuple[tuple[str, str], ...] = ()
+    """The gateways by name, and their gRPC sides: each hears how the calls went that it has let in."""
     router: str
     picker: str
     """The router's endpoint picker for the edge."""
@@ -63,6 +66,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
                     pickers=(edge.picker, *edge.standby_pickers),
                     telemetry=edge.telemetry,
                 ),
+                *(accounting_cluster(name, address) for name, address in edge.accounting),
                 *([] if edge.fallback is None else [fallback_cluster(edge.workers)]),
                 *collector,
             ],
@@ -154,7 +158,7 @@ def _connection_manager(edge: Edge) -> dict[str, Any]:
         **_hygiene(),
         **_limits(),
         **({} if edge.otlp is None else {"tracing": _tracing()}),
-        access_log=[_access_log(edge.access_log)],
+        access_log=[_access_log(edge.access_log), *(usage_log(name) for name, _ in edge.accounting)],
         local_reply_config=local_replies(),
         route_config=route_config(),
         http_filters=http_filters(edge.fallback),

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any, Final
 
+from services.mesh.envoy_accounting import accounting_cluster_name
 from services.mesh.envoy_types import any_of, socket_address
 
-__all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "balanced", "clusters", "otlp_cluster"]
+__all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "accounting_cluster", "balanced", "clusters", "otlp_cluster"]
 
 # Where the router says which worker gets a request: dynamic metadata, which no client can set.
 DESTINATION_NAMESPACE: Final = "envoy.lb"
@@ -44,6 +45,11 @@ def clusters(
 def otlp_cluster(address: str) -> dict[str, Any]:
     """The tracing collector."""
     return _fixed("otlp", address, _HTTP2)
+
+
+def accounting_cluster(gateway: str, address: str) -> dict[str, Any]:
+    """A gateway's gRPC side, by the gateway's name."""
+    return _fixed(accounting_cluster_name(gateway), address, _HTTP2)
 
 
 def balanced(name: str, addresses: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from services.common.status import DETAILS_KEY
+from services.mesh.envoy_accounting import MESSAGE_COUNTER, message_counter
 from services.mesh.envoy_fallback import destination_filter
 from services.mesh.envoy_replies import error_body_script
 from services.mesh.envoy_types import any_of
@@ -27,6 +28,8 @@ _NAMESPACE: Final = "tokenloom"
 _CHECK_HEADERS: Final = [
     {"key": f"x-tokenloom-{key}", "value": f"%METADATA(ROUTE:{_NAMESPACE}:{key})%"} for key in ("right", "form")
 ]
+_REFUSAL_HEADERS: Final = ("content-type", "retry-after", DETAILS_KEY)
+_ABOUT_LIMITS: Final = [{"prefix": "x-ratelimit-"}]
 _AUTHORIZATION_TIMEOUT: Final = "2s"
 # A router that says nothing for so long is taken to be away; one that is gone is known at once. A burst keeps a router
 # busy for less: whoever went past it then would go past its queue. A router that lets a request wait says so at once,
@@ -71,6 +74,7 @@ def http_filters(fallback: str | None) -> list[dict[str, Any]]:
         {"name": _AUTHORIZATION, "disabled": True, "typed_config": _authorization()},
         {"name": _TRANSCODER, "disabled": True, "typed_config": _transcoder()},
         *preset,
+        {"name": MESSAGE_COUNTER, "disabled": True, "typed_config": message_counter()},
         {"name": _PICKER, "disabled": True, "typed_config": _picker()},
         {"name": _BUFFER, "disabled": True, "typed_config": _buffer()},
         {
@@ -82,7 +86,10 @@ def http_filters(fallback: str | None) -> list[dict[str, Any]]:
 
 def for_grpc(*, picked: bool) -> dict[str, Any]:
     """The filters of a gRPC route."""
-    return {_AUTHORIZATION: _ENABLED, **({_PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {})}
+    return {
+        _AUTHORIZATION: _ENABLED,
+        **({MESSAGE_COUNTER: _ENABLED, _PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {}),
+    }
 
 
 def for_rest(*, picked: bool) -> dict[str, Any]:
@@ -109,12 +116,13 @@ def _authorization() -> dict[str, Any]:
             "authorization_request": {"headers_to_add": _CHECK_HEADERS},
             "authorization_response": {
                 "allowed_upstream_headers": {"patterns": [{"prefix": "x-tokenloom-"}]},
-                "allowed_client_headers": {"patterns": [{"exact": "content-type"}, {"exact": DETAILS_KEY}]},
+                "allowed_client_headers": {"patterns": [{"exact": name} for name in _REFUSAL_HEADERS] + _ABOUT_LIMITS},
+                "allowed_client_headers_on_success": {"patterns": _ABOUT_LIMITS},
             },
         },
         # Never the content type: to a check of type application/grpc Envoy itself would answer that the gateway is away
         # with HTTP 200 and a gRPC status, and take that for a yes.
-        allowed_headers={"patterns": [{"exact": "authorization"}]},
+        allowed_headers={"patterns": [{"exact": "authorization"}, {"exact": "x-request-id"}]},
         # The gateway being away is no verdict on the key.
         status_on_error={"code": "ServiceUnavailable"},
         failure_mode_allow=False,

@@ -85,6 +85,11 @@ def local_replies() -> dict[str, Any]:
             "filter": _cel(f"{_BY_ROUTER} && {_IS_TRANSCODED}"),
             "headers_to_add": [_header(_REASON_HEADER, "%RESPONSE_CODE_DETAILS%")],
         },
+        {
+            # Envoy would make UNAVAILABLE of it.
+            "filter": _cel(f"response.code == 429 && {_BY_GATEWAY} && {_IS_GRPC}"),
+            "headers_to_add": [_header("grpc-status", str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]))],
+        },
         {"filter": _cel(f"{_BY_ROUTER} || {_BY_GATEWAY}")},
     ]
     for reply in _REPLIES:

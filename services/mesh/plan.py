@@ -201,6 +201,7 @@ class _Planner:
             listen=f"{self._mesh.edge.host}:{ports['http']}",
             admin=f"{_HOST}:{ports['admin']}",
             gateways=tuple(f"{_HOST}:{gateway.ports['http']}" for gateway in gateways),
+            accounting=tuple((gateway.name, _grpc(gateway)) for gateway in gateways),
             router=_grpc(routers[0]),
             picker=_picker(routers[0]),
             standby_routers=tuple(_grpc(router) for router in routers[1:]),

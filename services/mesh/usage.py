@@ -1,0 +1,96 @@
+"""tokenloom usage, its erasure, and tokenloom audit."""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from services.mesh.actor import local_actor
+from services.mesh.state import State
+
+if TYPE_CHECKING:
+    from services.common.database import Database
+
+__all__ = ["audit_trail", "erase", "month", "show"]
+
+_COLUMNS: Final = (
+    "month",
+    "tenant",
+    "model",
+    "requests",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "cost",
+    "cost_per_1000_tokens",
+    "cache_saved_cost",
+)
+
+
+def show(arguments: Namespace) -> int:
+    """Usage by month, tenant and model."""
+    # Importing SQLAlchemy takes longer than most commands: only those that need it do.
+    from services.common import ledger  # noqa: PLC0415
+
+    with _open(arguments) as database:
+        lines = ledger.report(database, tenant=arguments.tenant, model=arguments.model, month=arguments.month)
+    if arguments.json:
+        print(json.dumps(lines, indent=2))
+    else:
+        _print([_COLUMNS, *([_text(line[name]) for name in _COLUMNS] for line in lines)])
+    return 0
+
+
+def erase(arguments: Namespace) -> int:
+    """Deletes a tenant's usage."""
+    from services.common import ledger  # noqa: PLC0415  # as above
+
+    with _open(arguments) as database:
+        count = ledger.erase(database, arguments.tenant, actor=local_actor())
+    print(f"{count} row{' ' if count == 1 else 's '}of {arguments.tenant!r} {'is' if count == 1 else 'are'} erased")
+    return 0
+
+
+def audit_trail(arguments: Namespace) -> int:
+    """Who changed what, newest first."""
+    from services.common import audit  # noqa: PLC0415  # as above
+
+    with _open(arguments) as database:
+        entries = audit.read(database, limit=arguments.limit)
+    if arguments.json:
+        print(json.dumps(entries, indent=2))
+        return 0
+    for entry in entries:
+        moment = datetime.fromtimestamp(entry["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+        print("  ".join((moment, entry["actor"], entry["action"], entry["target"], json.dumps(entry["detail"]))))
+    return 0
+
+
+def month(text: str) -> str:
+    """A month as YYYY-MM; raises ValueError."""
+    if re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", text) is None:
+        raise ValueError
+    return text
+
+
+month.__name__ = "month (YYYY-MM)"
+
+
+def _open(arguments: Namespace) -> "Database":
+    from services.common.database import Database  # noqa: PLC0415  # as above
+
+    state = State(arguments.state_dir)
+    state.make()
+    return Database(state.database)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _print(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
