@@ -33,6 +33,8 @@ _REASONS: Final = {
     "length": FinishReason.LENGTH,
     "tool_calls": FinishReason.TOOL_CALLS,
 }
+# JSON has no infinity, so vLLM\'s server says this too.
+_RULED_OUT: Final = -9999.0
 _NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
 
 
@@ -183,7 +185,8 @@ class Stream:
         )
 
     def _token_logprob(self, token: int, found: Any) -> TokenLogprob:
-        return TokenLogprob(token_id=token, token=self._token_text(token), logprob=found.logprob, rank=found.rank)
+        logprob = max(found.logprob, _RULED_OUT)
+        return TokenLogprob(token_id=token, token=self._token_text(token), logprob=logprob, rank=found.rank)
 
 
 def _timings(first: Any, last: Any) -> Timings:

@@ -16,6 +16,7 @@ from services.inference.engine import FinishReason, Generation, Sampling, Struct
 from services.inference.vllm_engine import VllmEngine
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
+from tests.support.resume import resume_everywhere
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
@@ -323,3 +324,18 @@ async def test_many_generations_cancelled_leave_an_idle_engine(engine: VllmEngin
     processor = engine._backend.llm.output_processor
     assert (processor.request_states, processor.parent_requests, processor.external_req_ids) == ({}, {}, {})
     await eventually(lambda: engine.load.waiting == 0 and not engine._streams, within=2)
+
+
+RESUMED: list[dict[str, Any]] = [
+    {"logprob_count": 2, "repetition_penalty": 1.3, "min_tokens": 10, "ignore_eos": False},
+    {"stop": ["wh", "er"], "include_stop_string": True, "logprob_count": 0},
+    {"logit_bias": dict.fromkeys([165, 248, 101, 2, 107, 40], 80.0), "keep_special_tokens": True},
+]
+
+
+@pytest.mark.parametrize("sampling", RESUMED)
+async def test_a_continuation_is_exact_whatever_is_asked_for(engine: VllmEngine, sampling: dict[str, Any]) -> None:
+    request = asked("resumed", prompt=list(range(400, 430)), sampling={"max_tokens": 24} | sampling)
+    result = await resume_everywhere(engine, request)
+    assert not result.differences
+    assert result.cuts > len(result.whole.token_ids) / 2

@@ -243,7 +243,7 @@ def worker_config(name: str = "sim-0", *, sim: SimSettings = FAST, **settings: A
 
 
 @asynccontextmanager
-async def worker_process(config: dict[str, Any], folder: Path) -> AsyncIterator[WorkerProcess]:
+async def worker_process(config: dict[str, Any], folder: Path, *, within: float = 10) -> AsyncIterator[WorkerProcess]:
     """Runs `python -m services.inference` until the block is left, and yields once it serves."""
     path, log = folder / f"{config['name']}.json", folder / f"{config['name']}.log"
     path.write_text(json.dumps(config), encoding="utf-8")
@@ -260,7 +260,7 @@ async def worker_process(config: dict[str, Any], folder: Path) -> AsyncIterator[
         )
     worker = WorkerProcess(process=process, address=config["listen"], metrics=config["metrics"], log=log)
     try:
-        await worker.wait_for_health("SERVING")
+        await worker.wait_for_health("SERVING", within=within)
         yield worker
     finally:
         if process.returncode is None:

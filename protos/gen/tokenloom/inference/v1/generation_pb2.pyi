@@ -136,7 +136,8 @@ class GenerateRequest(_message.Message):
     def emitted_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that were emitted for this request already, oldest first. None for a new generation. They are not sent again.
         A continuation is exact for greedy decoding (temperature 0); it is refused with INVALID_ARGUMENT where it can't be:
-        a temperature above 0, a structured output, several choices, prompt log-probabilities.
+        a temperature above 0, a structured output, several choices, prompt log-probabilities, a presence or frequency
+        penalty, bad words. Log-probabilities are exact but for the rounding of the engine's arithmetic.
         """
 
     @_builtins.property
@@ -1003,7 +1004,7 @@ class TokenLogprob(_message.Message):
     token: _builtins.str
     """Its text on its own, with U+FFFD where it is part of a character."""
     logprob: _builtins.float
-    """Natural logarithm of its probability."""
+    """Natural logarithm of its probability; -9999 for a token that was ruled out."""
     rank: _builtins.int
     """Its rank among all tokens, from 1. 0: not known."""
     def __init__(
