@@ -97,8 +97,8 @@ def _gateways(addresses: Sequence[str]) -> dict[str, Any]:
         "type": "STATIC" if all(map(_is_ip, addresses)) else "STRICT_DNS",
         "lb_policy": "LEAST_REQUEST",
         "load_assignment": {"cluster_name": "gateway", "endpoints": [{"lb_endpoints": endpoints}]},
-        # One that is gone is left out within a second or so, one that is only busy stays; checks of keys, too, go to one
-        # that is there.
+        # One that is gone is left out within a second or so, one that is only busy stays; checks of keys, too, go
+        # to one that is there.
         "health_checks": [
             {
                 "timeout": "3s",

@@ -103,7 +103,7 @@ async def test_a_stream_of_a_killed_gateway_never_looks_finished(mesh: Mesh) -> 
 
     async with mesh.async_sdk() as client:
         reading = [asyncio.create_task(read(client)) for _ in range(20)]
-        await asyncio.sleep(0.8)
+        await eventually(lambda: mesh.metric("gateway-1", "tokenloom_gateway_open_requests") > 0, within=10)
         kill(mesh, "gateway-1")
         await asyncio.gather(*reading)
     assert len(ended) == 20
