@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from services.common.errors import MeshError, Reason
+from services.inference.cache_journal import CacheJournal
 
 if TYPE_CHECKING:
     from services.inference.pooling import Pooler
@@ -308,6 +309,8 @@ class EngineCard:
     max_running: int
     """Sequences that it runs at the same time."""
     kv_cache_tokens: int
+    kv_block_tokens: int = 0
+    """Tokens of one block of its prefix cache; 0: it tells nothing of it."""
     embedding_dimensions: int = 0
     """Components of its embeddings; 0 where it does not embed."""
 
@@ -382,6 +385,11 @@ class Engine(Protocol):
 
     @property
     def load(self) -> Load: ...
+
+    @property
+    def cache_journal(self) -> CacheJournal:
+        """What its prefix cache holds."""
+        ...
 
     async def submit(self, generation: Generation, sink: Sink) -> None:
         """Starts a generation; returns when it is accepted, and everything else comes through the sink.

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.inference.engine import Load
 
-__all__ = ["LoadCollector", "WorkerMetrics"]
+__all__ = ["LoadCollector", "VllmCollector", "WorkerMetrics"]
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -89,3 +89,11 @@ class LoadCollector(Collector):
         )
         for name, (documentation, value) in values.items():
             yield GaugeMetricFamily(name, documentation, value=value)
+
+
+class VllmCollector(Collector):
+    """vLLM's own metrics, which it keeps in the process's global registry, under its own names."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Those whose names begin with `vllm:`; none before it has started."""
+        return [metric for metric in REGISTRY.collect() if metric.name.startswith("vllm:")]

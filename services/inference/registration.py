@@ -10,6 +10,7 @@ from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.rpc import channel
 from services.inference import convert
+from services.inference.cache_journal import CacheBatch, CacheReader
 from services.inference.engine import EngineCard, Load, cards_of
 from services.inference.gate import Gate, State
 
@@ -74,6 +75,7 @@ class Registration:
     async def _messages(self) -> AsyncIterator[router_pb2.RegisterRequest]:
         told = self._cards(())
         yield router_pb2.RegisterRequest(registration=_with_models(self._registration, told))
+        cache: CacheReader | None = None
         while True:
             state, load = self._now()
             report = convert.load_to_proto(load, _STATES[state], self._gate.reason)
@@ -82,6 +84,10 @@ class Registration:
                 told = cards
                 report.models.extend(map(convert.model_card_to_proto, cards))
             yield router_pb2.RegisterRequest(load=report)
+            if cache is None and state is not State.STARTING and self._registration.kv_block_token_count:
+                cache = self._gate.engine.cache_journal.reader()
+            for batch in cache.batches() if cache is not None else ():
+                yield router_pb2.RegisterRequest(kv_cache_events=_batch_to_proto(batch))
             await self._wait(_gist(state, load), told)
 
     async def _wait(self, gist: tuple[State, int, int], cards: Sequence[EngineCard]) -> None:
@@ -141,6 +147,7 @@ def registration_to_proto(
         gpu_uuids=gpus,
         max_running_count=card.max_running,
         kv_cache_token_count=card.kv_cache_tokens,
+        kv_block_token_count=card.kv_block_tokens,
     )
 
 
@@ -153,6 +160,15 @@ def _with_models(registration: router_pb2.Registration, cards: Sequence[EngineCa
     del current.models[:]
     current.models.extend(map(convert.model_card_to_proto, cards))
     return current
+
+
+def _batch_to_proto(batch: CacheBatch) -> router_pb2.KvCacheEvents:
+    return router_pb2.KvCacheEvents(
+        sequence_number=batch.number,
+        cleared=batch.cleared,
+        stored_hashes=batch.stored,
+        removed_hashes=batch.removed,
+    )
 
 
 def _gist(state: State, load: Load) -> tuple[State, int, int]:

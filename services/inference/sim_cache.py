@@ -1,17 +1,30 @@
 """The KV cache of the simulated engine: blocks, shared by what they hold, forgotten when they are needed."""
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-__all__ = ["BlockPool", "block_hashes"]
+from services.common.prefix import chained, root
+from services.inference.cache_journal import CacheJournal
+
+__all__ = ["BlockPool", "block_hashes", "salt_hash"]
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, *, after: int = 0) -> list[int]:
-    """One hash for each full block of tokens, each depending on all before it; `after` is the hash before the first."""
+def salt_hash(salt: str) -> int:
+    """What the first block of a prompt comes after: see services.common.prefix.salt_of."""
+    return int.from_bytes(root(salt), "little")
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int, *, after: int) -> list[int]:
+    """One hash for each full block of tokens, each depending on all before it; `after` is the hash before the first.
+
+    They are those of services.common.prefix, by which the whole mesh knows blocks.
+    """
     hashes: list[int] = []
+    parent = after.to_bytes(8, "little")
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        after = hash((after, tuple(token_ids[start : start + block_size])))
-        hashes.append(after)
+        parent = chained(parent, array("I", token_ids[start : start + block_size]).tobytes())
+        hashes.append(int.from_bytes(parent, "little"))
     return hashes
 
 
@@ -21,7 +34,9 @@ class BlockPool:
     A shared block that nobody holds stays until its room is needed, the least recently held first.
     """
 
-    def __init__(self, block_count: int) -> None:
+    def __init__(self, block_count: int, journal: CacheJournal | None = None) -> None:
+        """`journal` is told which shared blocks come and go."""
+        self._journal = journal or CacheJournal()
         self._total = block_count
         self._free = block_count
         self._holders: dict[int, int] = {}
@@ -68,6 +83,7 @@ class BlockPool:
             self._hold(block)
         else:
             self._holders[block] = 1
+            self._journal.store(block)
 
     def release(self, shared: Sequence[int], alone: int) -> None:
         """Lets go of everything that a sequence holds."""
@@ -85,6 +101,6 @@ class BlockPool:
 
     def _take(self, count: int) -> None:
         while self._free < count:
-            self._idle.popitem(last=False)
+            self._journal.remove(self._idle.popitem(last=False)[0])
             self._free += 1
         self._free -= count

@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.common.errors import MeshError, Reason
+from services.common.prefix import salt_of
 from services.common.settings import SimSettings, WatchdogSettings
 from services.inference import sim_text
+from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import DecodeModel, PrefillMeter, TokenRate
 from services.inference.engine import (
     Capability,
@@ -31,7 +33,7 @@ from services.inference.engine import (
     Timings,
     Usage,
 )
-from services.inference.sim_cache import BlockPool, block_hashes
+from services.inference.sim_cache import BlockPool, block_hashes, salt_hash
 from services.inference.sim_choices import choice_sinks
 from services.inference.sim_life import SimLife
 from services.inference.sim_logprobs import prompt_logprobs, token_logprobs
@@ -71,6 +73,7 @@ class SimEngine:
             capabilities=frozenset({Capability.GENERATE, Capability.CHAT, Capability.LOGPROBS}),
             max_running=settings.max_num_seqs,
             kv_cache_tokens=settings.kv_blocks * settings.block_size,
+            kv_block_tokens=settings.block_size,
         )
         self._tasks = asyncio.TaskGroup()
         self._stepper: asyncio.Task[None] | None = None
@@ -80,7 +83,8 @@ class SimEngine:
             lose_all=self._lose_all,
             longest_step_seconds=lambda: 4 * self._step_seconds(len(self._decoding), _CHUNK_TOKENS),
         )
-        self._pool = BlockPool(settings.kv_blocks)
+        self.cache_journal = CacheJournal()
+        self._pool = BlockPool(settings.kv_blocks, self.cache_journal)
         self._decode_model = DecodeModel()
         self._prefill_meter = PrefillMeter()
         self._output_rate = TokenRate(clock)
@@ -198,7 +202,7 @@ class SimEngine:
 
     async def sleep(self, level: int) -> None:  # noqa: ARG002  # it has no weights to keep
         """Forgets what is cached, as an engine without its memory does; see Engine.sleep."""
-        self._pool = BlockPool(self._settings.kv_blocks)
+        self._forget_cache()
 
     async def wake(self) -> None:
         """Nothing to do; see Engine.wake."""
@@ -207,7 +211,7 @@ class SimEngine:
         """Forgets what is cached; see Engine.reload_weights."""
         if path:
             raise MeshError(Reason.FAILED_PRECONDITION, "path: the simulated engine has no checkpoints", field="path")
-        self._pool = BlockPool(self._settings.kv_blocks)
+        self._forget_cache()
 
     def _prompt_tokens(self, generation: Generation) -> list[int]:
         prompt, limit = generation.prompt, generation.prompt_token_limit
@@ -318,6 +322,10 @@ class SimEngine:
             self._prefill(chunk, now)
             begun = now
 
+    def _forget_cache(self) -> None:
+        self.cache_journal.clear()
+        self._pool = BlockPool(self._settings.kv_blocks, self.cache_journal)
+
     def _lose_all(self, message: str) -> None:
         """Fails everything, and forgets what was cached."""
         self._fail_all(EngineLostError(message))
@@ -370,8 +378,8 @@ class SimEngine:
             if sequence.pending:
                 return
             if sequence.is_poison:
-                self._pool = BlockPool(self._settings.kv_blocks)
                 self.life.die()
+                self._forget_cache()
                 return
             self._prefill_meter.observe(sequence.prefill_tokens, sequence.prefill_begun, now)
             self._finish_prefill(sequence, now)
@@ -464,7 +472,7 @@ class _Sequence:
     """One generation in the engine: where it is in its output, and what it holds."""
 
     __slots__ = (
-        "_block_size", "_careful", "_seed", "_segment_end", "_tail", "alone", "arrival", "cached", "decoding",
+        "_block_size", "_careful", "_root", "_seed", "_segment_end", "_tail", "alone", "arrival", "cached", "decoding",
         "deliver", "echo", "end", "first", "generation_id", "hashes", "id", "is_poison", "left", "order", "pending",
         "prefill_begun", "prefill_tokens", "prompt_count", "reason", "scheduled", "shared", "sink", "steps",
         "stop_cause",
@@ -493,9 +501,8 @@ class _Sequence:
         self.reason = reason
         self.stop_cause: StopCause | None = None
         self.echo = _echo(generation, prompt, seed)
-        self.hashes = block_hashes(
-            tokens, block_size, after=hash(generation.cache_salt) if generation.cache_salt else 0
-        )
+        self._root = salt_hash(salt_of(generation.model, generation.cache_salt))
+        self.hashes = block_hashes(tokens, block_size, after=self._root)
         """Of every full block of prompt and output; the pool shares the first `shared` of them with this sequence."""
         self.shared = self.alone = 0
         self.cached = 0
@@ -566,7 +573,7 @@ class _Sequence:
         since = self.position - (self._block_size - len(self._tail))
         block = self._tail + sim_text.output_tokens(self._seed, since, self.position)
         self._tail = []
-        self.hashes += block_hashes(block, self._block_size, after=self.hashes[-1] if self.hashes else 0)
+        self.hashes += block_hashes(block, self._block_size, after=self.hashes[-1] if self.hashes else self._root)
         return self.hashes[-1]
 
     def flush(self) -> None:

@@ -9,6 +9,7 @@ from typing import Final, Self
 from services.common.errors import MeshError, Reason
 from services.common.settings import SimSettings
 from services.inference import sim_text
+from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, ChatMessage, EngineCard, Generation, Load, Sink
 from services.inference.pooling import Embedded, EmbedJob, Jobs, Scored, ScoreJob, check_can, check_length
@@ -48,6 +49,7 @@ class SimPooler:
         self._prefill = PrefillMeter()
         self._computing = asyncio.Lock()
         self._alive = False
+        self.cache_journal = CacheJournal()
 
     async def __aenter__(self) -> Self:
         self._alive = True

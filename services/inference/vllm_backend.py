@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm import SamplingParams
+from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
@@ -284,8 +285,9 @@ class Backend:
             await self._forms.close()
         if self.llm is None:
             return
-        # Else it takes the end for a failure, and says so.
-        self.llm.output_handler.cancel()
+        if self.llm.output_handler is not None:
+            # Else it takes the end for a failure, and says so.
+            self.llm.output_handler.cancel()
         await in_thread(self.shut_down)
         # vLLM leaves it open.
         self.llm.engine_core.resources.ctx.destroy(linger=0)
@@ -297,8 +299,10 @@ class Backend:
         self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
-def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery) -> Backend:
+def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_events: str) -> Backend:
     """Starts vLLM; blocks until it can serve. `stats` is told of every step, through vLLM's stat logger interface.
+
+    Changes of its prefix cache are published at the ZeroMQ endpoint `kv_events`.
 
     Call it from a thread that lives as long as the engine is to: a spawned engine dies with the thread that started it.
 
@@ -309,6 +313,8 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery) -> Bac
     if path is None:
         raise ConfigError('model.path: needed for engine "vllm"')
     config = _vllm_config(settings, path, cuda=has_cuda())
+    if config.kv_events_config is None and config.cache_config.enable_prefix_caching:
+        config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=kv_events)
     with nursery.lent_to(engine_utils):
         try:
             llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda _config, _index=0: stats])
@@ -316,7 +322,7 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery) -> Bac
             _close_context(error)
             raise
     try:
-        return _backend(settings, llm)
+        return _backend(settings, llm, kv_events)
     except BaseException:
         llm.shutdown(timeout=_SHUTDOWN_SECONDS)
         raise
@@ -385,7 +391,7 @@ def _is_float32(path: str) -> bool:
     return "float32" in (found.get("dtype"), found.get("torch_dtype"))
 
 
-def _backend(settings: WorkerSettings, llm: Any) -> Backend:
+def _backend(settings: WorkerSettings, llm: Any, kv_events: str) -> Backend:
     if settings.otlp_endpoint is not None:
         # Given an endpoint beforehand, vLLM would make a provider and an exporter of its own. Told only now, its spans
         # go to the provider that this process has.
@@ -393,7 +399,16 @@ def _backend(settings: WorkerSettings, llm: Any) -> Backend:
         llm.output_processor.tracing_enabled = True
     prompts = Prompts(llm.renderer, context_tokens=llm.model_config.max_model_len)
     parsing = _parsing(settings, llm)
-    return Backend(llm, card=_card(settings, llm, prompts, parsing), prompts=prompts, parsing=parsing)
+    card = dataclasses.replace(
+        _card(settings, llm, prompts, parsing), kv_block_tokens=_told_block_tokens(llm.vllm_config, kv_events)
+    )
+    return Backend(llm, card=card, prompts=prompts, parsing=parsing)
+
+
+def _told_block_tokens(config: Any, kv_events: str) -> int:
+    events = config.kv_events_config
+    told = events is not None and events.enable_kv_cache_events and events.endpoint == kv_events
+    return int(config.cache_config.block_size) if told else 0
 
 
 def _parsing(settings: WorkerSettings, llm: Any) -> "Parsing | None":

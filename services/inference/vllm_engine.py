@@ -15,6 +15,7 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 from services.common.settings import WorkerSettings
+from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import MovingMean, PrefillMeter
 from services.inference.engine import (
     Capability,
@@ -30,6 +31,7 @@ from services.inference.pooling import check_can
 from services.inference.signs import signs_of
 from services.inference.vllm_adapters import Adapters
 from services.inference.vllm_environment import has_cuda, prepare_environment, vllm_version
+from services.inference.vllm_kv_events import KvEvents
 from services.inference.vllm_nursery import Nursery, import_vllm, plant
 from services.inference.vllm_params import Plan, plan
 from services.inference.vllm_stats import EngineStats
@@ -52,6 +54,7 @@ _START_FACTOR: Final = 5.0
 _SHORTEST_START_BOUND_SECONDS: Final = 20.0
 # How long vLLM may take to notice that the engine that it waits for was killed.
 _GIVE_UP_SECONDS: Final = 20.0
+_KILL_SECONDS: Final = 0.5
 # Prompts are computed at an uneven speed, and others decode meanwhile.
 _STEP_FACTOR: Final = 4.0
 _DIED: Final = "the engine died and starts again"
@@ -93,6 +96,8 @@ class VllmEngine:
         self._streams: dict[str, Stream] = {}
         self._nursery = Nursery(forks=not has_cuda())
         self._start_bound = settings.start_seconds
+        self.cache_journal = CacheJournal()
+        self._events = KvEvents(settings.model.name, self.cache_journal)
         self._trouble = "the engine is starting"
         self._maintained = False
         self._starts = 0
@@ -113,6 +118,7 @@ class VllmEngine:
             stack.callback(self._thread.shutdown, wait=False)
             stack.push_async_callback(self._in_thread_once, self._nursery.close)
             self._nursery.open()
+            await stack.enter_async_context(self._events)
             await self._start_persistently(StartTimeoutError)
             stack.push_async_callback(self._stop)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
@@ -164,7 +170,7 @@ class VllmEngine:
         _log.info("vLLM is ready", extra={"seconds": round(seconds, 2), "model": self.card.model})
 
     async def _started_backend(self) -> "Backend":
-        starting = self._in_thread(_start_backend, self._settings, self._stats, self._nursery)
+        starting = self._in_thread(_start_backend, self._settings, self._stats, self._nursery, self._events.endpoint)
         try:
             async with asyncio.timeout(self._start_bound):
                 started: Backend = await asyncio.shield(starting)
@@ -177,13 +183,15 @@ class VllmEngine:
 
     async def _give_up(self, starting: "asyncio.Future[Backend]") -> None:
         # The start itself can't be interrupted, and must not be left behind; without its process it ends.
-        self._nursery.kill()
-        done, _ = await asyncio.wait([starting], timeout=_GIVE_UP_SECONDS)
-        if not done:
-            _log.critical("vLLM hangs in its start, which only the end of this process ends")
-            os._exit(1)
+        deadline = time.monotonic() + _GIVE_UP_SECONDS
+        while not starting.done():
+            self._nursery.kill()
+            await asyncio.wait([starting], timeout=_KILL_SECONDS)
+            if time.monotonic() > deadline:
+                _log.critical("vLLM hangs in its start, which only the end of this process ends")
+                os._exit(1)
         if starting.exception() is None:
-            await self._in_thread(starting.result().shut_down)
+            await starting.result().stop(self._in_thread)
 
     def _in_thread(self, function: Any, *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -207,6 +215,7 @@ class VllmEngine:
             _log.error("the vLLM engine died", extra={"running": len(self._streams)})
             await self._stop()
             self._stats.reset()
+            self._events.forget()
             await self._start_persistently(Exception)
 
     def _lose_all(self) -> None:
@@ -479,8 +488,8 @@ class _Core:
         self._engine._nursery.kill()
 
 
-def _start_backend(settings: WorkerSettings, stats: EngineStats, nursery: Nursery) -> "Backend":
+def _start_backend(settings: WorkerSettings, stats: EngineStats, nursery: Nursery, kv_events: str) -> "Backend":
     # Importing vLLM takes seconds, and reads the environment.
     from services.inference.vllm_backend import start_backend  # noqa: PLC0415
 
-    return start_backend(settings, stats, nursery)
+    return start_backend(settings, stats, nursery, kv_events)

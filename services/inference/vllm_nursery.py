@@ -48,7 +48,9 @@ def import_vllm() -> None:
 
 
 def plant() -> None:
-    """Forks the server process off this one, which has imported vLLM and must not have a second thread."""
+    """Forks the server process off this one, which has imported vLLM and must not have a second thread; but once."""
+    if _server._forkserver_pid is not None:
+        return
     with socket.socket(socket.AF_UNIX) as listener:
         address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
         listener.bind(address)

@@ -19,7 +19,7 @@ from services.inference.gate import Gate, State
 from services.inference.generations import Generations
 from services.inference.gpus import gpu_uuids
 from services.inference.lifecycle import Lifecycle
-from services.inference.metrics import LoadCollector, WorkerMetrics
+from services.inference.metrics import LoadCollector, VllmCollector, WorkerMetrics
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.sim_engine import SimEngine
@@ -42,6 +42,8 @@ class Worker:
         self._gate = Gate()
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(self._load))
+        if settings.engine == "vllm":
+            self._registry.register(VllmCollector())
         tracer = tracing.tracer() if settings.otlp_endpoint else None
         self._generations = Generations(Spans(tracer, worker=settings.name), WorkerMetrics(self._registry))
         self._inference = InferenceServicer(self._gate, self._generations, worker=settings.name)

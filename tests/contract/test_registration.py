@@ -10,13 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
-from tokenloom.inference.v1 import inference_pb2, inference_pb2_grpc
+from tokenloom.inference.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common import rpc
+from services.common.errors import Reason
+from services.common.prefix import salt_of, token_block_hashes
 from services.common.settings import SimSettings
+from services.common.status import error_from_call
 from services.inference.engine import Load
 from services.inference.gpus import gpu_uuids
 from services.inference.registration import Registration, registration_to_proto
@@ -38,6 +42,7 @@ class RecordingRouter(router_pb2_grpc.RouterServiceServicer):
     def __init__(self) -> None:
         self.registrations: list[router_pb2.Registration] = []
         self.loads: list[router_pb2.LoadReport] = []
+        self.events: list[router_pb2.KvCacheEvents] = []
         self.times: list[float] = []
         self.streams = 0
         self.commands: asyncio.Queue[router_pb2.RegisterResponse | None] = asyncio.Queue()
@@ -67,6 +72,8 @@ class RecordingRouter(router_pb2_grpc.RouterServiceServicer):
         async for request in requests:
             if request.HasField("registration"):
                 self.registrations.append(request.registration)
+            elif request.HasField("kv_cache_events"):
+                self.events.append(request.kv_cache_events)
             else:
                 self.loads.append(request.load)
                 self.times.append(asyncio.get_running_loop().time())
@@ -121,6 +128,7 @@ async def test_a_worker_says_who_it_is_and_then_how_it_is() -> None:
             gpu_uuids=["GPU-1"],
             max_running_count=64,
             kv_cache_token_count=65536,
+            kv_block_token_count=16,
         )
     ]
     assert router.loads[0] == router_pb2.LoadReport(state=READY)
@@ -144,6 +152,50 @@ async def test_a_change_is_reported_soon_and_a_measurement_with_it() -> None:
         assert router.loads[-1].kv_usage_ratio > 0
         call.cancel()
         await eventually(lambda: router.loads[-1].running_count == 0, within=0.15)
+
+
+async def test_what_the_prefix_cache_holds_is_told_to_every_router_in_the_names_of_the_mesh() -> None:
+    prompt = list(range(40))
+    request = pb.GenerateRequest(
+        model="sim", token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParameters(max_tokens=1)
+    )
+    expected = token_block_hashes(prompt, 16, salt=salt_of("sim"))
+    async with sim_worker() as worker, router_at() as (first, one), registered(worker, one):
+        await eventually(lambda: [event.cleared for event in first.events] == [True], within=2)
+        assert [event async for event in worker.inference.Generate(request)]
+        await eventually(lambda: len(first.events) == 2, within=2)
+        assert list(first.events[1].stored_hashes) == expected
+        assert [event.sequence_number for event in first.events] == [1, 2]
+        async with router_at() as (second, two), registered(worker, two):
+            await eventually(lambda: bool(second.events), within=2)
+            assert second.events[0] == router_pb2.KvCacheEvents(sequence_number=1, cleared=True, stored_hashes=expected)
+        await worker.worker.ReloadWeights(worker_pb2.ReloadWeightsRequest())
+        await eventually(lambda: len(first.events) == 3, within=2)
+        assert first.events[2] == router_pb2.KvCacheEvents(sequence_number=3, cleared=True)
+
+
+async def test_a_worker_that_sleeps_says_so_and_takes_work_again_when_it_is_woken() -> None:
+    request = pb.GenerateRequest(model="sim", text="x", sampling=pb.SamplingParameters(max_tokens=500))
+    async with (
+        sim_worker(SimSettings(decode_step_ms=5)) as worker,
+        router_at() as (router, address),
+        registered(worker, address),
+    ):
+        running = worker.inference.Generate(request)
+        await running.read()
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await worker.worker.Sleep(worker_pb2.SleepRequest())
+        assert error_from_call(raised.value).reason is Reason.FAILED_PRECONDITION
+        running.cancel()
+        await eventually(lambda: worker.is_idle, within=1)
+        await worker.worker.Sleep(worker_pb2.SleepRequest())
+        await eventually(lambda: router.state == router_pb2.WORKER_STATE_ASLEEP, within=1)
+        assert router.loads[-1].state_reason == "the worker is asleep"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await worker.inference.Generate(request).read()
+        assert error_from_call(raised.value).reason is Reason.NO_READY_WORKER
+        await worker.worker.Wake(worker_pb2.WakeRequest())
+        await eventually(lambda: router.state == READY, within=1)
 
 
 async def test_every_router_is_told_and_a_hanging_one_holds_up_nobody() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from typing import Any
 
 import grpc
 import httpx
@@ -100,3 +101,33 @@ def test_a_killed_worker_takes_its_engine_with_it_and_both_come_back(vllm_mesh: 
     wait_until(lambda: not any(engine.is_running() for engine in engines), within=5)
     wait_until(lambda: vllm_mesh.process("worker-0")["pid"] != worker, within=90)
     assert chat(vllm_mesh)["choices"] == expected
+
+
+def test_vllms_own_metrics_stand_beside_the_workers_on_one_port(vllm_mesh: Mesh) -> None:
+    before = vllm_mesh.metric("worker-0", "vllm:generation_tokens_total")
+    vllm_mesh.sdk().completions.create(model="demo", prompt="Hi", max_tokens=7, extra_body={"ignore_eos": True})
+    wait_until(lambda: vllm_mesh.metric("worker-0", "vllm:generation_tokens_total") == before + 7, within=5)
+    assert vllm_mesh.metric("worker-0", "tokenloom_inference_tokens_total") > 0
+    assert vllm_mesh.metric("worker-0", "tokenloom_inference_engine_starts_total") == 1
+
+
+def test_an_engine_process_that_is_stopped_is_reported_within_3_s_and_serves_again_when_it_goes_on(
+    vllm_mesh: Mesh,
+) -> None:
+    worker = psutil.Process(vllm_mesh.process("worker-0")["pid"])
+    (core,) = [child for child in worker.children(recursive=True) if "EngineCore" in child.name()]
+
+    def load() -> dict[str, Any]:
+        answer = httpx.get(f"{vllm_mesh.edge}/api/v1/workers", headers=vllm_mesh.headers, timeout=10).json()
+        found: dict[str, Any] = answer["workers"][0]["load"]
+        return found
+
+    core.suspend()
+    try:
+        wait_until(lambda: load()["state"] == "WORKER_STATE_UNAVAILABLE", within=3)
+        assert load()["state_reason"] == "the engine's process is stopped"
+    finally:
+        core.resume()
+    wait_until(lambda: load()["state"] == "WORKER_STATE_READY", within=3)
+    answer = vllm_mesh.sdk().completions.create(model="demo", prompt="Hi", max_tokens=2)
+    assert answer.choices[0].finish_reason == "length"

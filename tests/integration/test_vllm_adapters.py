@@ -29,7 +29,7 @@ from services.inference.metrics import WorkerMetrics
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.spans import Spans
-from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_engine import VllmEngine, prepare_process
 from tests.support.adapters import make_adapter
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
@@ -61,6 +61,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def engine(directory: Path) -> AsyncIterator[VllmEngine]:
     """One engine for all the tests, with one adapter from its settings."""
     environment = dict(os.environ)
+    prepare_process(settings(directory))
     async with VllmEngine(settings(directory)) as running:
         yield running
     os.environ.clear()

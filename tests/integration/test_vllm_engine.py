@@ -3,23 +3,28 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
+from safetensors.torch import load_file, save_file
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
+from services.common.prefix import salt_of, token_block_hashes
 from services.common.settings import WatchdogSettings
 from services.inference.engine import Capability, ChatMessage, Engine, FinishReason, Generation, Sampling
-from services.inference.vllm_engine import StartTimeoutError, VllmEngine
+from services.inference.vllm_engine import StartTimeoutError, VllmEngine, prepare_process
 from services.inference.vllm_environment import vllm_version
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
@@ -44,6 +49,7 @@ async def engine() -> AsyncIterator[VllmEngine]:
     """One engine for all the tests."""
     environment = dict(os.environ)
     settings = worker_settings(str(demo_model()), engine_args={"max_num_seqs": RUNNING}, max_queued=QUEUED)
+    prepare_process(settings)
     async with VllmEngine(settings) as running:
         yield running
     os.environ.clear()
@@ -120,6 +126,40 @@ async def test_a_prompt_seen_before_is_found_in_the_prefix_cache(engine: VllmEng
     assert sink.starts == [(100, 96)]
     assert engine.load.prefix_query_tokens - before.prefix_query_tokens == 200
     assert engine.load.prefix_hit_tokens - before.prefix_hit_tokens == 96
+
+
+async def test_the_journal_of_the_prefix_cache_has_the_names_that_routers_compare(engine: VllmEngine) -> None:
+    assert engine.card.kv_block_tokens == 32
+    for salt in ("", "secret"):
+        prompt = list(range(300, 400))
+        await generate(engine, replace(generation(f"cached-{salt}", prompt=prompt, max_tokens=1), cache_salt=salt))
+        expected = token_block_hashes(prompt, 32, salt=salt_of("demo", salt))
+        assert len(expected) == 3
+        await eventually(partial(engine.cache_journal.present.keys().__ge__, set(expected)), within=2)
+
+
+async def test_weights_are_replaced_in_place_and_come_back(engine: VllmEngine, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(demo_model(), other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor.roll(1, 0) for name, tensor in weights.items()}, other / "model.safetensors")
+    before = await generate(engine, generation("before-reload", max_tokens=20))
+    (core,) = engine._nursery.pids
+    await engine.reload_weights(str(other))
+    changed = await generate(engine, generation("reloaded", max_tokens=20))
+    assert changed.token_ids != before.token_ids
+    with pytest.raises(MeshError, match="there is no checkpoint") as caught:
+        await engine.reload_weights("/nowhere")
+    assert caught.value.reason is Reason.FAILED_PRECONDITION
+    await engine.reload_weights(str(demo_model()))
+    assert (await generate(engine, generation("restored", max_tokens=20))).token_ids == before.token_ids
+    assert engine._nursery.pids == [core]
+
+
+async def test_an_engine_on_a_cpu_refuses_to_sleep(engine: VllmEngine) -> None:
+    with pytest.raises(MeshError) as caught:
+        await engine.sleep(1)
+    assert caught.value.reason is Reason.FAILED_PRECONDITION
 
 
 async def test_a_stop_string_ends_the_output_and_is_not_part_of_it(engine: VllmEngine) -> None:

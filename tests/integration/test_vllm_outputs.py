@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from services.common.errors import MeshError, Reason
 from services.inference.engine import FinishReason, Generation, Sampling, StructuredOutput
-from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_engine import VllmEngine, prepare_process
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
 from tests.support.resume import resume_everywhere
@@ -37,6 +37,7 @@ async def engine() -> AsyncIterator[VllmEngine]:
     """One engine for all the tests."""
     environment = dict(os.environ)
     settings = worker_settings(str(demo_model()), engine_args={"max_num_seqs": RUNNING}, max_queued=100)
+    prepare_process(settings)
     async with VllmEngine(settings) as running:
         yield running
     os.environ.clear()

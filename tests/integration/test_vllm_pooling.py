@@ -12,7 +12,7 @@ import pytest_asyncio
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Capability, Engine, Generation, Sampling
 from services.inference.pooling import EmbedJob, Pooler, ScoreJob
-from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_engine import VllmEngine, prepare_process
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.kv_cache import kv_cache
 from tests.support.demo_model import demo_model
@@ -35,6 +35,7 @@ async def engine() -> AsyncIterator[VllmEngine]:
     """One engine for all the tests."""
     environment = dict(os.environ)
     settings = worker_settings(str(demo_model()), engine_args=ARGUMENTS, max_queued=2)
+    prepare_process(settings)
     async with VllmEngine(settings) as running:
         yield running
     os.environ.clear()

@@ -4,11 +4,11 @@ from services.inference.sim_cache import BlockPool, block_hashes
 
 
 def test_a_block_hash_depends_on_everything_before_it() -> None:
-    first, second = block_hashes([1, 2, 3, 4], 2)
-    assert block_hashes([1, 2, 3, 4, 5], 2) == [first, second]
-    assert block_hashes([9, 2, 3, 4], 2)[1] != second
+    first, second = block_hashes([1, 2, 3, 4], 2, after=0)
+    assert block_hashes([1, 2, 3, 4, 5], 2, after=0) == [first, second]
+    assert block_hashes([9, 2, 3, 4], 2, after=0)[1] != second
     assert block_hashes([3, 4], 2, after=first) == [second]
-    assert block_hashes([1], 2) == []
+    assert block_hashes([1], 2, after=0) == []
 
 
 def test_blocks_are_held_and_let_go() -> None:
