@@ -46,8 +46,13 @@ class Work:
     task: router_pb2.Task.ValueType
     prompt_tokens: int = 0
     """Tokens that the worker will compute, estimated."""
+    model: str = field(init=False)
+    """What the client asked for; a worker may know it by another name."""
     lease: Lease | None = field(default=None, init=False)
     """The worker that did it, or tried last."""
+
+    def __post_init__(self) -> None:
+        self.model = self.request.model
 
 
 class WorkerCalls:
@@ -65,7 +70,7 @@ class WorkerCalls:
             MeshError: the key is over a limit, there is no worker, or the worker refuses.
         """
         if caller.account is not None:
-            await caller.account.enter(model=work.request.model, prompt_tokens=work.prompt_tokens, output_tokens=0)
+            await caller.account.enter(model=work.model, prompt_tokens=work.prompt_tokens, output_tokens=0)
         began, answer = monotonic(), None
         try:
             answer = await self._call(work, caller)
@@ -109,7 +114,7 @@ class WorkerCalls:
         with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT) as span:
             acquire = router_pb2.Acquire(
                 request_id=caller.request_id,
-                model=work.request.model,
+                model=work.model,
                 prompt_token_count=work.prompt_tokens,
                 max_output_token_count=1,
                 tenant_id=caller.tenant,
@@ -127,6 +132,7 @@ class WorkerCalls:
 
     async def _ask(self, work: Work, caller: Caller, lease: Lease) -> Any:
         name = f"worker.{work.method.lower()}"
+        work.request.model = lease.model or work.model
         attributes = {"tokenloom.worker": lease.worker_id}
         with tracer().start_as_current_span(name, kind=SpanKind.CLIENT, attributes=attributes) as span:
             metadata = [("x-request-id", caller.request_id)]

@@ -90,16 +90,18 @@ def generation_from_proto(
     return generation
 
 
-def tokenize_prompt_from_proto(request: inference_pb2.TokenizeRequest, card: EngineCard) -> str | Sequence[ChatMessage]:
-    """What a request wants tokenized; raises MeshError as generation_from_proto() does."""
+def tokenize_prompt_from_proto(
+    request: inference_pb2.TokenizeRequest, card: EngineCard
+) -> tuple[str | Sequence[ChatMessage], ChatOptions]:
+    """What a request wants tokenized, and how to render it; raises MeshError as generation_from_proto() does."""
     check_model(request.model, card)
     match request.WhichOneof("prompt"):
         case "text":
-            return request.text
+            return request.text, ChatOptions()
         case "chat":
             if request.without_special_tokens:
                 raise invalid("without_special_tokens", "only of a text")
-            return chat_from_proto(request.chat, card)[0]
+            return chat_from_proto(request.chat, card)
         case _:
             raise invalid("prompt", "one of text and chat is required", "missing_required_parameter")
 

@@ -414,10 +414,13 @@ class Engine(Protocol):
         """What embeds and scores; None where the model does neither."""
         ...
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, prompt: str | Sequence[ChatMessage], chat: ChatOptions | None = None, *, special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a text, or of a conversation rendered with the model's chat template.
 
-        `special_tokens`: with those that the tokenizer adds at the beginning of a text.
+        `chat` says how to render a conversation. `special_tokens`: with those that the tokenizer adds at the beginning
+        of a text.
         """
         ...
 

@@ -53,8 +53,8 @@ class PoolingCalls:
     async def tokenize(self, request: inference_pb2.TokenizeRequest) -> inference_pb2.TokenizeResponse:
         """Tokenizes as Generate would."""
         engine = self._gate.engine
-        prompt = convert.tokenize_prompt_from_proto(request, card_of(engine, request.model))
-        token_ids = await engine.tokenize(prompt, special_tokens=not request.without_special_tokens)
+        prompt, chat = convert.tokenize_prompt_from_proto(request, card_of(engine, request.model))
+        token_ids = await engine.tokenize(prompt, chat, special_tokens=not request.without_special_tokens)
         return inference_pb2.TokenizeResponse(
             token_ids=token_ids,
             max_context_token_count=engine.card.max_context_tokens,

@@ -187,10 +187,12 @@ class SimEngine:
         """None: it generates. See SimPooler."""
         return
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, prompt: str | Sequence[ChatMessage], chat: ChatOptions | None = None, *, special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a text or a conversation; see Engine.tokenize. There are no special tokens to leave out."""
         del special_tokens
-        return self._text_tokens(prompt) if isinstance(prompt, str) else self._chat_tokens(prompt)
+        return self._text_tokens(prompt) if isinstance(prompt, str) else self._chat_tokens(prompt, chat)
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token on its own; see Engine.token_texts."""

@@ -11,7 +11,7 @@ from services.common.settings import SimSettings
 from services.inference import sim_text
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import PrefillMeter
-from services.inference.engine import Capability, ChatMessage, EngineCard, Generation, Load, Sink
+from services.inference.engine import Capability, ChatMessage, ChatOptions, EngineCard, Generation, Load, Sink
 from services.inference.pooling import Embedded, EmbedJob, Jobs, Scored, ScoreJob, check_can, check_length
 from services.inference.sim_embedding import cosine, embedding
 from services.inference.sim_tokenizer import SimTokenizer
@@ -128,10 +128,12 @@ class SimPooler:
             scores = [cosine(wanted, embedding(tokens, dimensions)) for tokens in texts]
         return Scored(scores=scores, prompt_tokens=count)
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, prompt: str | Sequence[ChatMessage], chat: ChatOptions | None = None, *, special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a text or a conversation; see Engine.tokenize."""
         del special_tokens
-        return self._tokenizer.tokenize(prompt)
+        return self._tokenizer.tokenize(prompt, chat)
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token on its own; see Engine.token_texts."""

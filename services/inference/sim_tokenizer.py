@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from services.common.errors import MeshError, Reason
 from services.inference import sim_text
-from services.inference.engine import ChatMessage, EngineCard
+from services.inference.engine import ChatMessage, ChatOptions, EngineCard
 
 __all__ = ["SimTokenizer"]
 
@@ -15,7 +15,7 @@ class SimTokenizer:
     def __init__(self, card: EngineCard) -> None:
         self._card = card
 
-    def tokenize(self, prompt: str | Sequence[ChatMessage]) -> list[int]:
+    def tokenize(self, prompt: str | Sequence[ChatMessage], chat: ChatOptions | None = None) -> list[int]:
         """The tokens of a text, or of a conversation.
 
         Raises:
@@ -24,7 +24,7 @@ class SimTokenizer:
         if isinstance(prompt, str):
             return self.tokens(prompt, "prompt")
         self._check_characters("messages", sum(len(message.content) for message in prompt))
-        return sim_text.render_chat(prompt)
+        return sim_text.render_chat(prompt, chat)
 
     def tokens(self, text: str, field: str, *, limit: int | None = None) -> list[int]:
         """The tokens of a text, which is `field` in errors; one that is cut to a `limit` later may be of any length."""

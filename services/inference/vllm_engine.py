@@ -20,6 +20,7 @@ from services.inference.calibration import MovingMean, PrefillMeter
 from services.inference.engine import (
     Capability,
     ChatMessage,
+    ChatOptions,
     EngineCard,
     EngineLostError,
     FinishReason,
@@ -263,13 +264,15 @@ class VllmEngine:
         self._ready()
         return self._pooler
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, prompt: str | Sequence[ChatMessage], chat: ChatOptions | None = None, *, special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a text, or of a conversation rendered with the model's chat template."""
         backend = self._ready()
         with backend.refusals("prompt" if isinstance(prompt, str) else "messages"):
             if isinstance(prompt, str) and not special_tokens:
                 return await backend.prompts.plain_tokens(prompt)
-            return await backend.prompts.tokens(prompt)
+            return await backend.prompts.tokens(prompt, chat)
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token on its own; see Engine.token_texts."""

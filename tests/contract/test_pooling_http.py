@@ -120,11 +120,14 @@ async def test_texts_and_conversations_are_tokenized_and_tokens_turned_back(tmp_
         with_texts = {"model": "sim", "prompt": "hello world", "return_token_strs": True}
         texts = (await client.post("/v1/tokenize", json=with_texts)).json()
         rendered = (await client.post("/v1/tokenize", json={"model": "sim", "messages": chat})).json()
+        open_ended = {"model": "sim", "messages": chat, "add_generation_prompt": False}
+        unopened = (await client.post("/v1/tokenize", json=open_ended)).json()
         back = (await client.post("/v1/detokenize", json={"model": "sim", "tokens": plain["tokens"]})).json()
     spelled = sim_text.tokenize("hello world")
     assert plain == {"count": len(spelled), "max_model_len": 512, "tokens": spelled, "token_strs": None}
     assert texts["token_strs"] == [sim_text.token_text(token) for token in spelled]
     assert rendered["tokens"] == sim_text.render_chat([ChatMessage(role="user", content="hello")])
+    assert 0 < unopened["count"] < rendered["count"]
     assert back == {"prompt": "hello world"}
 
 

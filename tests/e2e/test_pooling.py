@@ -86,6 +86,18 @@ def test_a_stub_and_the_rest_bridge_embed_on_the_typed_lane(mesh: Mesh) -> None:
         answer = stub.Embed(
             inference_pb2.EmbedRequest(model="sim-embed", texts=TEXTS), metadata=mesh.metadata, timeout=10
         )
+        scored = stub.Score(
+            inference_pb2.ScoreRequest(model="sim-embed", query=TEXTS[0], texts=TEXTS),
+            metadata=mesh.metadata,
+            timeout=10,
+        )
+        back = stub.Detokenize(
+            inference_pb2.DetokenizeRequest(model="talk", token_ids=sim_text.tokenize(TEXTS[0])),
+            metadata=mesh.metadata,
+            timeout=10,
+        )
+    assert scored.scores[0] == pytest.approx(1.0, abs=1e-6)
+    assert back.text == TEXTS[0]
     rest = post(mesh, "/api/v1/embed", {"model": "sim-embed", "texts": TEXTS})
     for embedding, bridged, text in zip(answer.embeddings, rest["embeddings"], TEXTS, strict=True):
         assert list(embedding.values) == pytest.approx(expected_embedding(text, 64), abs=1e-6)

@@ -366,7 +366,7 @@ def test_a_tokenize_request_needs_a_prompt() -> None:
     with pytest.raises(MeshError) as raised:
         convert.tokenize_prompt_from_proto(inference_pb2.TokenizeRequest(model="sim"), CARD)
     assert raised.value.field == "prompt"
-    assert convert.tokenize_prompt_from_proto(inference_pb2.TokenizeRequest(model="sim", text=""), CARD) == ""
+    assert convert.tokenize_prompt_from_proto(inference_pb2.TokenizeRequest(model="sim", text=""), CARD)[0] == ""
 
 
 def test_a_completion_tells_usage_and_timings() -> None:
