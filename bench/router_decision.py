@@ -49,7 +49,7 @@ def build(workers: int, slots: int) -> tuple[Fleet, Admission]:
         observer=Silent(),
         clock=clock,
         max_waiting=1_000_000,
-        max_wait_seconds=600,
+        max_wait_seconds=1e9,
         ready_grace_seconds=5,
     )
     for number in range(workers):
@@ -78,6 +78,7 @@ def request(number: int) -> Request:
         prompt_tokens=200 + number % 1000,
         tenant=f"tenant-{number % TENANTS}",
         priority=number % 2,
+        slo_class="batch",
     )
 
 

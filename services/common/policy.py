@@ -96,6 +96,8 @@ class SloClass(_Struct, kw_only=True, frozen=True):
     """What a second beyond a target counts on top, in seconds."""
     output_weight: Annotated[float, Meta(ge=0, le=1)] = 0.01
     """What a second of output counts, against one before the first token. 1: the whole answer counts alike."""
+    max_wait_seconds: _Seconds | None = None
+    """A request that would wait longer for a worker is refused at once; null: whatever the router allows at most."""
 
 
 class TenantPolicy(_Struct, kw_only=True, frozen=True):
@@ -120,10 +122,10 @@ class DegradationPolicy(_Struct, kw_only=True, frozen=True):
     """How far the share must be above a bound again before its level ends."""
 
 
-STANDARD: Final = SloClass()
+STANDARD: Final = SloClass(max_wait_seconds=10.0)
 """What counts where nothing else is said."""
 BUILTIN_SLO_CLASSES: Final = {
-    "interactive": SloClass(ttft_seconds=1.0, tpot_seconds=0.1, weight=4.0),
+    "interactive": SloClass(ttft_seconds=1.0, tpot_seconds=0.1, weight=4.0, max_wait_seconds=2.0),
     "standard": STANDARD,
     "batch": SloClass(output_weight=1.0),
 }

@@ -78,7 +78,6 @@ class Generation:
         # Of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
         self._suspected = generator.quarantine.check(request)
         self._output_limit = 0
-        self._granted_at = 0.0
         self.started_at = monotonic()
         self.first_token_at: float | None = None
 
@@ -237,12 +236,11 @@ class Generation:
                 task=router_pb2.TASK_GENERATE,
                 slo_class=self._caller.slo_class,
                 allow_degrade=self._caller.allow_degrade and not emitted,
-                attempt=len(self._left_workers) + 1,
+                attempt=self._victims + 1,
                 emitted_token_count=emitted,
             )
             self._describe(acquire)
             lease = self._lease = await self._run.enter_async_context(self._routers.lease(acquire))
-            self._granted_at = monotonic()
             span.set_attribute("tokenloom.worker", lease.worker_id)
             if not emitted:
                 # What has begun may end as it was promised.
@@ -321,7 +319,7 @@ class Generation:
                 # What a second worker does with a prompt and half an answer says little about others.
                 lease.prompt_tokens, lease.cached_tokens = ending.prompt_tokens, ending.cached_tokens
             if self.first_token_at is not None and not self._left_workers:
-                lease.first_token_seconds = self.first_token_at - self._granted_at
+                lease.first_token_seconds = self.first_token_at - lease.granted_at
         await self._run.aclose()
         if self._caller.account is not None and self._lease is not None:
             self._caller.account.add(self._spent(self._lease), is_complete=self.ending is not None)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final, Protocol
 
-from services.common.errors import MeshError, Reason
+from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
+from services.common.policy import STANDARD
 from services.router.choosing import Chooser
 from services.router.deadlines import Deadlines
 from services.router.decisions import Decisions, Record
@@ -17,6 +18,7 @@ from services.router.policy import Policies, Resolution
 from services.router.pools import Choice
 from services.router.prefixes import Prefixes
 from services.router.request import Request
+from services.router.retry_budget import RetryBudget
 from services.router.scheduler import Decision, Scheduler, Verdict
 from services.router.waiting import LaneKey, WaitingLine
 from services.router.worker import Lease, Outcome, Seen, Worker
@@ -26,6 +28,11 @@ __all__ = ["Admission", "Observer", "Settle", "Ticket"]
 # Lanes whose turn came although no worker takes them now; after so many the rest waits for the next event.
 _MOST_SKIPS: Final = 16
 _RECHECK_SECONDS: Final = 1.0
+# One turn in ten is for whoever has waited so long behind higher classes.
+_AGED_EVERY: Final = 10
+_AGED_SECONDS: Final = 2.0
+_UNKNOWN_RETRY_SECONDS: Final = 5.0
+_LONGEST_RETRY_SECONDS: Final = 60.0
 _LONGEST_MODEL_NAME: Final = 256
 
 
@@ -178,6 +185,8 @@ class Admission:
         self._sooner = asyncio.Event()
         self._roomy: deque[Worker] = deque()
         self._serving = False
+        self._turns = 1
+        self._budget = RetryBudget()
         fleet.subscribe(self._on_change)
 
     @property
@@ -185,9 +194,14 @@ class Admission:
         """How many wait."""
         return len(self._line)
 
-    def ahead(self, ticket: Ticket) -> int:
-        """How many wait before a ticket that waits, at most."""
-        return max(0, self._line.ahead(ticket) - 1)
+    def outlook(self, ticket: Ticket) -> tuple[int, float | None]:
+        """How many go before a ticket that has just begun to wait, and how many seconds that takes, if it is known."""
+        before = max(0, self._line.before(ticket) - 1)
+        return before, self._expected_wait(ticket, before)
+
+    def _expected_wait(self, ticket: Ticket, before: int) -> float | None:
+        rate = self._scheduler.requests_per_second(ticket.ways[0].request)
+        return (before + 1) / rate if rate > 0 else None
 
     def ask(self, request: Request, settle: Settle) -> Ticket:
         """Asks for a worker. `settle` is called once, maybe before this returns, unless `finish` comes first."""
@@ -197,6 +211,7 @@ class Admission:
         ticket = Ticket(request, settle, asked_at=now, deadline=now + wait)
         try:
             _check(request)
+            self._check_budget(request)
             ticket.resolve(self._policies.resolve(request))
         except MeshError as error:
             self._refuse(ticket, error)
@@ -207,6 +222,17 @@ class Admission:
         else:
             self._try(ticket, now)
         return ticket
+
+    def _check_budget(self, request: Request) -> None:
+        if request.attempt <= 1:
+            self._budget.earn()
+        elif not self._budget.draw() and not request.emitted_tokens:
+            raise MeshError(
+                Reason.NO_CAPACITY,
+                "too many requests fail to try this one again",
+                code=RETRY_BUDGET_EXHAUSTED,
+                retry_after_seconds=1.0,
+            )
 
     def finish(
         self,
@@ -311,16 +337,32 @@ class Admission:
             self._refuse(ticket, self._error(verdict, ticket))
 
     def _wait(self, ticket: Ticket, now: float, *, check_at: float) -> None:
-        if len(self._line) >= self._max_waiting:
-            self._refuse(ticket, self._no_capacity(ticket))
-            return
         if ticket.deadline <= now:
             self._refuse(ticket, self._too_late(ticket))
+            return
+        wait = self._expected_wait(ticket, self._line.before(ticket))
+        if wait is not None and wait > self._allowed_wait(ticket, now):
+            # It would wait in vain, and take a place from those who need not.
+            self._refuse(ticket, self._no_capacity(ticket))
+            return
+        if len(self._line) >= self._max_waiting and not self._make_room(ticket):
+            self._refuse(ticket, self._no_capacity(ticket))
             return
         ticket.state = _State.WAITING
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
         self._look_again(ticket, check_at)
+
+    def _allowed_wait(self, ticket: Ticket, now: float) -> float:
+        most = (ticket.ways[0].request.slo or STANDARD).max_wait_seconds
+        left = ticket.deadline - now
+        return left if most is None else min(left, most)
+
+    def _make_room(self, ticket: Ticket) -> bool:
+        victim = self._line.crowd.makes_room(ticket.priority, ticket.tenant) if self._max_waiting else None
+        if victim is not None:
+            self._refuse(victim, self._no_capacity(victim))
+        return victim is not None
 
     def _look_again(self, ticket: Ticket, at: float) -> None:
         before = self._deadlines.next
@@ -369,17 +411,34 @@ class Admission:
         skipped: set[LaneKey] = set()
         models = (*worker.card.models, "")
         while self._line and worker.has_room(self._clock()) and len(skipped) < _MOST_SKIPS:
+            if self._turns % _AGED_EVERY == 0 and self._serve_aged(models):
+                continue
             turn = self._line.first(models, skip=skipped)
             if turn is None:
                 return
             lane, ticket = turn
             decision = self._pick(ticket)
             if decision.verdict is Verdict.PICKED:
-                self._deadlines.drop(ticket)
-                self._line.serve(ticket)
-                self._grant(ticket, decision)
+                self._serve(ticket, decision)
             else:
                 skipped.add(lane)
+
+    def _serve(self, ticket: Ticket, decision: Decision) -> None:
+        self._turns += 1
+        self._deadlines.drop(ticket)
+        self._line.serve(ticket)
+        self._grant(ticket, decision)
+
+    def _serve_aged(self, models: tuple[str, ...]) -> bool:
+        """Serves a request of a low class that has waited for long, so that higher classes don't starve it."""
+        ticket = self._line.crowd.oldest_of_lower_classes()
+        if ticket is None or self._clock() - ticket.asked_at < _AGED_SECONDS or ticket.lane.model not in models:
+            return False
+        decision = self._pick(ticket)
+        if decision.verdict is not Verdict.PICKED:
+            return False
+        self._serve(ticket, decision)
+        return True
 
     def _grant(self, ticket: Ticket, decision: Decision) -> None:
         worker, request = decision.worker, ticket.way.request
@@ -434,9 +493,19 @@ class Admission:
         return self._no_capacity(ticket)
 
     def _no_capacity(self, ticket: Ticket) -> MeshError:
-        after = self._scheduler.retry_after_seconds(ticket.ways[0].request, waiting=len(self._line))
+        after = self._retry_after(ticket)
         message = f"every worker is busy; try again in {after:.0f} s"
         return MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=after)
+
+    def _retry_after(self, ticket: Ticket) -> float:
+        """When the line will have become short enough for a request that is refused now."""
+        wait = self._expected_wait(ticket, self._line.before(ticket))
+        if wait is None:
+            return _UNKNOWN_RETRY_SECONDS
+        most = (ticket.ways[0].request.slo or STANDARD).max_wait_seconds
+        if most is not None and len(self._line) < self._max_waiting:
+            wait -= most
+        return min(_LONGEST_RETRY_SECONDS, max(1.0, wait))
 
     def _error(self, verdict: Verdict, ticket: Ticket) -> MeshError:
         model = ticket.request.model or ""

@@ -195,7 +195,10 @@ class Fleet:
     def release(self, lease: Lease, outcome: Outcome, seen: Seen = Seen()) -> None:  # noqa: B008  # immutable
         """Ends a lease; one whose worker is lost is over already."""
         if lease in lease.worker.leases:
-            lease.worker.release(lease, outcome, self._clock(), seen)
+            now = self._clock()
+            lease.worker.release(lease, outcome, now, seen)
+            if outcome is Outcome.FAILED and lease.worker.ejection.is_due and self._is_spared(lease.worker):
+                lease.worker.eject(now)
             self._changed(lease.worker)
 
     def _change(self, worker: Worker, card: Card) -> None:
@@ -205,6 +208,14 @@ class Fleet:
         for model in dropped - self._by_model.keys():
             # It is not away: it was taken out.
             self._known.pop(model, None)
+
+    def _is_spared(self, worker: Worker) -> bool:
+        # When most fail, it is not they who are at fault, and those that are left would not do.
+        for model in worker.card.models:
+            peers = self._by_model.get(model, ())
+            if 2 * (1 + sum(peer.admitted_ratio == 0.0 for peer in peers)) > len(peers):
+                return False
+        return True
 
     def _hope_of(self, worker: Worker) -> Rates:
         return next((self._hopes[model] for model in worker.card.models if model in self._hopes), PRIOR)

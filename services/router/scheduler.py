@@ -23,6 +23,10 @@ _TIE_SECONDS: Final = 0.0005
 # A router that has just started does not know yet who is there.
 _SETTLING_SECONDS: Final = 1.0
 _FULL: Final = "full"
+# How long what was reckoned of all workers holds.
+_RATE_SECONDS: Final = 0.05
+_MOST_RATES: Final = 1024
+_RETURNING: Final = "returning"
 OUTSIDE_POOL: Final = "outside the pool"
 """Why a worker of another pool than the policy's is out of the question."""
 
@@ -89,6 +93,7 @@ class Scheduler:
         self._lengths = lengths
         self._clock = clock
         self._rng = rng
+        self._rates: dict[str, tuple[float, float]] = {}
 
     def pick(self, request: Request, *, asked_at: float | None = None) -> Decision:
         """The worker with the least cost among those that take the request now; changes nothing.
@@ -120,6 +125,7 @@ class Scheduler:
                 reasons.append(_FULL)
             else:
                 open_to.append(worker)
+        open_to = self._without_returning(open_to, names, reasons)
         if not open_to:
             verdict = self._why_none(request, full=full > 0, now=now)
             return Decision(verdict=verdict, looked_at=Looks(names, reasons, []))
@@ -133,6 +139,21 @@ class Scheduler:
             output_tokens=output,
             looked_at=Looks(names, reasons, predictions),
         )
+
+    def _without_returning(self, open_to: list[Worker], names: list[str], reasons: list[str]) -> list[Worker]:
+        """Leaves out workers that return from an ejection, as often as they are not to be picked yet."""
+        if all(worker.admitted_ratio == 1.0 for worker in open_to):
+            return open_to
+        kept = [
+            worker for worker in open_to if worker.admitted_ratio == 1.0 or self._rng.random() < worker.admitted_ratio
+        ]
+        if not kept:
+            return open_to
+        for worker in open_to:
+            if worker not in kept:
+                names.append(worker.worker_id)
+                reasons.append(_RETURNING)
+        return kept
 
     def _predictions(self, workers: list[Worker], request: Request, output: float, now: float) -> list[Prediction]:
         cached = self._prefixes.cached(request)
@@ -155,16 +176,22 @@ class Scheduler:
                 return Verdict.FULL
         return self._why_none(request, full=False, now=now)
 
-    def retry_after_seconds(self, request: Request, *, waiting: int) -> float:
-        """When a request that is refused now may have a chance: once those that wait have found a slot."""
-        now = self._clock()
+    def requests_per_second(self, request: Request) -> float:
+        """How many requests like this one find a slot in a second while none is free; 0 while nobody is ready."""
+        now, model = self._clock(), request.model or ""
+        known = self._rates.get(model)
+        if known is not None and now - known[0] < _RATE_SECONDS:
+            return known[1]
         output = self._lengths.expected(request)
         rate = sum(
-            worker.card.max_running / max(worker.service_seconds(output), 0.001)
+            worker.running_at_most / max(worker.service_seconds(output), 0.001)
             for worker in self._fleet.serving(request.model)
             if worker.is_ready(now)
         )
-        return min(60.0, max(1.0, (waiting + 1) / rate)) if rate > 0 else 5.0
+        if len(self._rates) > _MOST_RATES:
+            self._rates.clear()
+        self._rates[model] = (now, rate)
+        return rate
 
     def _context(self, request: Request) -> int:
         """Tokens of context that a worker must have: 0 when all have it, -1 when none can.

@@ -161,8 +161,9 @@ class _Session:
         elif ticket.error is None:
             self._tickets[handle] = (ticket, span)
         if ticket.is_waiting:
-            position = self._admission.ahead(ticket)
-            self._edit().queued.add(handle=handle, position=position)
+            position, seconds = self._admission.outlook(ticket)
+            wait = None if seconds is None else wire.duration(seconds)
+            self._edit().queued.add(handle=handle, position=position, expected_wait_duration=wait)
 
     def _settle(self, handle: int, span: Span, ticket: Ticket) -> None:
         end_span(span, ticket)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Hashable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
+from services.router.crowd import Crowd
 from services.router.fairness import Fairness
 
 __all__ = ["LaneKey", "WaitingLine", "Waits"]
@@ -137,6 +138,9 @@ class WaitingLine(Generic[W]):
     def __init__(self) -> None:
         self._fairness = Fairness()
         self._models: dict[str, dict[LaneKey, _Lane[W]]] = {}
+        self.crowd: Crowd[W] = Crowd()
+        """The same requests, counted."""
+        self._crowds: dict[str, Crowd[W]] = {}
         self._orders: dict[W, tuple[int, LaneKey]] = {}
         self._next_order = 0
 
@@ -147,10 +151,10 @@ class WaitingLine(Generic[W]):
         """Whether somebody waits who is interchangeable with a request of this key."""
         return key in self._models.get(key.model, ())
 
-    def ahead(self, waiter: W) -> int:
-        """How many of the waiter's model wait in its priority class or a higher one; it may overtake some of them."""
-        lanes = self._models.get(waiter.lane.model, {}).values()
-        return sum(len(c) for lane in lanes for p, c in lane.classes.items() if p <= waiter.priority)
+    def before(self, waiter: W) -> int:
+        """How many of its model would go before a request that comes now."""
+        crowd = self._crowds.get(waiter.lane.model)
+        return crowd.before(waiter.priority, waiter.tenant) if crowd is not None else 0
 
     def add(self, waiter: W) -> None:
         """Puts a request at the end of its tenant's queue."""
@@ -166,6 +170,8 @@ class WaitingLine(Generic[W]):
         self._next_order += 1
         self._orders[waiter] = (self._next_order, key)
         lane.add(self._next_order, waiter)
+        self.crowd.add(waiter)
+        self._crowds.setdefault(waiter.lane.model, Crowd()).add(waiter)
 
     def remove(self, waiter: W) -> None:
         """Takes a request out; one that does not wait changes nothing."""
@@ -175,6 +181,11 @@ class WaitingLine(Generic[W]):
         lanes = self._models[key.model]
         lane = lanes[key]
         lane.remove(order, waiter)
+        self.crowd.remove(waiter)
+        of_model = self._crowds[key.model]
+        of_model.remove(waiter)
+        if of_model.is_empty:
+            del self._crowds[key.model]
         if not lane.classes:
             for model in (key.model, *key.others):
                 del self._models[model][key]

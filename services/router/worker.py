@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from services.router.card import Card, Load, WorkerState, believable
 from services.router.correction import Correction
 from services.router.cost import PRIOR, Gauges, Outlook, Prediction, Rates, outlook
+from services.router.ejection import Ejection
 from services.router.reading import Condition
 from services.router.request import Request
 
@@ -110,6 +111,9 @@ class Worker:
         self._decode = Correction()
         self._fresh: deque[Lease] = deque()
         self._service_seconds: float | None = None
+        self.ejection = Ejection()
+        self.admitted_ratio = 1.0
+        """Share of its requests that it gets after it failed some, 0 to 1."""
         self._failure_share = 0.0
         self._failure_at = now
         self._refresh(now)
@@ -118,6 +122,12 @@ class Worker:
     def occupied(self) -> int:
         """Sequences that it has or will have in a moment: our leases, and what others sent it."""
         return len(self.leases) + self._others
+
+    @property
+    def running_at_most(self) -> int:
+        """Sequences that it can run at the same time: its slots, or fewer where KV cache is short."""
+        slots = self.card.max_running
+        return min(slots, self.occupied) if self.full else slots
 
     @property
     def state_name(self) -> str:
@@ -224,6 +234,11 @@ class Worker:
         self._melt(now)
         self._refresh(now)
 
+    def eject(self, now: float) -> None:
+        """Takes it out of service for some seconds, since it fails what it gets."""
+        self.ejection.eject(now)
+        self._refresh(now)
+
     def leave(self) -> None:
         """It is lost: its leases vanish with it."""
         self.gone = True
@@ -256,6 +271,7 @@ class Worker:
         return (min(ends) if before == 1 else heapq.nsmallest(before, ends)[-1]) - now
 
     def _judge(self, *, failed: bool, now: float) -> None:
+        self.ejection.note(failed=failed)
         share = self._failures(now)
         self._failure_share = share + _FAILURE_WEIGHT * (float(failed) - share)
         self._failure_at = now
@@ -271,6 +287,7 @@ class Worker:
         self._backlog = max(0.0, left / self.outlook.prefill_token_seconds)
 
     def _refresh(self, now: float) -> None:
+        self.admitted_ratio = self.ejection.admitted_ratio(now)
         self.blocked = self._obstacle()
         self.full = self._is_full()
         self.outlook_at = now
@@ -297,6 +314,8 @@ class Worker:
     def _obstacle(self) -> str:
         if self.gone:
             return "gone"
+        if self.admitted_ratio == 0.0:
+            return "ejected"
         return "" if self.state_name == WorkerState.READY.value else self.state_name
 
     def _is_full(self) -> bool:

@@ -1,0 +1,115 @@
+"""Who waits, counted by class and tenant: who makes room when the line is full, and who has waited for too long."""
+
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["Crowd"]
+
+
+class Member(Protocol):
+    """What is counted."""
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+
+
+M = TypeVar("M", bound=Member)
+
+
+class _Group(Generic[M]):
+    """One class: its tenants by how many of their requests wait. Everything takes the same time, however many do."""
+
+    def __init__(self) -> None:
+        self.oldest_first: dict[M, None] = {}
+        self.tenants: dict[str, dict[M, None]] = {}
+        self._by_count: dict[int, dict[str, None]] = {}
+        self._most = 0
+
+    def add(self, member: M) -> None:
+        self.oldest_first[member] = None
+        queue = self.tenants.setdefault(member.tenant, {})
+        self._move(member.tenant, len(queue), len(queue) + 1)
+        queue[member] = None
+
+    def remove(self, member: M) -> None:
+        del self.oldest_first[member]
+        queue = self.tenants[member.tenant]
+        self._move(member.tenant, len(queue), len(queue) - 1)
+        del queue[member]
+        if not queue:
+            del self.tenants[member.tenant]
+
+    @property
+    def largest(self) -> str:
+        """A tenant of whom the most requests wait."""
+        return next(iter(self._by_count[self._most]))
+
+    def _move(self, tenant: str, before: int, after: int) -> None:
+        if before:
+            peers = self._by_count[before]
+            del peers[tenant]
+            if not peers:
+                del self._by_count[before]
+        if after:
+            self._by_count.setdefault(after, {})[tenant] = None
+        # It changes by one at a time, so the most is never more than one away.
+        if after > self._most or (before == self._most and before not in self._by_count):
+            self._most = after
+
+
+class Crowd(Generic[M]):
+    """All that wait."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, _Group[M]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody waits."""
+        return not self._groups
+
+    def add(self, member: M) -> None:
+        """One more waits."""
+        self._groups.setdefault(member.priority, _Group()).add(member)
+
+    def remove(self, member: M) -> None:
+        """One waits no more."""
+        group = self._groups[member.priority]
+        group.remove(member)
+        if not group.oldest_first:
+            del self._groups[member.priority]
+
+    def before(self, priority: int, tenant: str) -> int:
+        """How many would go before a request that comes now: all of higher classes, and of its own class those whose
+        turn comes first when tenants take turns.
+        """
+        higher = sum(len(group.oldest_first) for one, group in self._groups.items() if one < priority)
+        group = self._groups.get(priority)
+        if group is None:
+            return higher
+        own = len(group.tenants.get(tenant, ()))
+        tenants = len(group.tenants) + (tenant not in group.tenants)
+        return higher + min(len(group.oldest_first), tenants * (own + 1) - 1)
+
+    def makes_room(self, priority: int, tenant: str) -> M | None:
+        """Who should leave a full line for a request that comes now; None when it has no better right to a place.
+
+        The newest request of the lowest class; in its own class, that of a tenant who has more requests waiting.
+        """
+        lowest = max(self._groups, default=priority)
+        if lowest < priority:
+            return None
+        group = self._groups.get(lowest)
+        if group is None:
+            return None
+        largest = group.tenants[group.largest]
+        if lowest == priority and len(largest) <= len(group.tenants.get(tenant, ())) + 1:
+            return None
+        return next(reversed(largest))
+
+    def oldest_of_lower_classes(self) -> M | None:
+        """The oldest of the lowest class, whose turn does not come while higher classes wait."""
+        if len(self._groups) < 2:
+            return None
+        return next(iter(self._groups[max(self._groups)].oldest_first))
