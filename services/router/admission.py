@@ -343,7 +343,7 @@ class Admission:
         wait = self._expected_wait(ticket, self._line.before(ticket))
         if wait is not None and wait > self._allowed_wait(ticket, now):
             # It would wait in vain, and take a place from those who need not.
-            self._refuse(ticket, self._no_capacity(ticket))
+            self._refuse(ticket, self._too_late(ticket) if wait > ticket.deadline - now else self._no_capacity(ticket))
             return
         if len(self._line) >= self._max_waiting and not self._make_room(ticket):
             self._refuse(ticket, self._no_capacity(ticket))
@@ -489,7 +489,7 @@ class Admission:
 
     def _too_late(self, ticket: Ticket) -> MeshError:
         if self._is_clients_deadline(ticket):
-            return MeshError(Reason.DEADLINE_EXCEEDED, "no worker was free before the request's deadline")
+            return MeshError(Reason.DEADLINE_EXCEEDED, "no worker is free before the request's deadline")
         return self._no_capacity(ticket)
 
     def _no_capacity(self, ticket: Ticket) -> MeshError:

@@ -157,8 +157,10 @@ class Worker:
         return not self.full and self.is_ready(now)
 
     def service_seconds(self, expected_output: float) -> float:
-        """How long a request holds a slot here: as measured, or as predicted while nothing is."""
-        return self._service_seconds or expected_output * self.outlook.token_seconds
+        """How long a request holds a slot here: as measured, or as predicted where that is more."""
+        # Those that are over first are the short ones, so what was measured is too little at first.
+        predicted = expected_output * self.outlook.token_seconds
+        return max(self._service_seconds or 0.0, predicted)
 
     def report(self, load: Load, now: float, hope: Rates = PRIOR) -> None:
         """Takes a report in. What it says of the work that we sent replaces what we guessed.

@@ -98,7 +98,7 @@ async def test_a_full_line_refuses_with_no_capacity_and_when_to_come_back() -> N
         assert error.retry_after_seconds >= 1
 
 
-async def test_a_deadline_that_passes_in_the_line_is_told() -> None:
+async def test_a_deadline_that_can_not_be_met_is_told_at_once() -> None:
     async with (
         running_router() as (router, to_router),
         worker_link(router, to_router, max_running=1),
@@ -108,7 +108,7 @@ async def test_a_deadline_that_passes_in_the_line_is_told() -> None:
         started = time.monotonic()
         error = error_from_status((await gateway.rejected(timeout=duration(0.1))).status)
         assert error.reason is Reason.DEADLINE_EXCEEDED
-        assert 0.09 < time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 0.1
 
 
 async def test_without_any_worker_a_request_waits_for_one_to_register() -> None:
