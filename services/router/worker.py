@@ -217,6 +217,9 @@ class Worker:
         if outcome in (Outcome.COMPLETED, Outcome.FAILED):
             self._judge(failed=outcome is Outcome.FAILED, now=now)
         self._melt(now)
+        if lease.granted_at > self.reported_at - _SETTLE_SECONDS:
+            # No report has told of it yet, and now none will: its prompt waits for prefill no more.
+            self._backlog = max(0.0, self._backlog - lease.uncached_tokens)
         self._refresh(now)
 
     def set_drained(self, drained: bool, now: float) -> None:
