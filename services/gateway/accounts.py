@@ -95,6 +95,11 @@ class Account:
         self._spent: list[Spent] = []
 
     @property
+    def request_id(self) -> str:
+        """The mesh's id of the request."""
+        return self._row.request_id
+
+    @property
     def id(self) -> str:
         """The id of its row."""
         return self._row.id

@@ -3,6 +3,7 @@
 import logging
 import uuid
 from collections.abc import Callable, MutableMapping
+from dataclasses import replace
 from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final
@@ -15,7 +16,7 @@ from services.common.tracing import context_from, traceparent_of, tracer
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.generation import Caller
-from services.gateway.guardrails import Guard, Guardrails
+from services.gateway.guardrails import Guardrails
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
@@ -123,19 +124,17 @@ class App:
             identity, request_id=response.request_id, lane="openai", endpoint=endpoint, show=response.add_header
         ) as account:
             guard = self._guardrails.of(identity.tenant)
-            await route.handler(
-                request, response, identity, _caller(request, response.request_id, account, span, guard)
-            )
+            caller = replace(_caller(request, account, span), guard=guard, on_queued=response.note_queue)
+            await route.handler(request, response, identity, caller)
 
 
-def _caller(request: Request, request_id: str, account: Account, span: Span, guard: Guard | None) -> Caller:
+def _caller(request: Request, account: Account, span: Span) -> Caller:
     identity = account.identity
     return Caller(
-        request_id=request_id,
+        request_id=account.request_id,
         tenant=identity.tenant,
         priority=_priority(request.header(b"x-priority"), identity.priority),
         account=account,
-        guard=guard,
         session_id=(request.header(b"x-session-id") or "")[:256],
         traceparent=traceparent_of(span),
         slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],

@@ -14,7 +14,7 @@ from services.gateway.convert import from_completion, in_openai_terms
 from services.gateway.convert_chat import from_chat
 from services.gateway.decoding import decode
 from services.gateway.generation import Caller, Generator
-from services.gateway.http import Request, Response, kept_alive, while_connected
+from services.gateway.http import QUEUE_HEADER, Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Ending, Prompt
@@ -82,7 +82,7 @@ class Endpoint(Generic[R]):
         async with while_connected(request, response, self._limits.timeout_seconds):
             try:
                 if body.stream:
-                    async with kept_alive(response):
+                    async with kept_alive(response, tell_queue=request.header(QUEUE_HEADER) == "1"):
                         await answer.stream(generates, renderers)
                 else:
                     await answer.whole(generates, renderers)

@@ -22,7 +22,7 @@ from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import Guard, log_content
 from services.gateway.pieces import Ending, Piece, Prompt, Spent
 from services.gateway.quarantine import Quarantine
-from services.gateway.router_client import Lease, RouterClient
+from services.gateway.router_client import Lease, OnQueued, RouterClient
 from services.gateway.stream import Stream, WorkerLostError
 from services.gateway.worker_sessions import WorkerSessions
 
@@ -52,6 +52,8 @@ class Caller:
     """What the request may take, and has taken; None: nobody asks."""
     guard: Guard | None = None
     """What its prompt and its answer go through; None: nothing."""
+    on_queued: OnQueued | None = None
+    """Hears of its place in the router's queue."""
 
 
 class Generation:
@@ -240,7 +242,9 @@ class Generation:
                 emitted_token_count=emitted,
             )
             self._describe(acquire)
-            lease = self._lease = await self._run.enter_async_context(self._routers.lease(acquire))
+            lease = self._lease = await self._run.enter_async_context(
+                self._routers.lease(acquire, self._caller.on_queued)
+            )
             span.set_attribute("tokenloom.worker", lease.worker_id)
             if not emitted:
                 # What has begun may end as it was promised.
@@ -303,7 +307,9 @@ class Generation:
     def _resumes_exactly(self) -> bool:
         request, sampling = self._request, self._request.sampling
         greedy = sampling.HasField("temperature") and sampling.temperature == 0
-        plain = not sampling.HasField("logprob_count") and not sampling.HasField("prompt_logprob_count")
+        # What the engine counts over its own output only would begin anew.
+        plain = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.bad_words)
+        plain = plain and not sampling.HasField("prompt_logprob_count")
         free = not request.HasField("structured_output") and not _forces_a_call(request.chat)
         return greedy and plain and free and request.choice_count <= 1
 

@@ -11,15 +11,17 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 
-__all__ = ["ClientLeftError", "Request", "Response", "error_response", "kept_alive", "while_connected"]
+__all__ = ["QUEUE_HEADER", "ClientLeftError", "Request", "Response", "error_response", "kept_alive", "while_connected"]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _JSON = (b"content-type", b"application/json")
+QUEUE_HEADER: Final = b"x-queue-status"
+"""With "1": say in comments where a stream's request stands in the queue, from the moment that it does."""
 _KEEP_ALIVE_SECONDS: Final = 10.0
 # Proxies and clients on the way give up on a connection on which nothing moves.
-_COMMENT: Final = b": waiting\n\n"
+_WAITING: Final = b": waiting\n\n"
 
 
 class ClientLeftError(Exception):
@@ -110,6 +112,8 @@ class Response:
         self.status = 0
         self._busy = False
         self._spoke = False
+        self._waiting = _WAITING
+        self._on_queued: Callable[[], None] | None = None
         self._unfinished: _Unfinished | None = None
         # Used again and again: a message is done with when send() returns, and while it doesn't we are busy.
         self._message: Message = {"type": "http.response.body", "body": b"", "more_body": True}
@@ -182,9 +186,20 @@ class Response:
             return
         if not self.started:
             await self.start_events()
-        elif not self._spoke:
-            self.write_events(_COMMENT)
+        if not self._spoke:
+            self.write_events(self._waiting)
         self._spoke = False
+
+    def note_queue(self, position: int, expected_seconds: float | None) -> None:
+        """Says from now on, while there is nothing else to send, where the request stands in the queue."""
+        expected = "" if expected_seconds is None else f" expected_wait={expected_seconds:.1f}s"
+        self._waiting = f": queued position={position}{expected}\n\n".encode()
+        if self._on_queued is not None:
+            self._on_queued()
+
+    def when_queued(self, call: Callable[[], None]) -> None:
+        """Calls back when the request is known to stand in the queue."""
+        self._on_queued = call
 
     async def end(self) -> None:
         """Ends a stream of events."""
@@ -230,8 +245,11 @@ def _too_large(limit: int) -> MeshError:
 
 
 @asynccontextmanager
-async def kept_alive(response: Response) -> AsyncIterator[None]:
-    """Sends comments while the block's events are long in coming: a request that waits in the queue, say."""
+async def kept_alive(response: Response, *, tell_queue: bool = False) -> AsyncIterator[None]:
+    """Sends comments while the block's events are long in coming: a request that waits in the queue, say.
+
+    `tell_queue`: the first comment comes as soon as it does wait there, and says at which place.
+    """
 
     loop = asyncio.get_running_loop()
     beats: asyncio.Task[None] | None = None
@@ -243,10 +261,13 @@ async def kept_alive(response: Response) -> AsyncIterator[None]:
 
     def begin() -> None:
         nonlocal beats
-        beats = asyncio.create_task(beat())
+        if beats is None:
+            beats = asyncio.create_task(beat())
 
     # Few streams last that long: the others are spared the task.
     timer = loop.call_later(_KEEP_ALIVE_SECONDS, begin)
+    if tell_queue:
+        response.when_queued(begin)
     try:
         yield
     finally:

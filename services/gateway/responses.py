@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from services.gateway.convert_responses import chat_request, input_items
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
 from services.gateway.generation import Caller, Generation, Generator
-from services.gateway.http import Request, Response, kept_alive, while_connected
+from services.gateway.http import QUEUE_HEADER, Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.recording import describe, record, show_route
@@ -63,9 +64,13 @@ class Responses:
         (generate,) = from_chat(asked)
         describe("chat", asked)
         renderer = ResponsesRenderer(answer_id=uuid.uuid4().hex, created=int(time.time()), request=body)
+        tell_queue = request.header(QUEUE_HEADER) == "1"
         async with while_connected(request, response, self._limits.timeout_seconds):
             try:
-                async with self._generator.run(generate, caller) as running:
+                async with (
+                    kept_alive(response, tell_queue=tell_queue) if body.stream else nullcontext(),
+                    self._generator.run(generate, caller) as running,
+                ):
                     try:
                         answer, closing = await self._answer(body, running, renderer, response, identity)
                     finally:
@@ -144,21 +149,20 @@ class Responses:
             renderer.answered_by(running.model)
             assert running.ending is not None
             return msgspec.json.encode(renderer.whole(pieces, running.ending)), b""
-        async with kept_alive(response):
+        pieces = await running.take()
+        show_route(running, response, identity)
+        renderer.answered_by(running.model)
+        if not response.started:
+            await response.start_events()
+        head = renderer.first()
+        while pieces:
+            await response.send_events(head + renderer.pieces(pieces))
+            head = b""
+            running.write_to(renderer.writer(response.write_events))
             pieces = await running.take()
-            show_route(running, response, identity)
-            renderer.answered_by(running.model)
-            if not response.started:
-                await response.start_events()
-            head = renderer.first()
-            while pieces:
-                await response.send_events(head + renderer.pieces(pieces))
-                head = b""
-                running.write_to(renderer.writer(response.write_events))
-                pieces = await running.take()
-            assert running.ending is not None
-            closing = head + renderer.last(running.ending)
-            return msgspec.json.encode(renderer.final), closing
+        assert running.ending is not None
+        closing = head + renderer.last(running.ending)
+        return msgspec.json.encode(renderer.final), closing
 
 
 def _stored_input(body: ResponsesRequest) -> list[msgspec.Raw]:

@@ -18,8 +18,10 @@ from services.common.rpc import channel, connected
 from services.common.status import error_from_status
 from services.gateway.placement import Placement
 
-__all__ = ["Lease", "RouterClient"]
+__all__ = ["Lease", "OnQueued", "RouterClient"]
 
+OnQueued = Callable[[int, float | None], None]
+"""Takes how many are before a request in the router's queue, and the seconds that it is expected to wait, if known."""
 _log = logging.getLogger(__name__)
 _MAX_WAITING_EDITS: Final = 100_000
 _RETRY_SECONDS: Final = 0.1
@@ -85,6 +87,7 @@ class _Pending:
     granted: asyncio.Future[Lease]
     asked_at: float
     queued: bool = False
+    on_queued: OnQueued | None = None
     local: bool = False
     """Whether the lease is known to nobody but us."""
 
@@ -192,6 +195,10 @@ class RouterClient:
             waiting = self._pending.get(queued.handle)
             if waiting is not None:
                 waiting.queued = True
+                if waiting.on_queued is not None:
+                    known = queued.HasField("expected_wait_duration")
+                    expected = queued.expected_wait_duration.ToNanoseconds() / 1e9 if known else None
+                    waiting.on_queued(queued.position, expected)
         for rejection in message.rejections:
             pending = self._pending.pop(rejection.handle, None)
             if pending is not None and not pending.granted.done():
@@ -260,8 +267,10 @@ class RouterClient:
             self._talking.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
-    async def lease(self, acquire: router_pb2.Acquire) -> AsyncIterator[Lease]:
+    async def lease(self, acquire: router_pb2.Acquire, on_queued: OnQueued | None = None) -> AsyncIterator[Lease]:
         """Acquires a lease, waiting for it in the router's queue, and releases it at the end of the block.
+
+        `on_queued` hears of the place in the queue.
 
         Say in the lease how it went before that; a lease that is just left counts as cancelled.
 
@@ -269,7 +278,7 @@ class RouterClient:
             MeshError: the router refused, or no router answers and no worker is known that has room.
         """
         acquire.handle = next(self._handles)
-        pending = _Pending(acquire, asyncio.get_running_loop().create_future(), self._clock())
+        pending = _Pending(acquire, asyncio.get_running_loop().create_future(), self._clock(), on_queued=on_queued)
         self._ask(pending)
         lease: Lease | None = None
         try:

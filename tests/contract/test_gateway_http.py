@@ -191,3 +191,16 @@ async def test_the_openapi_document_describes_what_is_served(lane: Lane) -> None
     assert chat["additionalProperties"] is False
     assert {"model", "messages"} == set(chat["required"])
     assert "\\Z" not in json.dumps(described)
+
+
+async def test_a_stream_that_waits_says_where_it_stands_when_it_is_asked_to(tmp_path: Path) -> None:
+    narrow = SimSettings(prefill_tokens_per_second=1e6, decode_step_ms=10, max_num_seqs=1)
+    async with openai_lane(tmp_path, narrow) as lane, httpx.AsyncClient(base_url=lane.base_url, timeout=20) as client:
+        body = {"model": "sim", "prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        headers = {**lane.headers, "x-queue-status": "1"}
+        asks = [client.post("/v1/completions", json=body, headers=headers) for _ in range(4)]
+        texts = [answer.text for answer in await asyncio.gather(*asks)]
+        assert any(": queued position=" in text for text in texts)
+        assert all(text.endswith("data: [DONE]\n\n") for text in texts)
+        quiet = [client.post("/v1/completions", json=body, headers=lane.headers) for _ in range(4)]
+        assert not [answer for answer in await asyncio.gather(*quiet) if ": queued" in answer.text]
