@@ -16,6 +16,7 @@ __all__ = ["Authenticator", "Identity", "KeyDirectory", "Tokens"]
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.25
+_STOP_SECONDS: Final = 2.0
 _MAX_KEY_LENGTH: Final = 256
 
 
@@ -104,10 +105,12 @@ class KeyDirectory:
     async def run(self) -> None:
         """Keeps up with the store until cancelled; a change is known a quarter of a second later."""
         is_away = False
+        reading: asyncio.Future[None] | None = None
         try:
             while True:
                 try:
-                    await asyncio.to_thread(self.refresh)
+                    reading = asyncio.ensure_future(asyncio.to_thread(self.refresh))
+                    await asyncio.shield(reading)
                 except DatabaseError as error:
                     if not is_away:
                         _log.warning("keys can't be read", extra={"cause": type(error).__name__})
@@ -118,6 +121,9 @@ class KeyDirectory:
                     is_away = False
                 await asyncio.sleep(_POLL_SECONDS)
         finally:
+            # A connection that is in use can't be closed; one that a server left hanging is left to the process's end.
+            if reading is not None:
+                await asyncio.wait((reading,), timeout=_STOP_SECONDS)
             if self._store is not None:
                 self._store.close()
 

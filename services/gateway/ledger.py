@@ -129,8 +129,8 @@ class Ledger:
         self._recover()
         current = self._journal.current
         for number, path in segments_of(self._journal.folder):
-            while rows := self._next_rows(path):
-                self._write(rows)
+            while self._ship(path):
+                pass
             if number < current:
                 # Ended, and all of it is in the database; requests that still run are noted again in the next file.
                 path.unlink()
@@ -160,19 +160,22 @@ class Ledger:
         if lost:
             _log.warning("requests were cut off with the process before this one", extra={"requests": len(lost)})
 
-    def _next_rows(self, path: Path) -> list[UsageRow]:
-        """The next rows of a file that this process writes."""
+    def _ship(self, path: Path) -> bool:
+        """Brings in the next rows of a file that this process writes; False when there are none."""
         offset = self._offsets.get(path, 0)
         if path.stat().st_size <= offset:
-            return []
+            return False
         rows: list[UsageRow] = []
         for entry, after in read_entries(path, offset):
-            self._offsets[path] = after
+            offset = after
             if entry.kind == "close":
                 rows.append(entry.row)
                 if len(rows) == _BATCH_ROWS:
                     break
-        return rows
+        self._write(rows)
+        # Only now: rows that the database did not take are read again.
+        self._offsets[path] = offset
+        return bool(rows)
 
     def _write(self, rows: list[UsageRow]) -> None:
         if not rows:

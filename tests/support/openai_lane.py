@@ -22,14 +22,14 @@ class Lane:
     """What runs, and how to reach it."""
 
     def __init__(
-        self, base_url: str, *, metrics_url: str, key: str, keys: Path, workers: Sequence[asyncio.Event]
+        self, base_url: str, *, metrics_url: str, key: str, keys: str, workers: Sequence[asyncio.Event]
     ) -> None:
         self.base_url = base_url
         self.metrics_url = metrics_url
         """Of the gateway."""
         self.key = key
         self.keys = keys
-        """The file of API keys."""
+        """The database of keys and usage: a file, or a URL."""
         self._workers = workers
 
     def stop_worker(self, index: int) -> None:
@@ -58,13 +58,15 @@ class Lane:
 
 
 @asynccontextmanager
-async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1, **settings: Any) -> AsyncIterator[Lane]:
+async def openai_lane(
+    folder: Path, sim: SimSettings, *, workers: int = 1, database: str | None = None, **settings: Any
+) -> AsyncIterator[Lane]:
     """Runs them until the block is left, each as its own `main` with its own stop event.
 
-    `settings` are further ones of the gateway.
+    `database`: where keys and usage are; None: a file. `settings` are further ones of the gateway.
     """
     router_address, http = _address(), _address()
-    keys = folder / "keys.db"
+    keys = database or str(folder / "keys.db")
     with KeyStore(keys) as store:
         _, key = store.create("test", admin=True, debug=True)
     async with AsyncExitStack() as stack:
@@ -91,14 +93,14 @@ async def openai_lane(folder: Path, sim: SimSettings, *, workers: int = 1, **set
             metrics=_address(),
             http=http,
             routers=[router_address],
-            database=str(keys),
+            database=keys,
             max_body_bytes=1 << 20,
             drain_seconds=1,
             **settings,
         )
         await stack.enter_async_context(_process(lambda stop: gateway_main(gateway, stop)))
         lane = Lane(f"http://{http}", metrics_url=f"http://{gateway.metrics}", key=key, keys=keys, workers=stops)
-        async with asyncio.timeout(10), httpx.AsyncClient() as client:
+        async with asyncio.timeout(30), httpx.AsyncClient() as client:
             while not await _lists_a_model(client, lane):
                 await asyncio.sleep(0.02)
         yield lane
@@ -112,7 +114,7 @@ async def _process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) 
         yield stop
     finally:
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 20)
 
 
 async def _lists_a_model(client: httpx.AsyncClient, lane: Lane) -> bool:

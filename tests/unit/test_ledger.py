@@ -141,6 +141,24 @@ def test_while_the_database_is_away_rows_wait_and_then_arrive(tmp_path: Path, da
     assert len(stored(database)) == 50
 
 
+def test_rows_that_the_database_did_not_take_are_brought_again(
+    tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tmp_path / "journal", writes_to(database)) as (journal, ledger, _):
+        with monkeypatch.context() as broken:
+            broken.setattr("services.gateway.ledger.add_rows", _refuse)
+            for number in range(10):
+                journal.open(row(number))
+                journal.close_row(ended(number))
+            wait_until(lambda: ledger.is_away, within=5)
+        wait_until(lambda: ledger.shipped == 10, within=5)
+    assert len(stored(database)) == 10
+
+
+def _refuse(*_: object) -> None:
+    raise OperationalError("insert", {}, Exception("read-only"))
+
+
 def test_a_locked_file_is_waited_for(tmp_path: Path, database: Path) -> None:
     Database(database).close()
     with running(tmp_path / "journal", writes_to(database)) as (journal, ledger, _):
