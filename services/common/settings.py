@@ -118,10 +118,6 @@ class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """Other names of this model, as adapters may have them in base_model_name_or_path."""
     max_adapters: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Adapters that can be loaded at the same time."""
-    max_image_pixels: Count = 50_000_000
-    """Of an image that is sent along, decoded."""
-    max_audio_seconds: Positive = 600.0
-    """Of a piece of sound that is sent along."""
 
     def __post_init__(self) -> None:
         """Checks what one key says about another one."""

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from prometheus_client import CollectorRegistry
+from tokenloom.inference.v1 import generation_pb2 as pb
+from tokenloom.inference.v1 import inference_pb2_grpc
 
+from services.common import rpc
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings import ModelSettings
@@ -25,6 +29,12 @@ from services.inference.engine import (
     Tool,
     ToolCall,
 )
+from services.inference.gate import Gate
+from services.inference.generations import Generations
+from services.inference.lifecycle import Lifecycle
+from services.inference.metrics import WorkerMetrics
+from services.inference.servicer import InferenceServicer, WorkerServicer, register
+from services.inference.spans import Spans
 from services.inference.vllm_conversation import tool_to_openai
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_params import Plan
@@ -297,6 +307,46 @@ async def test_what_can_not_be_called_as_asked_is_refused_by_field(engine: VllmE
                 await engine.submit(asked, Kept())
             assert (caught.value.reason, caught.value.field) == (Reason.INVALID_REQUEST, named)
     assert (await said_by(engine, CASES["one call"]))[0].calls
+
+
+async def test_over_grpc_calls_come_as_deltas_and_end_with_their_reason(engine: VllmEngine) -> None:
+    gate = Gate()
+    gate.open(engine)
+    generations = Generations(Spans(None, worker="w"), WorkerMetrics(CollectorRegistry()))
+    services = (
+        InferenceServicer(gate, generations),
+        WorkerServicer(gate, generations, Lifecycle(gate, generations, drain_seconds=1.0)),
+    )
+    # Nothing in it can be long: the model would use it.
+    city = {"enum": ["Paris", "Rome"]}
+    parameters = {"properties": {"city": city}, "required": ["city"], "additionalProperties": False}
+    request = pb.GenerateRequest(
+        model="demo",
+        chat=pb.ChatPrompt(
+            messages=[pb.ChatMessage(role="user", content="How is the weather?")],
+            tools=[pb.Tool(name="get_weather", parameters_json=json.dumps(parameters))],
+            tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED),
+            single_tool_call=True,
+            template_arguments_json='{"enable_thinking": false}',
+        ),
+        sampling=pb.SamplingParameters(temperature=0, max_tokens=200),
+    )
+    async with (
+        rpc.serve("127.0.0.1:0", lambda server: register(server, *services), grace_seconds=0) as server,
+        rpc.channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+        events = [event async for event in call]
+    said = Said()
+    for event in events:
+        calls = [(each.index, each.id, each.name, each.arguments_json) for each in event.delta.tool_calls]
+        said.add(event.delta.text, event.delta.reasoning, calls)
+    ((name, arguments),) = said.calls
+    assert (name, said.text) == ("get_weather", "")
+    assert json.loads(arguments)["city"] in ("Paris", "Rome")
+    completed = events[-1].completed
+    assert completed.finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    assert completed.usage.output_token_count == sum(len(event.delta.token_ids) for event in events)
 
 
 async def test_the_card_says_what_can_be_read(engine: VllmEngine) -> None:

@@ -274,6 +274,13 @@ def test_what_the_model_cannot_do_is_refused_by_name(message: pb.GenerateRequest
     assert refused(message, CARD) == (Reason.UNIMPLEMENTED, field, "unimplemented")
 
 
+def test_functions_that_nothing_reads_the_calls_of_name_the_setting_unless_none_is_to_be_called() -> None:
+    with pytest.raises(MeshError, match="tool_call_parser"):
+        convert.generation_from_proto(chat(tools=[pb.Tool(name="f")]), CARD, generation_id="g")
+    unwanted = chat(tools=[pb.Tool(name="f")], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_NONE))
+    assert convert.generation_from_proto(unwanted, CARD, generation_id="g").chat.tools
+
+
 def test_a_whole_conversation_arrives_with_everything_that_it_says() -> None:
     message = chat(
         user(TEXT, pb.ContentPart(image=IMAGE)),
