@@ -14,6 +14,7 @@ _OF_SEGMENT: Final = {
     "tokenize": "tokenize",
     "detokenize": "tokenize",
     "models": "models",
+    "admin": "admin",
     "rerank": "score",
     "score": "score",
     "generate": "generate",

@@ -15,7 +15,9 @@ from services.common.metrics import serve_metrics
 from services.common.rpc import serve
 from services.common.settings import GatewaySettings
 from services.gateway.access_log import AccessLogServicer
+from services.gateway.admin_api import AdminApi
 from services.gateway.app import App
+from services.gateway.audit_trail import AuditTrail
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
 from services.gateway.bookkeeping import bookkeeping
 from services.gateway.conversations import Conversations, RedisShelf, connect
@@ -69,7 +71,8 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             fleet = FleetWatch(settings.routers, on_endpoints=keep, placement=placement)
             running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens, books) if each]
             generator = Generator(routers, workers)
-            jobs = Jobs(settings.batches, resources.enter_context(LateDatabase(settings.database)), keys)
+            database = resources.enter_context(LateDatabase(settings.database))
+            jobs = Jobs(settings.batches, database, keys)
             routes = _routes(
                 settings,
                 generator=generator,
@@ -81,7 +84,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             )
             running.append(tasks.create_task(jobs.run(InnerCalls(routes, books.accounts, guardrails))))
             typed = TypedAccounts(books.accounts)
-            authorization = HttpAuthorization(authenticator, guardrails, typed)
+            authorization = HttpAuthorization(authenticator, guardrails, typed, trail=AuditTrail(database))
             app = App(
                 routes=routes,
                 authenticator=authenticator,
@@ -144,6 +147,7 @@ def _routes(
         *Responses(generator, metrics, limits, conversations).routes,
         *pooling_routes(calls, metrics, limits),
         *jobs.routes,
+        *AdminApi(settings.database).routes,
         *Models(fleet).routes,
     )
 

@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from services.gateway.http import Receive, Request, Send
 from services.gateway.identity import Authenticator, Identity
 from services.gateway.typed_lane import ACCOUNT_HEADER, TypedAccounts
 
-__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization"]
+__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "Trail"]
 
 AUTHORIZATION_PATH: Final = "/authz/"
 """Where checks over HTTP come in; what follows is the path that the client asked for."""
@@ -34,6 +34,10 @@ _INFERENCE: Final = "inference"
 """The right that the routes to workers need."""
 _EMPTY: Final = (b"content-length", b"0")
 _Headers = list[tuple[bytes, bytes]]
+Trail = Callable[[str, str], Awaitable[None]]
+"""Writes down who asks for what, by key id and path; raises MeshError when that can't be done."""
+_READING: Final = ("List", "Watch", "Get", "Explain")
+"""How the operators' RPCs begin that change nothing."""
 
 
 class AuthorizationServicer(external_auth_pb2_grpc.AuthorizationServicer):
@@ -70,9 +74,18 @@ class HttpAuthorization:
     """
 
     def __init__(
-        self, authenticator: Authenticator, guardrails: Guardrails, accounts: TypedAccounts | None = None
+        self,
+        authenticator: Authenticator,
+        guardrails: Guardrails,
+        accounts: TypedAccounts | None = None,
+        *,
+        trail: Trail | None = None,
     ) -> None:
-        """`accounts`: calls are held to their keys' limits, and kept account of; None: they are not."""
+        """`accounts`: calls are held to their keys' limits, and kept account of; None: they are not.
+
+        `trail` writes down what operators change, before they may.
+        """
+        self._trail = trail
         self._authenticator = authenticator
         self._guardrails = guardrails
         self._accounts = accounts
@@ -84,7 +97,10 @@ class HttpAuthorization:
         if len(keys) != 1 or len(rights) != 1:
             return None
         identity = self._authenticator.known(keys[0].decode("latin-1"))
-        if identity is None or (rights[0] == b"admin" and not identity.admin):
+        if identity is None:
+            return None
+        if rights[0] == b"admin":
+            # What operators do is written down first.
             return None
         if rights[0] != _INFERENCE.encode():
             return _passed_bytes(identity)
@@ -111,6 +127,8 @@ class HttpAuthorization:
             right = asked.header(_RIGHT) or "admin"
             identity = await _check(self._authenticator, self._guardrails, asked.header(b"authorization"), right)
             entered = await self._enter(identity, asked, shown) if right == _INFERENCE else []
+            if right == "admin" and self._trail is not None and _changes(asked):
+                await self._trail(identity.key_id, asked.path.removeprefix(AUTHORIZATION_PATH))
         except MeshError as error:
             is_grpc = asked.header(_FORM) == "grpc"
             status, headers, body = _refusal(error, is_grpc=is_grpc)
@@ -141,6 +159,12 @@ async def _check(
         message = "what this tenant sends and gets is filtered, which only the OpenAI API does"
         raise MeshError(Reason.PERMISSION_DENIED, message)
     return identity
+
+
+def _changes(asked: Request) -> bool:
+    if asked.header(_FORM) == "grpc":
+        return not asked.path.rpartition("/")[2].startswith(_READING)
+    return asked.method != "GET"
 
 
 def _is_filtered(guardrails: Guardrails, identity: Identity) -> bool:

@@ -66,5 +66,5 @@ def while_stored() -> Iterator[None]:
     except DatabaseError as error:
         _log.warning("the database is away", extra={"cause": repr(error)})
         raise MeshError(
-            Reason.NO_READY_WORKER, "files and batches can't be reached at present", retry_after_seconds=5.0
+            Reason.NO_READY_WORKER, "what is stored can't be reached at present", retry_after_seconds=5.0
         ) from error

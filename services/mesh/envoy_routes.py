@@ -22,6 +22,7 @@ OPENAI_PATHS: Final = (
     "/v1/detokenize",
     "/v1/rerank",
     "/v1/score",
+    "/v1/admin",
     "/openapi.json",
 )
 # Longer than a request may wait for a worker and for its first token.
