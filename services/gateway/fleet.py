@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any, Final
 
 import grpc.aio
+from google.protobuf import duration_pb2
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2
 
 from services.common.rpc import channel
@@ -16,6 +17,8 @@ from services.gateway.placement import KnownWorker, Placement
 
 __all__ = ["FleetWatch", "Model"]
 
+# Load changes all the time; what a gateway needs to know of the fleet doesn't.
+_WATCH: Final = admin_pb2.WatchFleetRequest(interval_duration=duration_pb2.Duration(nanos=250_000_000))
 _log = logging.getLogger(__name__)
 _RETRY_SECONDS: Final = 0.2
 # Within so long, workers have registered with a router that has just started; until then it knows less than we do.
@@ -85,7 +88,7 @@ class FleetWatch:
                 self._apply(latest, settled=True)
 
         try:
-            async for latest in stub.WatchFleet(admin_pb2.WatchFleetRequest()):
+            async for latest in stub.WatchFleet(_WATCH):
                 if settling is None:
                     self._settled_at = self._clock() + _SETTLE_SECONDS
                     settling = asyncio.get_running_loop().call_later(_SETTLE_SECONDS, settle)

@@ -61,7 +61,8 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         self, request: admin_pb2.WatchFleetRequest, context: Any
     ) -> AsyncIterator[admin_pb2.WatchFleetResponse]:
         """The fleet now, and again on change. What changes while the watcher is slow comes as one update."""
-        del request, context
+        del context
+        interval = max(_BETWEEN_UPDATES_SECONDS, request.interval_duration.ToNanoseconds() / 1e9)
         changed = asyncio.Event()
         self._watches.add(changed)
         unsubscribe = (self._fleet.subscribe(lambda _: changed.set()), self._policies.subscribe(changed.set))
@@ -69,7 +70,7 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
             while not self._closing.is_set():
                 changed.clear()
                 yield self._seen()
-                await asyncio.sleep(_BETWEEN_UPDATES_SECONDS)
+                await asyncio.sleep(interval)
                 await changed.wait()
         finally:
             for each in unsubscribe:

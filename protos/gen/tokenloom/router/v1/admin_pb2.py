@@ -29,7 +29,7 @@ from tokenloom.inference.v1 import inference_pb2 as tokenloom_dot_inference_dot_
 from tokenloom.router.v1 import router_pb2 as tokenloom_dot_router_dot_v1_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftokenloom/router/v1/admin.proto\x12\x13tokenloom.router.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a&tokenloom/inference/v1/inference.proto\x1a tokenloom/router/v1/router.proto\"\x14\n\x12ListWorkersRequest\"C\n\x13ListWorkersResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.tokenloom.router.v1.Worker\"\xea\x02\n\x06Worker\x12\x37\n\x0cregistration\x18\x01 \x01(\x0b\x32!.tokenloom.router.v1.Registration\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.tokenloom.router.v1.LoadReport\x12\x13\n\x0blease_count\x18\x03 \x01(\r\x12\x34\n\x10last_report_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64rained\x18\x05 \x01(\x08\x12\x10\n\x08\x63ordoned\x18\x06 \x01(\x08\x12\x17\n\x0f\x65xcluded_reason\x18\x07 \x01(\t\x12\x16\n\x0e\x61\x64mitted_ratio\x18\x08 \x01(\x01\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x01\x12\x36\n\x13report_age_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11WatchFleetRequest\"\xe9\x01\n\x12WatchFleetResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.tokenloom.router.v1.Worker\x12\x15\n\rwaiting_count\x18\x02 \x01(\r\x12\x30\n\x06models\x18\x03 \x03(\x0b\x32 .tokenloom.router.v1.ServedModel\x12@\n\x11\x64\x65gradation_level\x18\x04 \x01(\x0e\x32%.tokenloom.router.v1.DegradationLevel\x12\x1a\n\x12\x64\x65gradation_reason\x18\x05 \x01(\t\"\x7f\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32!.tokenloom.inference.v1.ModelCard\x12\x1a\n\x12ready_worker_count\x18\x03 \x01(\r\x12\x15\n\rtarget_models\x18\x04 \x03(\t\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x15\n\x13\x44rainWorkerResponse\")\n\x14UndrainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x17\n\x15UndrainWorkerResponse\"(\n\x13\x43ordonWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x16\n\x14\x43ordonWorkerResponse\"\x12\n\x10GetPolicyRequest\"9\n\x11GetPolicyResponse\x12\x13\n\x0bpolicy_json\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\'\n\x10SetPolicyRequest\x12\x13\n\x0bpolicy_json\x18\x01 \x01(\t\"$\n\x11SetPolicyResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"C\n\x0f\x45xplainResponse\x12\x30\n\tdecisions\x18\x01 \x03(\x0b\x32\x1d.tokenloom.router.v1.Decision\"\x92\x02\n\x08\x44\x65\x63ision\x12\x31\n\rdecision_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\ncandidates\x18\x06 \x03(\x0b\x32\x1e.tokenloom.router.v1.Candidate\x12\x1a\n\x12prompt_token_count\x18\x07 \x01(\r\x12\x0c\n\x04rule\x18\x08 \x01(\t\x12\x10\n\x08\x64\x65graded\x18\t \x01(\x08\"\xe8\x02\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x17\n\x0f\x65xcluded_reason\x18\x02 \x01(\t\x12I\n&predicted_time_to_first_token_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12K\n(predicted_time_per_output_token_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rcost_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x1cpredicted_cached_token_count\x18\x06 \x01(\r\x12?\n\x1cpredicted_slot_wait_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration*\x96\x01\n\x10\x44\x65gradationLevel\x12!\n\x1d\x44\x45GRADATION_LEVEL_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45GRADATION_LEVEL_NONE\x10\x01\x12#\n\x1f\x44\x45GRADATION_LEVEL_SHORT_OUTPUTS\x10\x02\x12\x1e\n\x1a\x44\x45GRADATION_LEVEL_REFUSING\x10\x03\x32\xb7\x08\n\x12RouterAdminService\x12y\n\x0bListWorkers\x12\'.tokenloom.router.v1.ListWorkersRequest\x1a(.tokenloom.router.v1.ListWorkersResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/api/v1/workers\x12~\n\nWatchFleet\x12&.tokenloom.router.v1.WatchFleetRequest\x1a\'.tokenloom.router.v1.WatchFleetResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/api/v1/workers:watch0\x01\x12\x8e\x01\n\x0b\x44rainWorker\x12\'.tokenloom.router.v1.DrainWorkerRequest\x1a(.tokenloom.router.v1.DrainWorkerResponse\",\x82\xd3\xe4\x93\x02&\"!/api/v1/workers/{worker_id}:drain:\x01*\x12\x96\x01\n\rUndrainWorker\x12).tokenloom.router.v1.UndrainWorkerRequest\x1a*.tokenloom.router.v1.UndrainWorkerResponse\".\x82\xd3\xe4\x93\x02(\"#/api/v1/workers/{worker_id}:undrain:\x01*\x12\x92\x01\n\x0c\x43ordonWorker\x12(.tokenloom.router.v1.CordonWorkerRequest\x1a).tokenloom.router.v1.CordonWorkerResponse\"-\x82\xd3\xe4\x93\x02\'\"\"/api/v1/workers/{worker_id}:cordon:\x01*\x12r\n\tGetPolicy\x12%.tokenloom.router.v1.GetPolicyRequest\x1a&.tokenloom.router.v1.GetPolicyResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/api/v1/policy\x12u\n\tSetPolicy\x12%.tokenloom.router.v1.SetPolicyRequest\x1a&.tokenloom.router.v1.SetPolicyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x1a\x0e/api/v1/policy:\x01*\x12|\n\x07\x45xplain\x12#.tokenloom.router.v1.ExplainRequest\x1a$.tokenloom.router.v1.ExplainResponse\"&\x82\xd3\xe4\x93\x02 \x12\x1e/api/v1/decisions/{request_id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftokenloom/router/v1/admin.proto\x12\x13tokenloom.router.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a&tokenloom/inference/v1/inference.proto\x1a tokenloom/router/v1/router.proto\"\x14\n\x12ListWorkersRequest\"C\n\x13ListWorkersResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.tokenloom.router.v1.Worker\"\xea\x02\n\x06Worker\x12\x37\n\x0cregistration\x18\x01 \x01(\x0b\x32!.tokenloom.router.v1.Registration\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.tokenloom.router.v1.LoadReport\x12\x13\n\x0blease_count\x18\x03 \x01(\r\x12\x34\n\x10last_report_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64rained\x18\x05 \x01(\x08\x12\x10\n\x08\x63ordoned\x18\x06 \x01(\x08\x12\x17\n\x0f\x65xcluded_reason\x18\x07 \x01(\t\x12\x16\n\x0e\x61\x64mitted_ratio\x18\x08 \x01(\x01\x12!\n\x19prefill_tokens_per_second\x18\t \x01(\x01\x12\x36\n\x13report_age_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"I\n\x11WatchFleetRequest\x12\x34\n\x11interval_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe9\x01\n\x12WatchFleetResponse\x12,\n\x07workers\x18\x01 \x03(\x0b\x32\x1b.tokenloom.router.v1.Worker\x12\x15\n\rwaiting_count\x18\x02 \x01(\r\x12\x30\n\x06models\x18\x03 \x03(\x0b\x32 .tokenloom.router.v1.ServedModel\x12@\n\x11\x64\x65gradation_level\x18\x04 \x01(\x0e\x32%.tokenloom.router.v1.DegradationLevel\x12\x1a\n\x12\x64\x65gradation_reason\x18\x05 \x01(\t\"\x7f\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32!.tokenloom.inference.v1.ModelCard\x12\x1a\n\x12ready_worker_count\x18\x03 \x01(\r\x12\x15\n\rtarget_models\x18\x04 \x03(\t\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x15\n\x13\x44rainWorkerResponse\")\n\x14UndrainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x17\n\x15UndrainWorkerResponse\"(\n\x13\x43ordonWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x16\n\x14\x43ordonWorkerResponse\"\x12\n\x10GetPolicyRequest\"9\n\x11GetPolicyResponse\x12\x13\n\x0bpolicy_json\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\'\n\x10SetPolicyRequest\x12\x13\n\x0bpolicy_json\x18\x01 \x01(\t\"$\n\x11SetPolicyResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"C\n\x0f\x45xplainResponse\x12\x30\n\tdecisions\x18\x01 \x03(\x0b\x32\x1d.tokenloom.router.v1.Decision\"\x92\x02\n\x08\x44\x65\x63ision\x12\x31\n\rdecision_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\ncandidates\x18\x06 \x03(\x0b\x32\x1e.tokenloom.router.v1.Candidate\x12\x1a\n\x12prompt_token_count\x18\x07 \x01(\r\x12\x0c\n\x04rule\x18\x08 \x01(\t\x12\x10\n\x08\x64\x65graded\x18\t \x01(\x08\"\xe8\x02\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x17\n\x0f\x65xcluded_reason\x18\x02 \x01(\t\x12I\n&predicted_time_to_first_token_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12K\n(predicted_time_per_output_token_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rcost_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x1cpredicted_cached_token_count\x18\x06 \x01(\r\x12?\n\x1cpredicted_slot_wait_duration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration*\x96\x01\n\x10\x44\x65gradationLevel\x12!\n\x1d\x44\x45GRADATION_LEVEL_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45GRADATION_LEVEL_NONE\x10\x01\x12#\n\x1f\x44\x45GRADATION_LEVEL_SHORT_OUTPUTS\x10\x02\x12\x1e\n\x1a\x44\x45GRADATION_LEVEL_REFUSING\x10\x03\x32\xb7\x08\n\x12RouterAdminService\x12y\n\x0bListWorkers\x12\'.tokenloom.router.v1.ListWorkersRequest\x1a(.tokenloom.router.v1.ListWorkersResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/api/v1/workers\x12~\n\nWatchFleet\x12&.tokenloom.router.v1.WatchFleetRequest\x1a\'.tokenloom.router.v1.WatchFleetResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\x12\x15/api/v1/workers:watch0\x01\x12\x8e\x01\n\x0b\x44rainWorker\x12\'.tokenloom.router.v1.DrainWorkerRequest\x1a(.tokenloom.router.v1.DrainWorkerResponse\",\x82\xd3\xe4\x93\x02&\"!/api/v1/workers/{worker_id}:drain:\x01*\x12\x96\x01\n\rUndrainWorker\x12).tokenloom.router.v1.UndrainWorkerRequest\x1a*.tokenloom.router.v1.UndrainWorkerResponse\".\x82\xd3\xe4\x93\x02(\"#/api/v1/workers/{worker_id}:undrain:\x01*\x12\x92\x01\n\x0c\x43ordonWorker\x12(.tokenloom.router.v1.CordonWorkerRequest\x1a).tokenloom.router.v1.CordonWorkerResponse\"-\x82\xd3\xe4\x93\x02\'\"\"/api/v1/workers/{worker_id}:cordon:\x01*\x12r\n\tGetPolicy\x12%.tokenloom.router.v1.GetPolicyRequest\x1a&.tokenloom.router.v1.GetPolicyResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/api/v1/policy\x12u\n\tSetPolicy\x12%.tokenloom.router.v1.SetPolicyRequest\x1a&.tokenloom.router.v1.SetPolicyResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x1a\x0e/api/v1/policy:\x01*\x12|\n\x07\x45xplain\x12#.tokenloom.router.v1.ExplainRequest\x1a$.tokenloom.router.v1.ExplainResponse\"&\x82\xd3\xe4\x93\x02 \x12\x1e/api/v1/decisions/{request_id}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,8 +52,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTERADMINSERVICE'].methods_by_name['SetPolicy']._serialized_options = b'\202\323\344\223\002\023\032\016/api/v1/policy:\001*'
   _globals['_ROUTERADMINSERVICE'].methods_by_name['Explain']._loaded_options = None
   _globals['_ROUTERADMINSERVICE'].methods_by_name['Explain']._serialized_options = b'\202\323\344\223\002 \022\036/api/v1/decisions/{request_id}'
-  _globals['_DEGRADATIONLEVEL']._serialized_start=2171
-  _globals['_DEGRADATIONLEVEL']._serialized_end=2321
+  _globals['_DEGRADATIONLEVEL']._serialized_start=2225
+  _globals['_DEGRADATIONLEVEL']._serialized_end=2375
   _globals['_LISTWORKERSREQUEST']._serialized_start=225
   _globals['_LISTWORKERSREQUEST']._serialized_end=245
   _globals['_LISTWORKERSRESPONSE']._serialized_start=247
@@ -61,39 +61,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKER']._serialized_start=317
   _globals['_WORKER']._serialized_end=679
   _globals['_WATCHFLEETREQUEST']._serialized_start=681
-  _globals['_WATCHFLEETREQUEST']._serialized_end=700
-  _globals['_WATCHFLEETRESPONSE']._serialized_start=703
-  _globals['_WATCHFLEETRESPONSE']._serialized_end=936
-  _globals['_SERVEDMODEL']._serialized_start=938
-  _globals['_SERVEDMODEL']._serialized_end=1065
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1067
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1106
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=1108
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=1129
-  _globals['_UNDRAINWORKERREQUEST']._serialized_start=1131
-  _globals['_UNDRAINWORKERREQUEST']._serialized_end=1172
-  _globals['_UNDRAINWORKERRESPONSE']._serialized_start=1174
-  _globals['_UNDRAINWORKERRESPONSE']._serialized_end=1197
-  _globals['_CORDONWORKERREQUEST']._serialized_start=1199
-  _globals['_CORDONWORKERREQUEST']._serialized_end=1239
-  _globals['_CORDONWORKERRESPONSE']._serialized_start=1241
-  _globals['_CORDONWORKERRESPONSE']._serialized_end=1263
-  _globals['_GETPOLICYREQUEST']._serialized_start=1265
-  _globals['_GETPOLICYREQUEST']._serialized_end=1283
-  _globals['_GETPOLICYRESPONSE']._serialized_start=1285
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1342
-  _globals['_SETPOLICYREQUEST']._serialized_start=1344
-  _globals['_SETPOLICYREQUEST']._serialized_end=1383
-  _globals['_SETPOLICYRESPONSE']._serialized_start=1385
-  _globals['_SETPOLICYRESPONSE']._serialized_end=1421
-  _globals['_EXPLAINREQUEST']._serialized_start=1423
-  _globals['_EXPLAINREQUEST']._serialized_end=1459
-  _globals['_EXPLAINRESPONSE']._serialized_start=1461
-  _globals['_EXPLAINRESPONSE']._serialized_end=1528
-  _globals['_DECISION']._serialized_start=1531
-  _globals['_DECISION']._serialized_end=1805
-  _globals['_CANDIDATE']._serialized_start=1808
-  _globals['_CANDIDATE']._serialized_end=2168
-  _globals['_ROUTERADMINSERVICE']._serialized_start=2324
-  _globals['_ROUTERADMINSERVICE']._serialized_end=3403
+  _globals['_WATCHFLEETREQUEST']._serialized_end=754
+  _globals['_WATCHFLEETRESPONSE']._serialized_start=757
+  _globals['_WATCHFLEETRESPONSE']._serialized_end=990
+  _globals['_SERVEDMODEL']._serialized_start=992
+  _globals['_SERVEDMODEL']._serialized_end=1119
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1121
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1160
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=1162
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=1183
+  _globals['_UNDRAINWORKERREQUEST']._serialized_start=1185
+  _globals['_UNDRAINWORKERREQUEST']._serialized_end=1226
+  _globals['_UNDRAINWORKERRESPONSE']._serialized_start=1228
+  _globals['_UNDRAINWORKERRESPONSE']._serialized_end=1251
+  _globals['_CORDONWORKERREQUEST']._serialized_start=1253
+  _globals['_CORDONWORKERREQUEST']._serialized_end=1293
+  _globals['_CORDONWORKERRESPONSE']._serialized_start=1295
+  _globals['_CORDONWORKERRESPONSE']._serialized_end=1317
+  _globals['_GETPOLICYREQUEST']._serialized_start=1319
+  _globals['_GETPOLICYREQUEST']._serialized_end=1337
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1339
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1396
+  _globals['_SETPOLICYREQUEST']._serialized_start=1398
+  _globals['_SETPOLICYREQUEST']._serialized_end=1437
+  _globals['_SETPOLICYRESPONSE']._serialized_start=1439
+  _globals['_SETPOLICYRESPONSE']._serialized_end=1475
+  _globals['_EXPLAINREQUEST']._serialized_start=1477
+  _globals['_EXPLAINREQUEST']._serialized_end=1513
+  _globals['_EXPLAINRESPONSE']._serialized_start=1515
+  _globals['_EXPLAINRESPONSE']._serialized_end=1582
+  _globals['_DECISION']._serialized_start=1585
+  _globals['_DECISION']._serialized_end=1859
+  _globals['_CANDIDATE']._serialized_start=1862
+  _globals['_CANDIDATE']._serialized_end=2222
+  _globals['_ROUTERADMINSERVICE']._serialized_start=2378
+  _globals['_ROUTERADMINSERVICE']._serialized_end=3457
 # @@protoc_insertion_point(module_scope)

@@ -160,16 +160,23 @@ Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
 @_typing.final
 class WatchFleetRequest(_message.Message):
-    """Nothing to say."""
+    """How often to tell."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    INTERVAL_DURATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def interval_duration(self) -> _duration_pb2.Duration:
+        """Least time between two updates. Absent, or less than 100 ms: 100 ms."""
+
     def __init__(
         self,
+        *,
+        interval_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval_duration", b"interval_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_duration", b"interval_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
