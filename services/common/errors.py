@@ -66,7 +66,7 @@ TABLE: Final[dict[Reason, ReasonRow]] = {
     Reason.NO_READY_WORKER: ReasonRow("UNAVAILABLE", 503, "server_error", "no_ready_worker"),
     Reason.DEADLINE_EXCEEDED: ReasonRow("DEADLINE_EXCEEDED", 504, "server_error", "deadline_exceeded"),
     Reason.ENGINE_FAILED: ReasonRow("INTERNAL", 500, "server_error", "engine_error"),
-    Reason.UNIMPLEMENTED: ReasonRow("UNIMPLEMENTED", 501, "invalid_request_error", "unimplemented"),
+    Reason.UNIMPLEMENTED: ReasonRow("UNIMPLEMENTED", 400, "invalid_request_error", "unimplemented"),
     Reason.INTERNAL: ReasonRow("INTERNAL", 500, "server_error", "internal_error"),
     Reason.CANCELLED: ReasonRow("CANCELLED", 499, "invalid_request_error", "cancelled"),
 }

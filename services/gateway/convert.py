@@ -1,5 +1,6 @@
 """Legacy completion requests as the mesh's own generate requests, and what both kinds of request share."""
 
+import re
 from typing import Any, Final
 
 import msgspec
@@ -17,7 +18,6 @@ _COMPLETION_MAX_TOKENS = 16
 """What OpenAI's legacy completions do when max_tokens is not given."""
 _OPENAI_NAMES = {
     "text": "prompt",
-    "token_ids.ids": "prompt",
     "logprob_count": "logprobs",
     "prompt_logprob_count": "prompt_logprobs",
     "choice_count": "n",
@@ -25,6 +25,16 @@ _OPENAI_NAMES = {
     "prompt_token_limit": "truncate_prompt_tokens",
     "template_arguments_json": "chat_template_kwargs",
 }
+_OPENAI_PATHS: Final = (
+    (re.compile(r"^token_ids\.ids"), "prompt"),
+    (re.compile(r"^(messages\[\d+\])\.parts\b"), r"\1.content"),
+    (re.compile(r"^(messages\[\d+\]\.content\[\d+\])\.image"), r"\1.image_url"),
+    (re.compile(r"^(messages\[\d+\]\.content\[\d+\])\.audio"), r"\1.input_audio"),
+    (re.compile(r"^(messages\[\d+\]\.tool_calls\[\d+\])\.(name|arguments)(?:_json)?$"), r"\1.function.\2"),
+    (re.compile(r"^(tools\[\d+\])\.(name|description|parameters)(?:_json)?$"), r"\1.function.\2"),
+    (re.compile(r"^tool_choice\.function_name$"), "tool_choice.function.name"),
+    (re.compile(r"^tool_choice\.mode$"), "tool_choice"),
+)
 _SAME = (
     "temperature",
     "top_p",
@@ -88,10 +98,7 @@ def in_openai_terms(error: MeshError) -> MeshError:
     """An error of a worker's, whose fields are those of our own request, for a client that sent OpenAI's."""
     if error.field is None:
         return error
-    field = error.field.removeprefix("sampling.").removeprefix("chat.")
-    if field.startswith("structured_output."):
-        field = "response_format"
-    field = _OPENAI_NAMES.get(field, field)
+    field = _openai_name(error.field.removeprefix("sampling.").removeprefix("chat."))
     return MeshError(
         error.reason,
         error.message.replace(error.field, field),
@@ -99,6 +106,14 @@ def in_openai_terms(error: MeshError) -> MeshError:
         code=error.code,
         retry_after_seconds=error.retry_after_seconds,
     )
+
+
+def _openai_name(field: str) -> str:
+    if field.partition(".")[0] == "structured_output":
+        return "response_format"
+    for pattern, theirs in _OPENAI_PATHS:
+        field = pattern.sub(theirs, field)
+    return _OPENAI_NAMES.get(field, field)
 
 
 def _sampling(request: GenerationRequest) -> pb.SamplingParameters:

@@ -23,7 +23,6 @@ _REFUSALS: Final = (
     Reason.UNSUPPORTED_MEDIA_TYPE,
     Reason.RATE_LIMIT_EXCEEDED,
     Reason.INTERNAL,
-    Reason.UNIMPLEMENTED,
     Reason.NO_READY_WORKER,
     Reason.DEADLINE_EXCEEDED,
 )

@@ -14,6 +14,7 @@ __all__ = [
     "CompletionRequest",
     "GenerationRequest",
     "JsonSchemaFormat",
+    "Label",
     "ModelName",
     "ResponseFormat",
     "StreamOptions",
@@ -30,6 +31,17 @@ TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Pattern = Annotated[str, Meta(min_length=1, max_length=4096)]
 Grammar = Annotated[str, Meta(min_length=1, max_length=65_536)]
 Choice = Annotated[str, Meta(min_length=1, max_length=1024)]
+Label = Annotated[str, Meta(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+"""What clients call something or somebody."""
+
+
+_PROMPT_FORMS: Final[list[dict[str, Any]]] = [
+    {"type": "string", "minLength": 1},
+    {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1},
+]
+_PROMPTS: Final = {
+    "anyOf": [*_PROMPT_FORMS, {"type": "array", "items": {"anyOf": _PROMPT_FORMS}, "minItems": 1, "maxItems": 64}]
+}
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,7 +109,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Meta(max_length=512)] | None = None
+    user: Label | None = None
 
     def check(self) -> None:
         """Refuses what is right field by field and wrong together.
@@ -135,7 +147,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions"""
 
-    prompt: Any | UnsetType = UNSET
+    prompt: Annotated[Any, Meta(extra_json_schema=_PROMPTS)] | UnsetType = UNSET
     """A text, a list of token ids, or a list of either; see `convert.prompts_of`."""
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool | None = None

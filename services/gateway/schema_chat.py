@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from services.gateway.decoding import check_depth, check_schema, invalid, is_given
-from services.gateway.schema import GenerationRequest, TokenCount
+from services.gateway.schema import GenerationRequest, Label, TokenCount
 
 __all__ = [
     "AssistantMessage",
@@ -199,7 +199,7 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     service_tier: Literal["auto", "default"] | None = None
     metadata: Annotated[dict[str, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
-    safety_identifier: Annotated[str, Meta(max_length=512)] | None = None
+    safety_identifier: Label | None = None
     store: Literal[False] | None = None
 
     def check(self) -> None:

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from services.gateway.decoding import invalid
-from services.gateway.schema import ModelName
+from services.gateway.schema import Label, ModelName
 
 __all__ = [
     "Document",
@@ -25,9 +25,22 @@ Truncation = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Inputs = list[str] | list[list[int]]
 
 
+_IDS: dict[str, Any] = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+    "minItems": 1,
+    "maxItems": _MAX_TOKEN_IDS,
+}
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_INPUTS = {
+    "anyOf": [_TEXT, _IDS]
+    + [{"type": "array", "items": each, "minItems": 1, "maxItems": _MAX_INPUTS} for each in (_TEXT, _IDS)]
+}
+
+
 class _Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: ModelName
-    user: Annotated[str, Meta(max_length=512)] | None = None
+    user: Label | None = None
     truncate_prompt_tokens: Truncation | None = None
     """Keep only so many tokens; -1: as many as the model takes."""
 
@@ -35,7 +48,7 @@ class _Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class EmbeddingsRequest(_Request, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/embeddings"""
 
-    input: Any | UnsetType = UNSET
+    input: Annotated[Any, Meta(extra_json_schema=_INPUTS)] | UnsetType = UNSET
     """A text, texts, token ids, or lists of token ids; see inputs_of()."""
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None

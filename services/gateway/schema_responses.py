@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from services.common.errors import MeshError
 from services.gateway.decoding import check_schema, decode, invalid, is_given
-from services.gateway.schema import ModelName, TokenCount
+from services.gateway.schema import Label, ModelName, TokenCount
 from services.gateway.schema_chat import CallId, FunctionName, Name
 
 __all__ = [
@@ -192,8 +192,8 @@ class ResponsesRequest(_Strict, kw_only=True):
     service_tier: Literal["auto", "default"] | None = None
     background: Literal[False] | None = None
     prompt_cache_key: Name | None = None
-    safety_identifier: Annotated[str, Meta(max_length=512)] | None = None
-    user: Annotated[str, Meta(max_length=512)] | None = None
+    safety_identifier: Label | None = None
+    user: Label | None = None
 
     def check(self) -> None:
         """Refuses what is right field by field and wrong together.
@@ -242,7 +242,7 @@ def _item(raw: bytes, where: str) -> Item:
             raise invalid("type", f"type: expected one of {', '.join(filter(None, _KINDS))}")
         item: Item = decode(raw, kind)
     except MeshError as error:
-        joint = "." if error.field else ": "
-        field = f"{where}.{error.field}" if error.field else where
-        raise invalid(field, f"{where}{joint}{error.message}", error.code) from None
+        if error.field is None:
+            raise invalid(where, f"{where}: {error.message.removeprefix('the body: ')}", error.code) from None
+        raise invalid(f"{where}.{error.field}", f"{where}.{error.message}", error.code) from None
     return item

@@ -43,6 +43,8 @@ class _Reply:
     """What gRPC clients are told, where that differs."""
     only: str = "true"
     """What else must be the case, in CEL."""
+    answered: int | None = None
+    """The status that clients get, where Envoy's own would tell them that the fault is not theirs."""
     adds_reason: bool = False
     """Whether Envoy's own words follow."""
 
@@ -58,9 +60,10 @@ _NO_METHOD: Final = MeshError(Reason.UNIMPLEMENTED, "there is no such method her
 _NOT_READY: Final = "this part of the mesh is not ready: try again"
 # Only a body is picked for: without one no worker was named.
 _NO_BODY: Final = 'response.code_details == "no_healthy_upstream" && request.size == 0 && ' + _IS_GRPC
+_MALFORMED: Final = MeshError(Reason.INVALID_REQUEST, "malformed request")
 _REPLIES: Final = (
     _Reply(status=503, only=_NO_BODY, error=MeshError(Reason.INVALID_REQUEST, "the request has no body")),
-    _Reply(status=400, error=MeshError(Reason.INVALID_REQUEST, "malformed request"), adds_reason=True),
+    _Reply(status=400, error=_MALFORMED, adds_reason=True),
     _Reply(
         status=404,
         error=MeshError(Reason.NOT_FOUND, "there is no such path here", code="unknown_url"),
@@ -71,6 +74,8 @@ _REPLIES: Final = (
     _reply(413, Reason.REQUEST_TOO_LARGE, "the request is larger than 4 MiB"),
     _reply(415, Reason.UNSUPPORTED_MEDIA_TYPE, "this path speaks gRPC: send content-type application/grpc"),
     _reply(431, Reason.INVALID_REQUEST, "the request's headers are too large", code="headers_too_large"),
+    # A transfer coding or an HTTP version that nobody has heard of.
+    *(_Reply(status=status, answered=400, error=_MALFORMED, adds_reason=True) for status in (426, 501)),
     _reply(502, Reason.NO_READY_WORKER, _NOT_READY, retry=True),
     _reply(503, Reason.NO_READY_WORKER, _NOT_READY, retry=True),
     _reply(504, Reason.DEADLINE_EXCEEDED, "the deadline passed"),
@@ -118,6 +123,7 @@ def _for_http(reply: _Reply) -> dict[str, Any]:
     return {
         "filter": _cel(f"response.code == {reply.status} && {reply.only}"),
         "body_format_override": {"json_format": body},
+        **({} if reply.answered is None else {"status_code": reply.answered}),
         "headers_to_add": [] if retry is None else [_header("retry-after", f"{retry:g}")],
     }
 

@@ -38,6 +38,12 @@ def route_config() -> dict[str, Any]:
 
 
 def _routes() -> Iterator[dict[str, Any]]:
+    yield {
+        "name": "malformed",
+        # Envoy makes one of several Host headers.
+        "match": {"prefix": "/", "headers": [{"name": ":authority", "string_match": {"contains": ","}}]},
+        "direct_response": {"status": 400, "body": {"inline_string": "more than one host"}},
+    }
     yield {"name": "healthz", "match": {"path": "/healthz"}, "direct_response": _json(200, '{"status": "ok"}')}
     yield {"name": "readyz", "match": {"path": "/readyz"}, "route": _to("gateway", timeout="5s")}
     for path in OPENAI_PATHS:

@@ -196,7 +196,7 @@ async def test_windows_are_opened_again() -> None:
     ("data", "status"),
     [
         pytest.param(b"\0" + (17 << 20).to_bytes(4, "big"), 413, id="too large"),
-        pytest.param(b"\1" + (3).to_bytes(4, "big") + b"abc", 501, id="compressed"),
+        pytest.param(b"\1" + (3).to_bytes(4, "big") + b"abc", 400, id="compressed"),
         pytest.param(b"\0" + (3).to_bytes(4, "big") + b"\xff\xff\xff", 400, id="no message"),
         pytest.param(framed(ext_proc.ProcessingRequest()), 400, id="an empty message"),
     ],

@@ -268,7 +268,7 @@ async def test_the_error_table_wins_over_the_transcoders_own_statuses(client: ht
     answer = await client.post("/api/v1/tokenize", json={"model": "demo", "text": "refuse"})
     assert (answer.status_code, error_of(answer)["code"]) == (413, "request_too_large")
     answer = await client.post("/api/v1/embed", json={"model": "demo"})
-    assert (answer.status_code, error_of(answer)["code"]) == (501, "unimplemented")
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "unimplemented")
 
 
 async def test_a_wrong_method_a_wrong_type_and_an_odd_header_are_told(client: httpx.AsyncClient) -> None:

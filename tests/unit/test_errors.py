@@ -26,7 +26,7 @@ ROWS = [
     ("NO_READY_WORKER", "UNAVAILABLE", 503, "server_error", "no_ready_worker"),
     ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", 504, "server_error", "deadline_exceeded"),
     ("ENGINE_FAILED", "INTERNAL", 500, "server_error", "engine_error"),
-    ("UNIMPLEMENTED", "UNIMPLEMENTED", 501, "invalid_request_error", "unimplemented"),
+    ("UNIMPLEMENTED", "UNIMPLEMENTED", 400, "invalid_request_error", "unimplemented"),
     ("INTERNAL", "INTERNAL", 500, "server_error", "internal_error"),
     ("CANCELLED", "CANCELLED", 499, "invalid_request_error", "cancelled"),
 ]
