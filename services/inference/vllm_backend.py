@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import psutil
 from vllm import SamplingParams
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -296,7 +297,12 @@ class Backend:
 
     def shut_down(self) -> None:
         """Ends the engine process. Blocks."""
-        self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+        core = self.llm.engine_core
+        try:
+            self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+        except psutil.NoSuchProcess:
+            # It ended by itself just as vLLM was about to kill it, which then leaves its sockets open.
+            core.resources()
 
 
 def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_events: str) -> Backend:
