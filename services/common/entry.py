@@ -2,17 +2,21 @@
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from services.common import logs, tracing
 from services.common.config import ConfigError, load
 from services.common.process import run
 from services.common.settings import ProcessSettings
 
-__all__ = ["start"]
+__all__ = ["NAME_VARIABLE", "start"]
+
+NAME_VARIABLE: Final = "TOKENLOOM_PROCESS"
+"""In the environment of what a process starts: its own name, by which telemetry tells whose memory is on a GPU."""
 
 S = TypeVar("S", bound=ProcessSettings)
 
@@ -38,6 +42,7 @@ def start(
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    os.environ[NAME_VARIABLE] = settings.name
     logs.setup(service, level=settings.log_level)
     try:
         prepare(settings)

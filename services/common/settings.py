@@ -58,8 +58,12 @@ class TelemetrySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unkno
     node: str = ""
     """The name of this machine in readings; empty: its host name."""
     sample_seconds: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    own_gpus: bool = True
+    """Whether this machine's GPUs are sampled; a hub on a machine without any needs not."""
+    agents: list[Address] = []
+    """Agents of other machines, whose GPUs are joined to this one's own: then this is the hub to watch."""
     redis_url: str | None = None
-    """Where readings are published besides gRPC and Prometheus, for example redis://127.0.0.1:6379/0."""
+    """Where this machine's readings are published besides gRPC and Prometheus, for example redis://127.0.0.1:6379/0."""
 
 
 class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):

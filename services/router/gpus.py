@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from typing import Any, Final
 
 import grpc.aio
@@ -29,6 +30,7 @@ class GpuWatch:
         self._clock = clock
         self._stale_seconds = stale_seconds
         self._conditions: dict[str, Condition] = {}
+        self._instances: dict[str, set[str]] = {}
         self._connected = False
         self._heard_at = clock()
         self._backoff = _FIRST_BACKOFF_SECONDS
@@ -59,13 +61,29 @@ class GpuWatch:
         self._connected = True
         self._heard_at = self._clock()
         self._backoff = _FIRST_BACKOFF_SECONDS
-        conditions = {gpu.uuid: _condition(gpu) for gpu in message.gpus if gpu.uuid}
-        gone = set(message.removed_uuids)
+        conditions = {uuid: now for gpu in message.gpus if gpu.uuid for uuid, now in _conditions(gpu)}
+        for gpu in message.gpus:
+            if gpu.health == telemetry_pb2.GPU_HEALTH_LOST:
+                # A card that does not answer does not name its instances.
+                conditions |= dict.fromkeys(self._instances.get(gpu.uuid, ()), Condition(lost=True))
+        gone = self._gone(message)
         if everything:
             gone |= set(self._conditions) - set(conditions)
         self._conditions.update(conditions)
         self._fleet.set_gpus(conditions)
         self._forget(gone)
+
+    def _gone(self, message: telemetry_pb2.WatchGpusResponse) -> set[str]:
+        # With a card go its instances; a card that was split in another way has others now.
+        gone = set(message.removed_uuids)
+        for uuid in message.removed_uuids:
+            gone |= self._instances.pop(uuid, set())
+        for gpu in message.gpus:
+            if gpu.health != telemetry_pb2.GPU_HEALTH_LOST:
+                now = {instance.uuid for instance in gpu.mig_instances}
+                gone |= self._instances.get(gpu.uuid, set()) - now
+                self._instances[gpu.uuid] = now
+        return gone
 
     def _forget(self, uuids: set[str]) -> None:
         for uuid in uuids:
@@ -87,13 +105,24 @@ class GpuWatch:
             self._forget(set(self._conditions))
 
 
-def _condition(gpu: telemetry_pb2.Gpu) -> Condition:
-    share = None
-    if gpu.HasField("memory_used_bytes") and gpu.memory_total_bytes > 0:
-        share = gpu.memory_used_bytes / gpu.memory_total_bytes
+def _conditions(gpu: telemetry_pb2.Gpu) -> Iterator[tuple[str, Condition]]:
+    """What a card means for workers on it, and on each instance of it: they have memory of their own, and its heat."""
+    yield gpu.uuid, _condition(gpu, _memory_share(gpu))
+    for instance in gpu.mig_instances:
+        yield instance.uuid, _condition(gpu, _memory_share(instance))
+
+
+def _memory_share(part: telemetry_pb2.Gpu | telemetry_pb2.MigInstance) -> float | None:
+    if not part.HasField("memory_used_bytes") or part.memory_total_bytes == 0:
+        return None
+    return part.memory_used_bytes / part.memory_total_bytes
+
+
+def _condition(gpu: telemetry_pb2.Gpu, share: float | None) -> Condition:
     return condition_of(
         GpuReading(
             lost=gpu.health == telemetry_pb2.GPU_HEALTH_LOST,
+            failed=gpu.health == telemetry_pb2.GPU_HEALTH_FAILED,
             degraded=gpu.health == telemetry_pb2.GPU_HEALTH_DEGRADED,
             temperature_celsius=gpu.temperature_celsius if gpu.HasField("temperature_celsius") else None,
             memory_used_share=share,

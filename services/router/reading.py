@@ -22,9 +22,14 @@ _CRAMPED: Final = 1.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuReading:
-    """The latest reading of a GPU; None where the card does not report it."""
+    """The latest reading of a GPU; None where the card does not report it.
+
+    Attributes:
+        failed: it answers, and can't be trusted: a critical XID, or the driver wants it reset.
+    """
 
     lost: bool = False
+    failed: bool = False
     degraded: bool = False
     temperature_celsius: float | None = None
     memory_used_share: float | None = None
@@ -51,7 +56,7 @@ def condition_of(reading: GpuReading) -> Condition:
         slowdown = max(slowdown, _HOT)
     if reading.memory_used_share is not None and reading.memory_used_share >= _FULL_MEMORY:
         slowdown *= _CRAMPED
-    return Condition(lost=reading.lost, slowdown=slowdown)
+    return Condition(lost=reading.lost or reading.failed, slowdown=slowdown)
 
 
 def worst(conditions: list[Condition]) -> Condition:

@@ -1,11 +1,12 @@
-"""python -m services.telemetry --config FILE: the agent of one node."""
+"""python -m services.telemetry --config FILE: the agent of one node, or the hub that joins several."""
 
 import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc.aio
 from prometheus_client import CollectorRegistry
@@ -16,8 +17,11 @@ from services.common.entry import start
 from services.common.metrics import serve_metrics
 from services.common.rpc import Server, serve
 from services.common.settings import TelemetrySettings
+from services.telemetry.board import Board
+from services.telemetry.hub import Hub
 from services.telemetry.metrics import TelemetryCollector
 from services.telemetry.nvml import Nvml
+from services.telemetry.processes import WorkerNames
 from services.telemetry.publish import Publisher, connect
 from services.telemetry.roster import Roster
 from services.telemetry.sampler import Sampler, deadline_for
@@ -35,23 +39,44 @@ async def run(settings: TelemetrySettings, stop: asyncio.Event) -> int:
         # Not the value: it may hold a password.
         sys.stderr.write(f"redis_url: {error}\n")
         return 2
-    sampler = Sampler(
-        Nvml().read,
-        Roster(settings.node or socket.gethostname()),
-        period_seconds=settings.sample_seconds,
-        deadline_seconds=deadline_for(settings.sample_seconds),
-    )
+    sampler = _sampler(settings)
+    hub = Hub(settings.agents, local=sampler if settings.own_gpus else None) if _is_hub(settings) else None
     async with AsyncExitStack() as resources:
         publisher = None if redis is None else await _publisher(resources, redis, settings)
         registry = CollectorRegistry()
         registry.register(
-            TelemetryCollector(sampler, publish_failures=lambda: 0 if publisher is None else publisher.failures)
+            TelemetryCollector(
+                sampler,
+                publish_failures=lambda: 0 if publisher is None else publisher.failures,
+                agents=lambda: {} if hub is None else hub.agents,
+            )
         )
         metrics_port = resources.enter_context(serve_metrics(settings.metrics, registry))
-        server = await resources.enter_async_context(serve(settings.listen, lambda it: _register(it, sampler)))
+        board = sampler if hub is None else hub
+        server = await resources.enter_async_context(serve(settings.listen, lambda it: _register(it, board)))
         _log.info("listening", extra={"grpc_port": server.port, "metrics_port": metrics_port})
-        await _work(sampler, publisher, server, stop)
+        work: list[Coroutine[Any, Any, None]] = [_announce(board, server)]
+        if settings.own_gpus:
+            work.append(sampler.run())
+        if hub is not None:
+            work.append(hub.run())
+        if publisher is not None and settings.own_gpus:
+            work.append(publisher.run(sampler))
+        await _work(work, stop)
     return 0
+
+
+def _is_hub(settings: TelemetrySettings) -> bool:
+    return bool(settings.agents) or not settings.own_gpus
+
+
+def _sampler(settings: TelemetrySettings) -> Sampler:
+    return Sampler(
+        Nvml().read,
+        Roster(settings.node or socket.gethostname(), worker_of=WorkerNames().of),
+        period_seconds=settings.sample_seconds,
+        deadline_seconds=deadline_for(settings.sample_seconds),
+    )
 
 
 async def _publisher(resources: AsyncExitStack, redis: Redis, settings: TelemetrySettings) -> Publisher:
@@ -59,24 +84,22 @@ async def _publisher(resources: AsyncExitStack, redis: Redis, settings: Telemetr
     return Publisher(redis, period_seconds=settings.sample_seconds)
 
 
-def _register(server: grpc.aio.Server, sampler: Sampler) -> Sequence[str]:
-    telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(TelemetryServicer(sampler), server)
+def _register(server: grpc.aio.Server, board: Board) -> Sequence[str]:
+    telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(TelemetryServicer(board), server)
     return [_SERVICE]
 
 
-async def _work(sampler: Sampler, publisher: Publisher | None, server: Server, stop: asyncio.Event) -> None:
+async def _work(work: Sequence[Coroutine[Any, Any, None]], stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as tasks:
-        owned = [tasks.create_task(sampler.run()), tasks.create_task(_announce(sampler, server))]
-        if publisher is not None:
-            owned.append(tasks.create_task(publisher.run(sampler)))
+        owned = [tasks.create_task(each) for each in work]
         await stop.wait()
-        # Watches end with the sampler, so that the server need not wait for them.
+        # Watches end with what they watch, so that the server need not wait for them.
         for task in owned:
             task.cancel()
 
 
-async def _announce(sampler: Sampler, server: Server) -> None:
-    await sampler.first()
+async def _announce(board: Board, server: Server) -> None:
+    await board.first()
     await server.set_serving(True)
 
 

@@ -3,7 +3,23 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-__all__ = ["Card", "Change", "Driver", "DriverState", "Gpu", "Health", "Process", "Reading", "Sample", "Scan"]
+__all__ = [
+    "Card",
+    "Change",
+    "Driver",
+    "DriverState",
+    "Event",
+    "EventKind",
+    "Gpu",
+    "Health",
+    "Incident",
+    "MigInstance",
+    "Node",
+    "Process",
+    "Reading",
+    "Sample",
+    "Scan",
+]
 
 
 class DriverState(Enum):
@@ -20,6 +36,17 @@ class Health(Enum):
     HEALTHY = "healthy"
     DEGRADED = "degraded"
     LOST = "lost"
+    FAILED = "failed"
+
+
+class EventKind(Enum):
+    """What can happen to a GPU."""
+
+    XID = "xid"
+    UNCORRECTED_ECC_ERROR = "uncorrected_ecc_error"
+    MIG_CHANGED = "mig_changed"
+    LOST = "lost"
+    RETURNED = "returned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +65,47 @@ class Driver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A compute process on a GPU; its memory is None where the driver doesn't tell."""
+    """A process on a GPU.
+
+    Attributes:
+        memory_used_bytes: None where the driver doesn't tell.
+        worker: the process of the mesh that it belongs to; empty when it is none, or may not be looked at.
+    """
 
     pid: int
     memory_used_bytes: int | None
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigInstance:
+    """A part of a GPU that is split; None: not reported."""
+
+    uuid: str
+    name: str = ""
+    gpu_instance_id: int | None = None
+    compute_instance_id: int | None = None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    processes: tuple[Process, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """What the driver tells of its own accord; `xid` is NVIDIA's number of the error, None of other kinds."""
+
+    kind: EventKind
+    xid: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to a GPU, noticed at `time` (seconds since the epoch)."""
+
+    time: float
+    kind: EventKind
+    xid: int | None = None
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +123,26 @@ class Reading:
     memory_clock_mhz: int | None = None
     throttle_reasons: tuple[str, ...] = ()
     uncorrected_ecc_error_count: int | None = None
+    memory_temperature_celsius: int | None = None
+    slowdown_temperature_celsius: int | None = None
+    fan_speed_percent: int | None = None
+    performance_state: int | None = None
+    max_sm_clock_mhz: int | None = None
+    energy_joules: float | None = None
+    pcie_transmit_bytes_per_second: int | None = None
+    pcie_receive_bytes_per_second: int | None = None
+    pcie_link_generation: int | None = None
+    pcie_link_width: int | None = None
+    max_pcie_link_generation: int | None = None
+    max_pcie_link_width: int | None = None
+    pcie_replay_count: int | None = None
+    corrected_ecc_error_count: int | None = None
+    uncorrectable_remapped_row_count: int | None = None
+    row_remap_pending: bool | None = None
+    row_remap_failed: bool | None = None
+    recovery_action: str | None = None
+    mig_enabled: bool | None = None
+    mig_instances: tuple[MigInstance, ...] = ()
     processes: tuple[Process, ...] = ()
 
 
@@ -71,6 +155,7 @@ class Card:
         uuid: NVML's; empty when the card doesn't even say that.
         reading: None when the card doesn't answer.
         problem: why it doesn't, in words.
+        incidents: what the driver has told of it since the scan before.
     """
 
     index: int
@@ -78,6 +163,7 @@ class Card:
     name: str = ""
     reading: Reading | None = None
     problem: str = ""
+    incidents: tuple[Incident, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +176,14 @@ class Scan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU of this node with its latest reading and how it is.
+    """A GPU with its latest reading and how it is.
 
     Attributes:
         sample_time: seconds since the epoch. Two GPUs that differ in nothing else are equal.
         health_reason: why it isn't healthy.
         reading: empty when it is lost.
+        events: what happened to it lately, the oldest first.
+        xid_counts: how often it had which XID since this agent started, by XID; known of this node's own GPUs only.
     """
 
     uuid: str
@@ -106,6 +194,17 @@ class Gpu:
     health: Health
     health_reason: str
     reading: Reading
+    events: tuple[Event, ...] = ()
+    xid_counts: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine; `away`: its agent doesn't answer."""
+
+    name: str
+    driver: Driver
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,22 +214,29 @@ class Change:
     driver: Driver
     gpus: tuple[Gpu, ...]
     removed_uuids: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The driver and every GPU of this node at one moment, by index."""
+    """The driver and every GPU at one moment, by node and index.
+
+    Attributes:
+        nodes: the machines that they are in.
+    """
 
     driver: Driver
     gpus: tuple[Gpu, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
     def since(self, before: "Sample | None") -> Change | None:
         """What a watcher that knows `before` has yet to be told; None when that is nothing."""
         if before is None:
-            return Change(driver=self.driver, gpus=self.gpus)
+            return Change(driver=self.driver, gpus=self.gpus, nodes=self.nodes)
         known = {gpu.uuid: gpu for gpu in before.gpus}
         changed = tuple(gpu for gpu in self.gpus if known.get(gpu.uuid) != gpu)
         removed = tuple(sorted(known.keys() - {gpu.uuid for gpu in self.gpus}))
-        if not changed and not removed and self.driver == before.driver:
+        same = self.driver == before.driver and self.nodes == before.nodes
+        if not changed and not removed and same:
             return None
-        return Change(driver=self.driver, gpus=changed, removed_uuids=removed)
+        return Change(driver=self.driver, gpus=changed, removed_uuids=removed, nodes=self.nodes)

@@ -31,6 +31,22 @@ _NUMBERS: Final = (
     "sm_clock_mhz",
     "memory_clock_mhz",
     "uncorrected_ecc_error_count",
+    "memory_temperature_celsius",
+    "slowdown_temperature_celsius",
+    "fan_speed_percent",
+    "performance_state",
+    "max_sm_clock_mhz",
+    "energy_joules",
+    "pcie_transmit_bytes_per_second",
+    "pcie_receive_bytes_per_second",
+    "pcie_link_generation",
+    "pcie_link_width",
+    "max_pcie_link_generation",
+    "max_pcie_link_width",
+    "pcie_replay_count",
+    "corrected_ecc_error_count",
+    "uncorrectable_remapped_row_count",
+    "recovery_action",
 )
 _log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.telemetry.nvml import throttle_reasons
+from services.telemetry.nvml_card import throttle_reasons
 
 
 @pytest.mark.parametrize(

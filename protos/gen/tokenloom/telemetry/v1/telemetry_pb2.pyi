@@ -48,6 +48,42 @@ DRIVER_STATE_FAILED: DriverState.ValueType  # 3
 """The library is there and does not answer."""
 Global___DriverState: _TypeAlias = DriverState  # noqa: Y015
 
+class _GpuEventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GpuEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GpuEventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GPU_EVENT_KIND_UNSPECIFIED: _GpuEventKind.ValueType  # 0
+    """Never sent."""
+    GPU_EVENT_KIND_XID: _GpuEventKind.ValueType  # 1
+    """The driver reported an error by its XID number."""
+    GPU_EVENT_KIND_UNCORRECTED_ECC_ERROR: _GpuEventKind.ValueType  # 2
+    """An ECC error that could not be corrected."""
+    GPU_EVENT_KIND_MIG_CHANGED: _GpuEventKind.ValueType  # 3
+    """It was split in another way."""
+    GPU_EVENT_KIND_LOST: _GpuEventKind.ValueType  # 4
+    """It stopped answering."""
+    GPU_EVENT_KIND_RETURNED: _GpuEventKind.ValueType  # 5
+    """It answers again."""
+
+class GpuEventKind(_GpuEventKind, metaclass=_GpuEventKindEnumTypeWrapper):
+    """What can happen to a GPU."""
+
+GPU_EVENT_KIND_UNSPECIFIED: GpuEventKind.ValueType  # 0
+"""Never sent."""
+GPU_EVENT_KIND_XID: GpuEventKind.ValueType  # 1
+"""The driver reported an error by its XID number."""
+GPU_EVENT_KIND_UNCORRECTED_ECC_ERROR: GpuEventKind.ValueType  # 2
+"""An ECC error that could not be corrected."""
+GPU_EVENT_KIND_MIG_CHANGED: GpuEventKind.ValueType  # 3
+"""It was split in another way."""
+GPU_EVENT_KIND_LOST: GpuEventKind.ValueType  # 4
+"""It stopped answering."""
+GPU_EVENT_KIND_RETURNED: GpuEventKind.ValueType  # 5
+"""It answers again."""
+Global___GpuEventKind: _TypeAlias = GpuEventKind  # noqa: Y015
+
 class _GpuHealth:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -59,9 +95,11 @@ class _GpuHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GpuHealth.V
     GPU_HEALTH_HEALTHY: _GpuHealth.ValueType  # 1
     """Nothing is wrong."""
     GPU_HEALTH_DEGRADED: _GpuHealth.ValueType  # 2
-    """It works, and something should be looked at: heat, memory pressure, throttling."""
+    """It works, and something should be looked at: heat, memory pressure, throttling, an error that it has recovered from."""
     GPU_HEALTH_LOST: _GpuHealth.ValueType  # 3
     """It does not answer."""
+    GPU_HEALTH_FAILED: _GpuHealth.ValueType  # 4
+    """It answers, and can't be trusted with work until it is reset or exchanged."""
 
 class GpuHealth(_GpuHealth, metaclass=_GpuHealthEnumTypeWrapper):
     """How a GPU is."""
@@ -71,9 +109,11 @@ GPU_HEALTH_UNSPECIFIED: GpuHealth.ValueType  # 0
 GPU_HEALTH_HEALTHY: GpuHealth.ValueType  # 1
 """Nothing is wrong."""
 GPU_HEALTH_DEGRADED: GpuHealth.ValueType  # 2
-"""It works, and something should be looked at: heat, memory pressure, throttling."""
+"""It works, and something should be looked at: heat, memory pressure, throttling, an error that it has recovered from."""
 GPU_HEALTH_LOST: GpuHealth.ValueType  # 3
 """It does not answer."""
+GPU_HEALTH_FAILED: GpuHealth.ValueType  # 4
+"""It answers, and can't be trusted with work until it is reset or exchanged."""
 Global___GpuHealth: _TypeAlias = GpuHealth  # noqa: Y015
 
 @_typing.final
@@ -101,6 +141,7 @@ class ListGpusResponse(_message.Message):
 
     DRIVER_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def driver(self) -> Global___Driver:
         """Whether there is a driver to ask."""
@@ -109,15 +150,20 @@ class ListGpusResponse(_message.Message):
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """One entry a GPU, by node and index."""
 
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
+        """The machines that these are in: one, unless this process joins the agents of several."""
+
     def __init__(
         self,
         *,
         driver: Global___Driver | None = ...,
         gpus: _abc.Iterable[Global___Gpu] | None = ...,
+        nodes: _abc.Iterable[Global___Node] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "gpus", b"gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "gpus", b"gpus", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,6 +195,7 @@ class WatchGpusResponse(_message.Message):
     DRIVER_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     REMOVED_UUIDS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def driver(self) -> Global___Driver:
         """Whether there is a driver to ask."""
@@ -161,24 +208,61 @@ class WatchGpusResponse(_message.Message):
     def removed_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """UUIDs of GPUs that are gone."""
 
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
+        """All machines, each time."""
+
     def __init__(
         self,
         *,
         driver: Global___Driver | None = ...,
         gpus: _abc.Iterable[Global___Gpu] | None = ...,
         removed_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        nodes: _abc.Iterable[Global___Node] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "gpus", b"gpus", "removed_uuids", b"removed_uuids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "gpus", b"gpus", "nodes", b"nodes", "removed_uuids", b"removed_uuids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchGpusResponse: _TypeAlias = WatchGpusResponse  # noqa: Y015
 
 @_typing.final
+class Node(_message.Message):
+    """A machine with GPUs, or without."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    AWAY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as GPUs have it; the agent's address as long as that is all that is known of it."""
+    away: _builtins.bool
+    """Its agent does not answer. Its GPUs are told for a few more seconds, and then removed."""
+    @_builtins.property
+    def driver(self) -> Global___Driver:
+        """Whether there is a driver to ask."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        driver: Global___Driver | None = ...,
+        away: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "driver", b"driver", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
 class Driver(_message.Message):
-    """Whether there is a driver to ask."""
+    """Whether there is a driver to ask. Of several machines, the first one whose driver is not ready."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -231,6 +315,27 @@ class Gpu(_message.Message):
     THROTTLE_REASONS_FIELD_NUMBER: _builtins.int
     UNCORRECTED_ECC_ERROR_COUNT_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    MEMORY_TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    FAN_SPEED_PERCENT_FIELD_NUMBER: _builtins.int
+    PERFORMANCE_STATE_FIELD_NUMBER: _builtins.int
+    MAX_SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    ENERGY_JOULES_FIELD_NUMBER: _builtins.int
+    PCIE_TRANSMIT_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PCIE_RECEIVE_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PCIE_LINK_GENERATION_FIELD_NUMBER: _builtins.int
+    PCIE_LINK_WIDTH_FIELD_NUMBER: _builtins.int
+    MAX_PCIE_LINK_GENERATION_FIELD_NUMBER: _builtins.int
+    MAX_PCIE_LINK_WIDTH_FIELD_NUMBER: _builtins.int
+    PCIE_REPLAY_COUNT_FIELD_NUMBER: _builtins.int
+    CORRECTED_ECC_ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    UNCORRECTABLE_REMAPPED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    ROW_REMAP_PENDING_FIELD_NUMBER: _builtins.int
+    ROW_REMAP_FAILED_FIELD_NUMBER: _builtins.int
+    RECOVERY_ACTION_FIELD_NUMBER: _builtins.int
+    MIG_ENABLED_FIELD_NUMBER: _builtins.int
+    MIG_INSTANCES_FIELD_NUMBER: _builtins.int
+    RECENT_EVENTS_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """NVML's UUID."""
     index: _builtins.int
@@ -263,6 +368,44 @@ class Gpu(_message.Message):
     """Clock of the memory."""
     uncorrected_ecc_error_count: _builtins.int
     """Uncorrected ECC errors since the driver was loaded."""
+    memory_temperature_celsius: _builtins.int
+    """Temperature of its memory."""
+    slowdown_temperature_celsius: _builtins.int
+    """The core temperature at which it slows down."""
+    fan_speed_percent: _builtins.int
+    """Fan speed intended, in percent of the fastest that is not noisy; may exceed 100."""
+    performance_state: _builtins.int
+    """P-state: 0 is the fastest, 15 the slowest."""
+    max_sm_clock_mhz: _builtins.int
+    """The fastest clock of the multiprocessors that it can have."""
+    energy_joules: _builtins.float
+    """Energy since the driver was loaded."""
+    pcie_transmit_bytes_per_second: _builtins.int
+    """What it sends over PCI Express, each second."""
+    pcie_receive_bytes_per_second: _builtins.int
+    """What it receives over PCI Express, each second."""
+    pcie_link_generation: _builtins.int
+    """Generation of its PCI Express link; idle cards lower it."""
+    pcie_link_width: _builtins.int
+    """Lanes of its PCI Express link."""
+    max_pcie_link_generation: _builtins.int
+    """The generation that card and slot can have."""
+    max_pcie_link_width: _builtins.int
+    """The lanes that card and slot can have."""
+    pcie_replay_count: _builtins.int
+    """PCI Express packets that were sent again."""
+    corrected_ecc_error_count: _builtins.int
+    """Corrected ECC errors since the driver was loaded."""
+    uncorrectable_remapped_row_count: _builtins.int
+    """Rows of its memory that were replaced by spare ones after an uncorrectable error, in its whole life."""
+    row_remap_pending: _builtins.bool
+    """A row waits for the next reset to be replaced."""
+    row_remap_failed: _builtins.bool
+    """A row could not be replaced: the card is to be exchanged."""
+    recovery_action: _builtins.str
+    """What the driver wants done with it: "none", "gpu_reset", "node_reboot", "drain_p2p", "drain_and_reset", …"""
+    mig_enabled: _builtins.bool
+    """Whether it is split into instances; absent on cards that can't be."""
     @_builtins.property
     def sample_time(self) -> _timestamp_pb2.Timestamp:
         """When this was read."""
@@ -273,7 +416,15 @@ class Gpu(_message.Message):
 
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuProcess]:
-        """Compute processes on it."""
+        """Processes on it, those that draw included."""
+
+    @_builtins.property
+    def mig_instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___MigInstance]:
+        """The instances that it is split into."""
+
+    @_builtins.property
+    def recent_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuEvent]:
+        """What happened to it lately: the last eight events, the oldest first."""
 
     def __init__(
         self,
@@ -297,33 +448,106 @@ class Gpu(_message.Message):
         throttle_reasons: _abc.Iterable[_builtins.str] | None = ...,
         uncorrected_ecc_error_count: _builtins.int | None = ...,
         processes: _abc.Iterable[Global___GpuProcess] | None = ...,
+        memory_temperature_celsius: _builtins.int | None = ...,
+        slowdown_temperature_celsius: _builtins.int | None = ...,
+        fan_speed_percent: _builtins.int | None = ...,
+        performance_state: _builtins.int | None = ...,
+        max_sm_clock_mhz: _builtins.int | None = ...,
+        energy_joules: _builtins.float | None = ...,
+        pcie_transmit_bytes_per_second: _builtins.int | None = ...,
+        pcie_receive_bytes_per_second: _builtins.int | None = ...,
+        pcie_link_generation: _builtins.int | None = ...,
+        pcie_link_width: _builtins.int | None = ...,
+        max_pcie_link_generation: _builtins.int | None = ...,
+        max_pcie_link_width: _builtins.int | None = ...,
+        pcie_replay_count: _builtins.int | None = ...,
+        corrected_ecc_error_count: _builtins.int | None = ...,
+        uncorrectable_remapped_row_count: _builtins.int | None = ...,
+        row_remap_pending: _builtins.bool | None = ...,
+        row_remap_failed: _builtins.bool | None = ...,
+        recovery_action: _builtins.str | None = ...,
+        mig_enabled: _builtins.bool | None = ...,
+        mig_instances: _abc.Iterable[Global___MigInstance] | None = ...,
+        recent_events: _abc.Iterable[Global___GpuEvent] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilization_percent", b"_memory_utilization_percent", "_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_utilization_percent", b"_utilization_percent", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilization_percent", b"memory_utilization_percent", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "sample_time", b"sample_time", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "utilization_percent", b"utilization_percent"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_corrected_ecc_error_count", b"_corrected_ecc_error_count", "_energy_joules", b"_energy_joules", "_fan_speed_percent", b"_fan_speed_percent", "_max_pcie_link_generation", b"_max_pcie_link_generation", "_max_pcie_link_width", b"_max_pcie_link_width", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_temperature_celsius", b"_memory_temperature_celsius", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilization_percent", b"_memory_utilization_percent", "_mig_enabled", b"_mig_enabled", "_pcie_link_generation", b"_pcie_link_generation", "_pcie_link_width", b"_pcie_link_width", "_pcie_receive_bytes_per_second", b"_pcie_receive_bytes_per_second", "_pcie_replay_count", b"_pcie_replay_count", "_pcie_transmit_bytes_per_second", b"_pcie_transmit_bytes_per_second", "_performance_state", b"_performance_state", "_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_recovery_action", b"_recovery_action", "_row_remap_failed", b"_row_remap_failed", "_row_remap_pending", b"_row_remap_pending", "_slowdown_temperature_celsius", b"_slowdown_temperature_celsius", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_uncorrectable_remapped_row_count", b"_uncorrectable_remapped_row_count", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_utilization_percent", b"_utilization_percent", "corrected_ecc_error_count", b"corrected_ecc_error_count", "energy_joules", b"energy_joules", "fan_speed_percent", b"fan_speed_percent", "max_pcie_link_generation", b"max_pcie_link_generation", "max_pcie_link_width", b"max_pcie_link_width", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_temperature_celsius", b"memory_temperature_celsius", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilization_percent", b"memory_utilization_percent", "mig_enabled", b"mig_enabled", "pcie_link_generation", b"pcie_link_generation", "pcie_link_width", b"pcie_link_width", "pcie_receive_bytes_per_second", b"pcie_receive_bytes_per_second", "pcie_replay_count", b"pcie_replay_count", "pcie_transmit_bytes_per_second", b"pcie_transmit_bytes_per_second", "performance_state", b"performance_state", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "recovery_action", b"recovery_action", "row_remap_failed", b"row_remap_failed", "row_remap_pending", b"row_remap_pending", "sample_time", b"sample_time", "slowdown_temperature_celsius", b"slowdown_temperature_celsius", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "uncorrectable_remapped_row_count", b"uncorrectable_remapped_row_count", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "utilization_percent", b"utilization_percent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilization_percent", b"_memory_utilization_percent", "_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_utilization_percent", b"_utilization_percent", "health", b"health", "health_reason", b"health_reason", "index", b"index", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilization_percent", b"memory_utilization_percent", "name", b"name", "node", b"node", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "processes", b"processes", "sample_time", b"sample_time", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "utilization_percent", b"utilization_percent", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_corrected_ecc_error_count", b"_corrected_ecc_error_count", "_energy_joules", b"_energy_joules", "_fan_speed_percent", b"_fan_speed_percent", "_max_pcie_link_generation", b"_max_pcie_link_generation", "_max_pcie_link_width", b"_max_pcie_link_width", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_temperature_celsius", b"_memory_temperature_celsius", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilization_percent", b"_memory_utilization_percent", "_mig_enabled", b"_mig_enabled", "_pcie_link_generation", b"_pcie_link_generation", "_pcie_link_width", b"_pcie_link_width", "_pcie_receive_bytes_per_second", b"_pcie_receive_bytes_per_second", "_pcie_replay_count", b"_pcie_replay_count", "_pcie_transmit_bytes_per_second", b"_pcie_transmit_bytes_per_second", "_performance_state", b"_performance_state", "_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_recovery_action", b"_recovery_action", "_row_remap_failed", b"_row_remap_failed", "_row_remap_pending", b"_row_remap_pending", "_slowdown_temperature_celsius", b"_slowdown_temperature_celsius", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_uncorrectable_remapped_row_count", b"_uncorrectable_remapped_row_count", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_utilization_percent", b"_utilization_percent", "corrected_ecc_error_count", b"corrected_ecc_error_count", "energy_joules", b"energy_joules", "fan_speed_percent", b"fan_speed_percent", "health", b"health", "health_reason", b"health_reason", "index", b"index", "max_pcie_link_generation", b"max_pcie_link_generation", "max_pcie_link_width", b"max_pcie_link_width", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_temperature_celsius", b"memory_temperature_celsius", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilization_percent", b"memory_utilization_percent", "mig_enabled", b"mig_enabled", "mig_instances", b"mig_instances", "name", b"name", "node", b"node", "pcie_link_generation", b"pcie_link_generation", "pcie_link_width", b"pcie_link_width", "pcie_receive_bytes_per_second", b"pcie_receive_bytes_per_second", "pcie_replay_count", b"pcie_replay_count", "pcie_transmit_bytes_per_second", b"pcie_transmit_bytes_per_second", "performance_state", b"performance_state", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "processes", b"processes", "recent_events", b"recent_events", "recovery_action", b"recovery_action", "row_remap_failed", b"row_remap_failed", "row_remap_pending", b"row_remap_pending", "sample_time", b"sample_time", "slowdown_temperature_celsius", b"slowdown_temperature_celsius", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "uncorrectable_remapped_row_count", b"uncorrectable_remapped_row_count", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "utilization_percent", b"utilization_percent", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__corrected_ecc_error_count: _TypeAlias = _typing.Literal["corrected_ecc_error_count"]  # noqa: Y015
+    _WhichOneofArgType__corrected_ecc_error_count: _TypeAlias = _typing.Literal["_corrected_ecc_error_count", b"_corrected_ecc_error_count"]  # noqa: Y015
+    _WhichOneofReturnType__energy_joules: _TypeAlias = _typing.Literal["energy_joules"]  # noqa: Y015
+    _WhichOneofArgType__energy_joules: _TypeAlias = _typing.Literal["_energy_joules", b"_energy_joules"]  # noqa: Y015
+    _WhichOneofReturnType__fan_speed_percent: _TypeAlias = _typing.Literal["fan_speed_percent"]  # noqa: Y015
+    _WhichOneofArgType__fan_speed_percent: _TypeAlias = _typing.Literal["_fan_speed_percent", b"_fan_speed_percent"]  # noqa: Y015
+    _WhichOneofReturnType__max_pcie_link_generation: _TypeAlias = _typing.Literal["max_pcie_link_generation"]  # noqa: Y015
+    _WhichOneofArgType__max_pcie_link_generation: _TypeAlias = _typing.Literal["_max_pcie_link_generation", b"_max_pcie_link_generation"]  # noqa: Y015
+    _WhichOneofReturnType__max_pcie_link_width: _TypeAlias = _typing.Literal["max_pcie_link_width"]  # noqa: Y015
+    _WhichOneofArgType__max_pcie_link_width: _TypeAlias = _typing.Literal["_max_pcie_link_width", b"_max_pcie_link_width"]  # noqa: Y015
+    _WhichOneofReturnType__max_sm_clock_mhz: _TypeAlias = _typing.Literal["max_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__max_sm_clock_mhz: _TypeAlias = _typing.Literal["_max_sm_clock_mhz", b"_max_sm_clock_mhz"]  # noqa: Y015
     _WhichOneofReturnType__memory_clock_mhz: _TypeAlias = _typing.Literal["memory_clock_mhz"]  # noqa: Y015
     _WhichOneofArgType__memory_clock_mhz: _TypeAlias = _typing.Literal["_memory_clock_mhz", b"_memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__memory_temperature_celsius: _TypeAlias = _typing.Literal["memory_temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__memory_temperature_celsius: _TypeAlias = _typing.Literal["_memory_temperature_celsius", b"_memory_temperature_celsius"]  # noqa: Y015
     _WhichOneofReturnType__memory_total_bytes: _TypeAlias = _typing.Literal["memory_total_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_total_bytes: _TypeAlias = _typing.Literal["_memory_total_bytes", b"_memory_total_bytes"]  # noqa: Y015
     _WhichOneofReturnType__memory_used_bytes: _TypeAlias = _typing.Literal["memory_used_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_used_bytes: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes"]  # noqa: Y015
     _WhichOneofReturnType__memory_utilization_percent: _TypeAlias = _typing.Literal["memory_utilization_percent"]  # noqa: Y015
     _WhichOneofArgType__memory_utilization_percent: _TypeAlias = _typing.Literal["_memory_utilization_percent", b"_memory_utilization_percent"]  # noqa: Y015
+    _WhichOneofReturnType__mig_enabled: _TypeAlias = _typing.Literal["mig_enabled"]  # noqa: Y015
+    _WhichOneofArgType__mig_enabled: _TypeAlias = _typing.Literal["_mig_enabled", b"_mig_enabled"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_link_generation: _TypeAlias = _typing.Literal["pcie_link_generation"]  # noqa: Y015
+    _WhichOneofArgType__pcie_link_generation: _TypeAlias = _typing.Literal["_pcie_link_generation", b"_pcie_link_generation"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_link_width: _TypeAlias = _typing.Literal["pcie_link_width"]  # noqa: Y015
+    _WhichOneofArgType__pcie_link_width: _TypeAlias = _typing.Literal["_pcie_link_width", b"_pcie_link_width"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_receive_bytes_per_second: _TypeAlias = _typing.Literal["pcie_receive_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__pcie_receive_bytes_per_second: _TypeAlias = _typing.Literal["_pcie_receive_bytes_per_second", b"_pcie_receive_bytes_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_replay_count: _TypeAlias = _typing.Literal["pcie_replay_count"]  # noqa: Y015
+    _WhichOneofArgType__pcie_replay_count: _TypeAlias = _typing.Literal["_pcie_replay_count", b"_pcie_replay_count"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_transmit_bytes_per_second: _TypeAlias = _typing.Literal["pcie_transmit_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__pcie_transmit_bytes_per_second: _TypeAlias = _typing.Literal["_pcie_transmit_bytes_per_second", b"_pcie_transmit_bytes_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__performance_state: _TypeAlias = _typing.Literal["performance_state"]  # noqa: Y015
+    _WhichOneofArgType__performance_state: _TypeAlias = _typing.Literal["_performance_state", b"_performance_state"]  # noqa: Y015
     _WhichOneofReturnType__power_limit_watts: _TypeAlias = _typing.Literal["power_limit_watts"]  # noqa: Y015
     _WhichOneofArgType__power_limit_watts: _TypeAlias = _typing.Literal["_power_limit_watts", b"_power_limit_watts"]  # noqa: Y015
     _WhichOneofReturnType__power_watts: _TypeAlias = _typing.Literal["power_watts"]  # noqa: Y015
     _WhichOneofArgType__power_watts: _TypeAlias = _typing.Literal["_power_watts", b"_power_watts"]  # noqa: Y015
+    _WhichOneofReturnType__recovery_action: _TypeAlias = _typing.Literal["recovery_action"]  # noqa: Y015
+    _WhichOneofArgType__recovery_action: _TypeAlias = _typing.Literal["_recovery_action", b"_recovery_action"]  # noqa: Y015
+    _WhichOneofReturnType__row_remap_failed: _TypeAlias = _typing.Literal["row_remap_failed"]  # noqa: Y015
+    _WhichOneofArgType__row_remap_failed: _TypeAlias = _typing.Literal["_row_remap_failed", b"_row_remap_failed"]  # noqa: Y015
+    _WhichOneofReturnType__row_remap_pending: _TypeAlias = _typing.Literal["row_remap_pending"]  # noqa: Y015
+    _WhichOneofArgType__row_remap_pending: _TypeAlias = _typing.Literal["_row_remap_pending", b"_row_remap_pending"]  # noqa: Y015
+    _WhichOneofReturnType__slowdown_temperature_celsius: _TypeAlias = _typing.Literal["slowdown_temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__slowdown_temperature_celsius: _TypeAlias = _typing.Literal["_slowdown_temperature_celsius", b"_slowdown_temperature_celsius"]  # noqa: Y015
     _WhichOneofReturnType__sm_clock_mhz: _TypeAlias = _typing.Literal["sm_clock_mhz"]  # noqa: Y015
     _WhichOneofArgType__sm_clock_mhz: _TypeAlias = _typing.Literal["_sm_clock_mhz", b"_sm_clock_mhz"]  # noqa: Y015
     _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
     _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015
+    _WhichOneofReturnType__uncorrectable_remapped_row_count: _TypeAlias = _typing.Literal["uncorrectable_remapped_row_count"]  # noqa: Y015
+    _WhichOneofArgType__uncorrectable_remapped_row_count: _TypeAlias = _typing.Literal["_uncorrectable_remapped_row_count", b"_uncorrectable_remapped_row_count"]  # noqa: Y015
     _WhichOneofReturnType__uncorrected_ecc_error_count: _TypeAlias = _typing.Literal["uncorrected_ecc_error_count"]  # noqa: Y015
     _WhichOneofArgType__uncorrected_ecc_error_count: _TypeAlias = _typing.Literal["_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count"]  # noqa: Y015
     _WhichOneofReturnType__utilization_percent: _TypeAlias = _typing.Literal["utilization_percent"]  # noqa: Y015
     _WhichOneofArgType__utilization_percent: _TypeAlias = _typing.Literal["_utilization_percent", b"_utilization_percent"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__corrected_ecc_error_count) -> _WhichOneofReturnType__corrected_ecc_error_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__energy_joules) -> _WhichOneofReturnType__energy_joules | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fan_speed_percent) -> _WhichOneofReturnType__fan_speed_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pcie_link_generation) -> _WhichOneofReturnType__max_pcie_link_generation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pcie_link_width) -> _WhichOneofReturnType__max_pcie_link_width | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sm_clock_mhz) -> _WhichOneofReturnType__max_sm_clock_mhz | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_clock_mhz) -> _WhichOneofReturnType__memory_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_temperature_celsius) -> _WhichOneofReturnType__memory_temperature_celsius | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_total_bytes) -> _WhichOneofReturnType__memory_total_bytes | None: ...
     @_typing.overload
@@ -331,19 +555,144 @@ class Gpu(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_utilization_percent) -> _WhichOneofReturnType__memory_utilization_percent | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mig_enabled) -> _WhichOneofReturnType__mig_enabled | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_link_generation) -> _WhichOneofReturnType__pcie_link_generation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_link_width) -> _WhichOneofReturnType__pcie_link_width | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_receive_bytes_per_second) -> _WhichOneofReturnType__pcie_receive_bytes_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_replay_count) -> _WhichOneofReturnType__pcie_replay_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_transmit_bytes_per_second) -> _WhichOneofReturnType__pcie_transmit_bytes_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__performance_state) -> _WhichOneofReturnType__performance_state | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_limit_watts) -> _WhichOneofReturnType__power_limit_watts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_watts) -> _WhichOneofReturnType__power_watts | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recovery_action) -> _WhichOneofReturnType__recovery_action | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__row_remap_failed) -> _WhichOneofReturnType__row_remap_failed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__row_remap_pending) -> _WhichOneofReturnType__row_remap_pending | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slowdown_temperature_celsius) -> _WhichOneofReturnType__slowdown_temperature_celsius | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_clock_mhz) -> _WhichOneofReturnType__sm_clock_mhz | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_celsius) -> _WhichOneofReturnType__temperature_celsius | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uncorrectable_remapped_row_count) -> _WhichOneofReturnType__uncorrectable_remapped_row_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__uncorrected_ecc_error_count) -> _WhichOneofReturnType__uncorrected_ecc_error_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__utilization_percent) -> _WhichOneofReturnType__utilization_percent | None: ...
 
 Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
+
+@_typing.final
+class MigInstance(_message.Message):
+    """A part of a GPU that is split."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UUID_FIELD_NUMBER: _builtins.int
+    GPU_INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    COMPUTE_INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    uuid: _builtins.str
+    """NVML's UUID: "MIG-…"."""
+    gpu_instance_id: _builtins.int
+    """The GPU instance."""
+    compute_instance_id: _builtins.int
+    """The compute instance in it."""
+    name: _builtins.str
+    """Its profile, for example "NVIDIA H100 MIG 1g.10gb"."""
+    memory_used_bytes: _builtins.int
+    """Memory in use."""
+    memory_total_bytes: _builtins.int
+    """Memory that it has."""
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuProcess]:
+        """Processes on it."""
+
+    def __init__(
+        self,
+        *,
+        uuid: _builtins.str = ...,
+        gpu_instance_id: _builtins.int | None = ...,
+        compute_instance_id: _builtins.int | None = ...,
+        name: _builtins.str = ...,
+        memory_used_bytes: _builtins.int | None = ...,
+        memory_total_bytes: _builtins.int | None = ...,
+        processes: _abc.Iterable[Global___GpuProcess] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_compute_instance_id", b"_compute_instance_id", "_gpu_instance_id", b"_gpu_instance_id", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "compute_instance_id", b"compute_instance_id", "gpu_instance_id", b"gpu_instance_id", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_compute_instance_id", b"_compute_instance_id", "_gpu_instance_id", b"_gpu_instance_id", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "compute_instance_id", b"compute_instance_id", "gpu_instance_id", b"gpu_instance_id", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "processes", b"processes", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__compute_instance_id: _TypeAlias = _typing.Literal["compute_instance_id"]  # noqa: Y015
+    _WhichOneofArgType__compute_instance_id: _TypeAlias = _typing.Literal["_compute_instance_id", b"_compute_instance_id"]  # noqa: Y015
+    _WhichOneofReturnType__gpu_instance_id: _TypeAlias = _typing.Literal["gpu_instance_id"]  # noqa: Y015
+    _WhichOneofArgType__gpu_instance_id: _TypeAlias = _typing.Literal["_gpu_instance_id", b"_gpu_instance_id"]  # noqa: Y015
+    _WhichOneofReturnType__memory_total_bytes: _TypeAlias = _typing.Literal["memory_total_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_total_bytes: _TypeAlias = _typing.Literal["_memory_total_bytes", b"_memory_total_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__memory_used_bytes: _TypeAlias = _typing.Literal["memory_used_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_used_bytes: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compute_instance_id) -> _WhichOneofReturnType__compute_instance_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_instance_id) -> _WhichOneofReturnType__gpu_instance_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_total_bytes) -> _WhichOneofReturnType__memory_total_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_used_bytes) -> _WhichOneofReturnType__memory_used_bytes | None: ...
+
+Global___MigInstance: _TypeAlias = MigInstance  # noqa: Y015
+
+@_typing.final
+class GpuEvent(_message.Message):
+    """Something that happened to a GPU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    XID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    kind: Global___GpuEventKind.ValueType
+    """What it was."""
+    xid: _builtins.int
+    """NVIDIA's number of the error, of an XID."""
+    message: _builtins.str
+    """In words."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was noticed."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___GpuEventKind.ValueType = ...,
+        xid: _builtins.int | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_xid", b"_xid", "time", b"time", "xid", b"xid"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_xid", b"_xid", "kind", b"kind", "message", b"message", "time", b"time", "xid", b"xid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__xid: _TypeAlias = _typing.Literal["xid"]  # noqa: Y015
+    _WhichOneofArgType__xid: _TypeAlias = _typing.Literal["_xid", b"_xid"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__xid) -> _WhichOneofReturnType__xid | None: ...
+
+Global___GpuEvent: _TypeAlias = GpuEvent  # noqa: Y015
 
 @_typing.final
 class GpuProcess(_message.Message):
@@ -353,19 +702,23 @@ class GpuProcess(_message.Message):
 
     PID_FIELD_NUMBER: _builtins.int
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     """Its process id on the node."""
     memory_used_bytes: _builtins.int
     """Memory that it holds; absent where the driver does not tell."""
+    worker: _builtins.str
+    """The process of the mesh that it belongs to, for example "worker-0"; empty: to none that this agent may look at."""
     def __init__(
         self,
         *,
         pid: _builtins.int = ...,
         memory_used_bytes: _builtins.int | None = ...,
+        worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes", "memory_used_bytes", b"memory_used_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes", "memory_used_bytes", b"memory_used_bytes", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes", "memory_used_bytes", b"memory_used_bytes", "pid", b"pid", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__memory_used_bytes: _TypeAlias = _typing.Literal["memory_used_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_used_bytes: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes"]  # noqa: Y015

@@ -1,0 +1,149 @@
+"""Joins the GPUs of several machines: one hub that follows every machine's agent."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+import grpc.aio
+from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
+
+from services.common.rpc import channel
+from services.telemetry.board import Board
+from services.telemetry.convert import gpu_from, nodes_from
+from services.telemetry.gpu import Driver, DriverState, Gpu, Node, Sample
+from services.telemetry.sampler import Sampler
+
+__all__ = ["Hub"]
+
+# What an agent said is told for so long after it is gone; a restart takes less.
+_KEPT_SECONDS: Final = 5.0
+_FIRST_BACKOFF_SECONDS: Final = 0.05
+_LONGEST_BACKOFF_SECONDS: Final = 1.0
+_UNKNOWN: Final = Driver(state=DriverState.FAILED, message="its telemetry agent does not answer")
+_log = logging.getLogger(__name__)
+
+
+class Hub(Board):
+    """A board with the latest sample of all machines. An agent that is away holds nobody up."""
+
+    def __init__(
+        self, agents: Sequence[str], *, local: Sampler | None = None, kept_seconds: float = _KEPT_SECONDS
+    ) -> None:
+        """`agents` are addresses; `local` samples this machine, if that is to be among them."""
+        super().__init__()
+        self._local = local
+        self._agents = [_Agent(address, self._join, kept_seconds=kept_seconds) for address in agents]
+
+    @property
+    def agents(self) -> dict[str, bool]:
+        """Whether each agent answers, by its address."""
+        return {agent.address: agent.here for agent in self._agents}
+
+    async def run(self) -> None:
+        """Follows them until cancelled; then every watch ends."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if self._local is not None:
+                    tasks.create_task(self._follow_local(self._local))
+                else:
+                    self._join()
+                for agent in self._agents:
+                    tasks.create_task(agent.run())
+        finally:
+            self.close()
+
+    async def _follow_local(self, local: Sampler) -> None:
+        async with aclosing(local.samples()) as samples:
+            async for _ in samples:
+                self._join()
+
+    def _join(self) -> None:
+        own = None if self._local is None else self._local.latest
+        if self._local is not None and own is None:
+            return
+        # Of a GPU that two agents tell of, the later one in the configuration counts.
+        gpus: dict[str, Gpu] = {}
+        nodes: dict[str, Node] = {}
+        for part in [own, *(agent.sample for agent in self._agents)]:
+            if part is not None:
+                gpus.update({gpu.uuid: gpu for gpu in part.gpus})
+                nodes.update({node.name: node for node in part.nodes})
+        ordered = tuple(sorted(gpus.values(), key=lambda gpu: (gpu.node, gpu.index, gpu.uuid)))
+        joined = tuple(sorted(nodes.values(), key=lambda node: node.name))
+        self.publish(Sample(driver=_worst(joined), gpus=ordered, nodes=joined))
+
+
+class _Agent:
+    """One agent, followed until cancelled, and what it said."""
+
+    def __init__(self, address: str, tell: Callable[[], None], *, kept_seconds: float) -> None:
+        self.address = address
+        self.here = False
+        self._tell = tell
+        self._kept_seconds = kept_seconds
+        self._gpus: dict[str, Gpu] = {}
+        self._nodes: tuple[Node, ...] = (Node(name=address, driver=_UNKNOWN, away=True),)
+        self._backoff = _FIRST_BACKOFF_SECONDS
+        self._forgetting: asyncio.TimerHandle | None = None
+
+    @property
+    def sample(self) -> Sample:
+        """What it said last."""
+        return Sample(driver=_UNKNOWN, gpus=tuple(self._gpus.values()), nodes=self._nodes)
+
+    async def run(self) -> None:
+        async with channel(self.address) as connection:
+            stub = telemetry_pb2_grpc.TelemetryServiceStub(connection)
+            while True:
+                await self._follow(stub)
+                await asyncio.sleep(self._backoff)
+                self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF_SECONDS)
+
+    async def _follow(self, stub: Any) -> None:
+        call = stub.WatchGpus(telemetry_pb2.WatchGpusRequest())
+        try:
+            async for message in call:
+                self._take(message)
+        except grpc.aio.AioRpcError as error:
+            if self.here or self._backoff == _FIRST_BACKOFF_SECONDS:
+                _log.warning("an agent is away", extra={"address": self.address, "code": error.code().name})
+        finally:
+            call.cancel()
+            if self.here:
+                self._leave()
+
+    def _take(self, message: telemetry_pb2.WatchGpusResponse) -> None:
+        if not self.here:
+            self._gpus.clear()
+            self._stop_forgetting()
+        self.here = True
+        self._backoff = _FIRST_BACKOFF_SECONDS
+        self._gpus.update({gpu.uuid: gpu_from(gpu) for gpu in message.gpus})
+        for uuid in message.removed_uuids:
+            self._gpus.pop(uuid, None)
+        self._nodes = nodes_from(message.nodes)
+        self._tell()
+
+    def _leave(self) -> None:
+        self.here = False
+        self._forgetting = asyncio.get_running_loop().call_later(self._kept_seconds, self._forget)
+        self._nodes = tuple(Node(name=node.name, driver=_UNKNOWN, away=True) for node in self._nodes)
+        self._tell()
+
+    def _forget(self) -> None:
+        self._gpus.clear()
+        self._tell()
+
+    def _stop_forgetting(self) -> None:
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+            self._forgetting = None
+
+
+def _worst(nodes: Sequence[Node]) -> Driver:
+    for node in nodes:
+        if node.driver.state is not DriverState.READY:
+            return Driver(state=node.driver.state, message=f"{node.name}: {node.driver.message}")
+    return nodes[0].driver if nodes else _UNKNOWN
