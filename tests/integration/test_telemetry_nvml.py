@@ -2,6 +2,8 @@
 
 import asyncio
 import ctypes
+import os
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ SECOND_L40 = replace(L40, uuid="GPU-l40-2")
 FLEET = (L40, SECOND_L40, RTX_4090)
 LOST, RESET_REQUIRED, UNKNOWN = 15, 16, 999
 SAMPLE_SECONDS = 0.1
+ABSENT = pb.Driver(state=pb.DRIVER_STATE_ABSENT, message="no NVIDIA driver on this machine")
 
 
 @pytest.fixture
@@ -290,12 +293,172 @@ async def test_a_machine_without_a_driver_says_so_until_it_gets_one(tmp_path: Pa
             stub.build()
             await watcher.sees(lambda it: it.driver.state == pb.DRIVER_STATE_READY)
 
-    assert without == pb.ListGpusResponse(
-        driver=pb.Driver(state=pb.DRIVER_STATE_ABSENT, message="no NVIDIA driver on this machine")
-    )
+    assert without == pb.ListGpusResponse(driver=ABSENT, nodes=[pb.Node(name="node-1", driver=ABSENT)])
     assert scraped['tokenloom_telemetry_driver_up{version=""}'] == "0.0"
     assert not [series for series in scraped if series.startswith("tokenloom_telemetry_gpu_")]
     assert len(watcher.gpus) == 3
+
+
+async def test_an_xid_is_told_within_two_samples_and_a_fatal_one_fails_the_card(
+    agent: TelemetryAgent, stub: NvmlStub
+) -> None:
+    async with watching(agent) as watcher:
+        await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_HEALTHY)
+        stub.show([replace(L40, events="1:8:31"), SECOND_L40, RTX_4090])
+        took = await watcher.sees(lambda it: len(it.gpus["GPU-l40"].recent_events) == 1)
+        mild = watcher.gpus["GPU-l40"].health
+        stub.show([replace(L40, events="1:8:31 2:8:95"), SECOND_L40, RTX_4090])
+        await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_FAILED)
+        failed = watcher.gpus["GPU-l40"]
+        stub.show([replace(L40, events="1:8:31 2:8:95", recovery_action=0), SECOND_L40, RTX_4090])
+        await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_HEALTHY)
+        scraped = await _scraped(agent)
+
+    assert took < 2 * SAMPLE_SECONDS + 1  # and what a busy machine takes
+    assert mild == pb.GPU_HEALTH_HEALTHY
+    assert [(each.kind, each.xid) for each in failed.recent_events] == [
+        (pb.GPU_EVENT_KIND_XID, 31),
+        (pb.GPU_EVENT_KIND_XID, 95),
+    ]
+    assert failed.health_reason == "XID 95, uncontained memory error"
+    counted = [series for series in scraped if "gpu_xid_errors_total{" in series and 'uuid="GPU-l40"' in series]
+    assert len(counted) == 2
+    assert watcher.gpus["GPU-4090"].health == pb.GPU_HEALTH_HEALTHY
+
+
+async def test_a_card_that_falls_off_the_bus_says_so_and_returns(agent: TelemetryAgent, stub: NvmlStub) -> None:
+    async with watching(agent) as watcher:
+        await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_HEALTHY)
+        stub.show([replace(L40, events="1:8:79", error=LOST), SECOND_L40, RTX_4090])
+        await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_LOST)
+        stub.show(FLEET)
+        await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_HEALTHY)
+
+    kinds = [each.kind for each in watcher.gpus["GPU-l40"].recent_events]
+    assert kinds == [pb.GPU_EVENT_KIND_XID, pb.GPU_EVENT_KIND_LOST, pb.GPU_EVENT_KIND_RETURNED]
+
+
+async def test_a_split_card_comes_with_its_instances_and_their_processes(agent: TelemetryAgent, stub: NvmlStub) -> None:
+    parts = [
+        Card(uuid=f"MIG-{n}", name="NVIDIA A100 MIG 1g.10gb", memory_total=10 << 30, memory_used=n, mig_instance=n + 1)
+        for n in range(2)
+    ]
+    split = replace(L40, mig="MIG-0 MIG-1", utilization=None)
+    stub.show([split, replace(parts[0], processes="77:5"), parts[1]])
+    async with watching(agent) as watcher:
+        await watcher.sees(lambda it: len(it.gpus) == 1 and len(it.gpus["GPU-l40"].mig_instances) == 2)
+        gpu = watcher.gpus["GPU-l40"]
+        stub.show([replace(L40, mig="", events="1:256:0"), RTX_4090])
+        await watcher.sees(lambda it: not it.gpus["GPU-l40"].mig_enabled)
+
+    assert gpu.mig_enabled
+    assert not gpu.HasField("utilization_percent")
+    assert gpu.mig_instances[0] == pb.MigInstance(
+        uuid="MIG-0",
+        name="NVIDIA A100 MIG 1g.10gb",
+        gpu_instance_id=1,
+        compute_instance_id=0,
+        memory_used_bytes=0,
+        memory_total_bytes=10 << 30,
+        processes=[pb.GpuProcess(pid=77, memory_used_bytes=5)],
+    )
+    assert [each.kind for each in watcher.gpus["GPU-l40"].recent_events] == [pb.GPU_EVENT_KIND_MIG_CHANGED]
+
+
+async def test_datacentre_cards_report_more_and_rates_are_made_of_their_counters(
+    agent: TelemetryAgent, stub: NvmlStub
+) -> None:
+    h200 = replace(
+        L40,
+        memory_temperature=61,
+        slowdown_temperature=87,
+        performance_state=0,
+        max_sm_clock=1980,
+        energy_mj=1_500,
+        pcie_generation=5,
+        pcie_width=16,
+        max_pcie_generation=5,
+        max_pcie_width=16,
+        pcie_replays=0,
+        ecc_corrected=3,
+        remapped_rows="1 2 1 0",
+        recovery_action=0,
+        pcie_tx_bytes=0,
+        pcie_rx_bytes=0,
+    )
+    stub.show([h200, replace(RTX_4090, fan_speed=30, pcie_tx_kb=2, pcie_rx_kb=3)])
+    async with watching(agent) as watcher:
+        await watcher.sees(lambda it: len(it.gpus) == 2 and it.gpus["GPU-4090"].HasField("fan_speed_percent"))
+        await watcher.sees(lambda it: it.gpus["GPU-l40"].HasField("pcie_transmit_bytes_per_second"))
+        stub.show([replace(h200, pcie_tx_bytes=10**9), replace(RTX_4090, fan_speed=30, pcie_tx_kb=2, pcie_rx_kb=3)])
+        await watcher.sees(lambda it: it.gpus["GPU-l40"].pcie_transmit_bytes_per_second > 0)
+    card, small = watcher.gpus["GPU-l40"], watcher.gpus["GPU-4090"]
+
+    assert card.pcie_receive_bytes_per_second == 0
+    assert (card.memory_temperature_celsius, card.slowdown_temperature_celsius, card.max_sm_clock_mhz) == (61, 87, 1980)
+    assert (card.pcie_link_generation, card.pcie_link_width, card.pcie_replay_count) == (5, 16, 0)
+    assert card.HasField("performance_state")
+    assert (card.energy_joules, card.corrected_ecc_error_count, card.recovery_action) == (1.5, 3, "none")
+    assert (card.uncorrectable_remapped_row_count, card.row_remap_pending, card.row_remap_failed) == (2, True, False)
+    assert card.health_reason == "a row of memory waits for a reset to be remapped"
+    assert (small.pcie_transmit_bytes_per_second, small.pcie_receive_bytes_per_second) == (2_000, 3_000)
+    assert not small.HasField("memory_temperature_celsius")
+    assert not small.HasField("recovery_action")
+
+
+async def test_eight_cards_are_seen_and_cost_little(agent: TelemetryAgent, stub: NvmlStub) -> None:
+    stub.show([replace(L40, uuid=f"GPU-{n}", processes="1:1 2:2") for n in range(8)])
+    async with watching(agent) as watcher:
+        await watcher.sees(lambda it: len(it.gpus) == 8 and "GPU-7" in it.gpus)
+        before, started = _cpu_seconds(agent), time.monotonic()
+        await asyncio.sleep(1.5)
+        share = (_cpu_seconds(agent) - before) / (time.monotonic() - started)
+
+    # Ten samples a second; at one a second it is a tenth of this.
+    assert share < 0.1
+
+
+async def test_a_process_on_a_card_has_the_name_of_its_worker(agent: TelemetryAgent, stub: NvmlStub) -> None:
+    engine = subprocess.Popen(["sleep", "30"], env={**os.environ, "TOKENLOOM_PROCESS": "worker-7"}  # noqa: ASYNC220  # it starts in a moment
+    try:
+        stub.show([replace(L40, processes=f"{engine.pid}:4096 {os.getpid()}:1", drawing=f"{engine.pid}:4096")])
+        async with watching(agent) as watcher:
+            await watcher.sees(lambda it: len(it.gpus["GPU-l40"].processes) == 2 if "GPU-l40" in it.gpus else False)
+            scraped = await _scraped(agent)
+    finally:
+        engine.kill()
+        engine.wait()
+
+    workers = {each.pid: (each.worker, each.memory_used_bytes) for each in watcher.gpus["GPU-l40"].processes}
+    assert workers == {engine.pid: ("worker-7", 4096), os.getpid(): ("", 1)}
+    held = [value for series, value in scraped.items() if "worker_memory_bytes{" in series and "worker-7" in series]
+    assert held == ["4096.0"]
+
+
+async def test_a_hub_joins_the_agents_and_tells_when_one_is_away(
+    tmp_path: Path, agent: TelemetryAgent, stub: NvmlStub
+) -> None:
+    second, third = tmp_path / "second", tmp_path / "third"
+    second.mkdir()
+    third.mkdir()
+    other = NvmlStub(second)
+    other.show([replace(L40, uuid="GPU-other")])
+    with telemetry_agent(second, environment=other.environment, node="node-2") as neighbour:
+        agents = [agent.target, neighbour.target]
+        with telemetry_agent(third, own_gpus=False, agents=agents, node="hub") as hub:
+            async with watching(hub) as watcher:
+                await watcher.sees(lambda it: len(it.gpus) == 4, within=10)
+                stub.show([replace(L40, clock_reasons=0x40), SECOND_L40, RTX_4090])
+                await watcher.sees_health("GPU-l40", pb.GPU_HEALTH_DEGRADED)
+                nodes = {node.name: node.away for node in (await fleet_of(hub)).nodes}
+                neighbour.process.terminate()
+                await watcher.sees(lambda it: "GPU-other" not in it.gpus, within=10)
+            left = await fleet_of(hub)
+
+    assert nodes == {"node-1": False, "node-2": False}
+    assert {node.name: node.away for node in left.nodes} == {"node-1": False, "node-2": True}
+    assert left.driver.message == "node-2: its telemetry agent does not answer"
+    assert [gpu.node for gpu in left.gpus] == ["node-1"] * 3
 
 
 async def test_prometheus_gets_what_the_cards_report(agent: TelemetryAgent, stub: NvmlStub) -> None:
@@ -318,15 +481,21 @@ async def test_prometheus_gets_what_the_cards_report(agent: TelemetryAgent, stub
         "memory_clock_hertz": 9.001e9,
         "healthy": 0,
         "lost": 0,
+        "failed": 0,
         "uncorrected_ecc_errors_total": 0,
     }
     lost = {_name(series): float(value) for series, value in scraped.items() if 'uuid="GPU-l40-2"' in series}
-    assert lost == {"healthy": 0, "lost": 1}
+    assert lost == {"healthy": 0, "lost": 1, "failed": 0}
     assert not [series for series in scraped if "ecc_errors" in series and 'uuid="GPU-4090"' in series]
     assert [series for series in scraped if "gpu_throttled{" in series and 'reason="hw_thermal_slowdown"' in series]
     assert scraped['tokenloom_telemetry_driver_up{version="570.86.10"}'] == "1.0"
     assert float(scraped['tokenloom_telemetry_samples_total{driver="ready"}']) >= 1
     assert scraped["tokenloom_telemetry_publish_failures_total"] == "0.0"
+
+
+def _cpu_seconds(agent: TelemetryAgent) -> float:
+    times = psutil.Process(agent.process.pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def _name(series: str) -> str:

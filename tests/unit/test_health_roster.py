@@ -1,6 +1,6 @@
 """Which GPUs a node has, scan by scan."""
 
-from services.telemetry.gpu import Card, Driver, DriverState, Gpu, Health, Reading, Sample, Scan
+from services.telemetry.gpu import Card, Driver, DriverState, Gpu, Health, Node, Reading, Sample, Scan
 from services.telemetry.roster import Roster
 
 READY = Driver(state=DriverState.READY, version="570")
@@ -85,7 +85,9 @@ def test_a_card_that_does_not_come_back_with_the_driver_stays_lost() -> None:
 
 
 def test_without_a_driver_there_are_no_gpus() -> None:
-    assert last(ready(card(0, "a")), Scan(driver=ABSENT)) == Sample(driver=ABSENT)
+    assert last(ready(card(0, "a")), Scan(driver=ABSENT)) == Sample(
+        driver=ABSENT, nodes=(Node(name="node-1", driver=ABSENT),)
+    )
 
 
 def test_nothing_has_changed_when_only_time_has_passed() -> None:

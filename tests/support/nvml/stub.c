@@ -21,11 +21,12 @@ enum {
   INVALID_ARGUMENT = 2,
   NOT_SUPPORTED = 3,
   NOT_FOUND = 6,
+  TIMEOUT = 10,
   INSUFFICIENT_SIZE = 7,
   LIB_RM_VERSION_MISMATCH = 18,
   UNKNOWN = 999,
   MAX_CARDS = 16,
-  MAX_FIELDS = 32,
+  MAX_FIELDS = 64,
   MAX_PROCESSES = 64,
 };
 
@@ -300,8 +301,8 @@ ret_t nvmlDeviceGetCurrentClocksThrottleReasons(void *device, unsigned long long
 }
 
 ret_t nvmlDeviceGetTotalEccErrors(void *device, int type, int counter, unsigned long long *count) {
-  if (type != 1 || counter != 0) return INVALID_ARGUMENT;
-  return card_number(device, "ecc_uncorrected", count);
+  if (type > 1 || counter != 0) return INVALID_ARGUMENT;
+  return card_number(device, type ? "ecc_uncorrected" : "ecc_corrected", count);
 }
 
 struct process {
@@ -311,9 +312,9 @@ struct process {
 };
 
 /* "123:4096 124:-": a "-" where the driver doesn't tell. */
-static ret_t processes(void *device, unsigned *count, struct process *found) {
+static ret_t processes(void *device, const char *key, unsigned *count, struct process *found) {
   const char *value;
-  ret_t error = card_value(device, "processes", &value);
+  ret_t error = card_value(device, key, &value);
   if (error) return error;
   char text[1024];
   snprintf(text, sizeof text, "%s", value);
@@ -334,10 +335,154 @@ static ret_t processes(void *device, unsigned *count, struct process *found) {
   return SUCCESS;
 }
 
+/* "1:8:79 2:2:0": events by number, NVML's type and data; each is told once in an event set. */
+struct event_data {
+  void *device;
+  unsigned long long type, data;
+  unsigned gpu_instance, compute_instance;
+};
+
+static struct {
+  int open;
+  unsigned long long wanted[MAX_CARDS];
+  long told[MAX_CARDS];
+} events;
+
+ret_t nvmlEventSetCreate(void **set) {
+  ret_t error = enter();
+  if (error) return error;
+  memset(&events, 0, sizeof events);
+  events.open = 1;
+  *set = &events;
+  return SUCCESS;
+}
+
+ret_t nvmlEventSetFree(void *set) {
+  events.open = 0;
+  return set == &events ? SUCCESS : INVALID_ARGUMENT;
+}
+
+ret_t nvmlDeviceGetSupportedEventTypes(void *device, unsigned long long *types) {
+  return card_number(device, "event_types", types);
+}
+
+ret_t nvmlDeviceRegisterEvents(void *device, unsigned long long types, void *set) {
+  unsigned long long supported;
+  ret_t error = card_number(device, "event_types", &supported);
+  if (error) return error;
+  if (set != &events || !events.open || (types & ~supported)) return INVALID_ARGUMENT;
+  events.wanted[(long)device - 1] = types;
+  return SUCCESS;
+}
+
+ret_t nvmlEventSetWait_v2(void *set, struct event_data *found, unsigned milliseconds) {
+  (void)milliseconds;
+  ret_t error = enter();
+  if (error) return error;
+  if (set != &events || !events.open) return INVALID_ARGUMENT;
+  for (int i = 0; i < state.card_count; i++) {
+    const char *list = find(&state.cards[i], "events");
+    char item[64];
+    for (unsigned n = 0; list && word(list, n, item, sizeof item); n++) {
+      long number;
+      unsigned long long type, data;
+      if (sscanf(item, "%ld:%llu:%llu", &number, &type, &data) != 3) return UNKNOWN;
+      if (number <= events.told[i] || !(type & events.wanted[i])) continue;
+      events.told[i] = number;
+      *found = (struct event_data){(void *)(long)(i + 1), type, data, ~0U, ~0U};
+      return SUCCESS;
+    }
+  }
+  return TIMEOUT;
+}
+
+ret_t nvmlDeviceGetPerformanceState(void *device, unsigned *number) {
+  return card_unsigned(device, "performance_state", number);
+}
+
+ret_t nvmlDeviceGetFanSpeed(void *device, unsigned *percent) { return card_unsigned(device, "fan_speed", percent); }
+
+ret_t nvmlDeviceGetMaxClockInfo(void *device, int type, unsigned *mhz) {
+  return type == 1 ? card_unsigned(device, "max_sm_clock", mhz) : INVALID_ARGUMENT;
+}
+
+ret_t nvmlDeviceGetTemperatureThreshold(void *device, int which, unsigned *celsius) {
+  return which == 1 ? card_unsigned(device, "slowdown_temperature", celsius) : INVALID_ARGUMENT;
+}
+
+ret_t nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *millijoules) {
+  return card_number(device, "energy_mj", millijoules);
+}
+
+ret_t nvmlDeviceGetPcieThroughput(void *device, int counter, unsigned *kilobytes) {
+  return card_unsigned(device, counter ? "pcie_rx_kb" : "pcie_tx_kb", kilobytes);
+}
+
+ret_t nvmlDeviceGetCurrPcieLinkGeneration(void *device, unsigned *number) {
+  return card_unsigned(device, "pcie_generation", number);
+}
+
+ret_t nvmlDeviceGetMaxPcieLinkGeneration(void *device, unsigned *number) {
+  return card_unsigned(device, "max_pcie_generation", number);
+}
+
+ret_t nvmlDeviceGetCurrPcieLinkWidth(void *device, unsigned *lanes) { return card_unsigned(device, "pcie_width", lanes); }
+
+ret_t nvmlDeviceGetMaxPcieLinkWidth(void *device, unsigned *lanes) {
+  return card_unsigned(device, "max_pcie_width", lanes);
+}
+
+ret_t nvmlDeviceGetPcieReplayCounter(void *device, unsigned *count) {
+  return card_unsigned(device, "pcie_replays", count);
+}
+
+/* "corrected uncorrected pending failed" */
+ret_t nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncorrected, unsigned *pending,
+                                unsigned *failed) {
+  const char *value;
+  ret_t error = card_value(device, "remapped_rows", &value);
+  if (error) return error;
+  return sscanf(value, "%u %u %u %u", corrected, uncorrected, pending, failed) == 4 ? SUCCESS : UNKNOWN;
+}
+
+ret_t nvmlDeviceGetGpuInstanceId(void *device, unsigned *number) {
+  return card_unsigned(device, "mig_instance", number);
+}
+
+ret_t nvmlDeviceGetComputeInstanceId(void *device, unsigned *number) {
+  unsigned long long instance;
+  ret_t error = card_number(device, "mig_instance", &instance);
+  if (!error) *number = 0;
+  return error;
+}
+
+struct field_value {
+  unsigned field, scope;
+  long long timestamp, latency;
+  unsigned type, error;
+  unsigned long long value;
+};
+
+ret_t nvmlDeviceGetFieldValues(void *device, int count, struct field_value *values) {
+  static const struct {
+    unsigned field;
+    const char *key;
+  } known[] = {{82, "memory_temperature"}, {197, "pcie_tx_bytes"}, {198, "pcie_rx_bytes"}, {230, "recovery_action"}};
+  ret_t error = card_error((int)(long)device - 1);
+  if (error) return error;
+  for (int i = 0; i < count; i++) {
+    values[i].type = 3;
+    values[i].error = INVALID_ARGUMENT;
+    for (unsigned k = 0; k < sizeof known / sizeof *known; k++)
+      if (known[k].field == values[i].field) values[i].error = (unsigned)card_number(device, known[k].key, &values[i].value);
+  }
+  return SUCCESS;
+}
+
 #ifdef STUB_OLD
 
 ret_t nvmlDeviceGetComputeRunningProcesses_v2(void *device, unsigned *count, struct process *found) {
-  return processes(device, count, found);
+  return processes(device, "processes", count, found);
 }
 
 #else
@@ -357,7 +502,11 @@ ret_t nvmlDeviceGetCurrentClocksEventReasons(void *device, unsigned long long *r
 }
 
 ret_t nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, struct process *found) {
-  return processes(device, count, found);
+  return processes(device, "processes", count, found);
+}
+
+ret_t nvmlDeviceGetGraphicsRunningProcesses_v3(void *device, unsigned *count, struct process *found) {
+  return processes(device, "drawing", count, found);
 }
 
 #endif

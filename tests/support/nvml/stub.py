@@ -21,6 +21,13 @@ class Card:
     Attributes:
         processes: "PID:BYTES" or "PID:-" (memory not told), with blanks between them.
         clock_reasons: NVML's mask; 0x40 is hw_thermal_slowdown.
+        drawing: the same, of processes that draw.
+        events: "NUMBER:TYPE:DATA" with blanks between them, numbers from 1; type 8 is an XID, with its number as data,
+            2 an uncorrected ECC error.
+        event_types: NVML's mask of the events that it tells of.
+        remapped_rows: corrected, uncorrected, pending, failed.
+        recovery_action: NVML's number; 0 is none, 1 a reset.
+        pcie_tx_bytes, pcie_rx_bytes: counters, which only newer cards have; the others have rates in kB/s.
         mig: the UUIDs of its MIG instances, with blanks between them; "" for a card that is not split, and could be.
         mig_instance: is an instance of a card before it, and not counted; instances come last.
         error: answers everything with this NVML error, until the session that has seen it ends.
@@ -40,6 +47,27 @@ class Card:
     clock_reasons: int | str | None = 0
     ecc_uncorrected: int | str | None = 0
     processes: str | None = None
+    drawing: str | None = None
+    events: str | None = None
+    event_types: int | str | None = 0x10B
+    memory_temperature: int | str | None = None
+    slowdown_temperature: int | str | None = None
+    fan_speed: int | str | None = None
+    performance_state: int | str | None = None
+    max_sm_clock: int | str | None = None
+    energy_mj: int | str | None = None
+    pcie_tx_kb: int | str | None = None
+    pcie_rx_kb: int | str | None = None
+    pcie_tx_bytes: int | str | None = None
+    pcie_rx_bytes: int | str | None = None
+    pcie_generation: int | str | None = None
+    pcie_width: int | str | None = None
+    max_pcie_generation: int | str | None = None
+    max_pcie_width: int | str | None = None
+    pcie_replays: int | str | None = None
+    ecc_corrected: int | str | None = None
+    remapped_rows: str | None = None
+    recovery_action: int | str | None = None
     mig: str | None = None
     mig_instance: int | None = None
     error: int | None = None
