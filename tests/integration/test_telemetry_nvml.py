@@ -419,7 +419,7 @@ async def test_eight_cards_are_seen_and_cost_little(agent: TelemetryAgent, stub:
 
 
 async def test_a_process_on_a_card_has_the_name_of_its_worker(agent: TelemetryAgent, stub: NvmlStub) -> None:
-    engine = subprocess.Popen(["sleep", "30"], env={**os.environ, "TOKENLOOM_PROCESS": "worker-7"}  # noqa: ASYNC220  # it starts in a moment
+    engine = subprocess.Popen(["sleep", "30"], env={**os.environ, "TOKENLOOM_PROCESS": "worker-7"})  # noqa: ASYNC220
     try:
         stub.show([replace(L40, processes=f"{engine.pid}:4096 {os.getpid()}:1", drawing=f"{engine.pid}:4096")])
         async with watching(agent) as watcher:
