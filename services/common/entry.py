@@ -6,17 +6,14 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from services.common import logs, tracing
 from services.common.config import ConfigError, load
-from services.common.process import run
+from services.common.process import NAME_VARIABLE, run
 from services.common.settings import ProcessSettings
 
-__all__ = ["NAME_VARIABLE", "start"]
-
-NAME_VARIABLE: Final = "TOKENLOOM_PROCESS"
-"""In the environment of what a process starts: its own name, by which telemetry tells whose memory is on a GPU."""
+__all__ = ["start"]
 
 S = TypeVar("S", bound=ProcessSettings)
 

@@ -6,10 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import uvloop
 
-__all__ = ["die_with_parent", "run"]
+__all__ = ["NAME_VARIABLE", "die_with_parent", "run"]
+
+NAME_VARIABLE: Final = "TOKENLOOM_PROCESS"
+"""In the environment of a process and of what it starts: its name. Telemetry tells by it whose memory is on a GPU."""
 
 _PR_SET_PDEATHSIG = 1
 

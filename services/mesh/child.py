@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Final
 
+from services.common.process import NAME_VARIABLE
 from services.mesh import leash
 from services.mesh.plan import ProcessPlan
 from services.mesh.probe import poll
@@ -142,7 +143,7 @@ class Child:
         state.config(plan.name).write_text(plan.config, encoding="utf-8")
         state.rotate(plan.name)
         command = (sys.executable, "-I", str(Path(leash.__file__)), str(os.getpid()), *plan.command)
-        environment = {**os.environ, "TOKENLOOM_PARENT_PID": str(os.getpid())}
+        environment = {**os.environ, "TOKENLOOM_PARENT_PID": str(os.getpid()), NAME_VARIABLE: plan.name}
         with state.log(plan.name).open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command,

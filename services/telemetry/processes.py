@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from services.common.entry import NAME_VARIABLE
+from services.common.process import NAME_VARIABLE
 
 __all__ = ["WorkerNames"]
 

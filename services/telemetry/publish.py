@@ -46,6 +46,9 @@ _NUMBERS: Final = (
     "pcie_replay_count",
     "corrected_ecc_error_count",
     "uncorrectable_remapped_row_count",
+    "row_remap_pending",
+    "row_remap_failed",
+    "mig_enabled",
     "recovery_action",
 )
 _log = logging.getLogger(__name__)
@@ -88,7 +91,7 @@ def _fields(gpu: Gpu) -> Iterator[tuple[str, str]]:
     for name in _NUMBERS:
         value = getattr(gpu.reading, name)
         if value is not None:
-            yield name, str(value)
+            yield name, str(value).lower() if isinstance(value, bool) else str(value)
     yield "throttle_reasons", ",".join(gpu.reading.throttle_reasons)
     yield "processes", json.dumps([[each.pid, each.memory_used_bytes] for each in gpu.reading.processes])
 
