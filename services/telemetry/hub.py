@@ -18,7 +18,7 @@ from services.telemetry.sampler import Sampler
 __all__ = ["Hub"]
 
 # What an agent said is told for so long after it is gone; a restart takes less.
-_KEPT_SECONDS: Final = 5.0
+_KEPT_SECONDS: Final = 3.0
 _FIRST_BACKOFF_SECONDS: Final = 0.05
 _LONGEST_BACKOFF_SECONDS: Final = 1.0
 _UNKNOWN: Final = Driver(state=DriverState.FAILED, message="its telemetry agent does not answer")

@@ -370,6 +370,7 @@ async def test_datacentre_cards_report_more_and_rates_are_made_of_their_counters
 ) -> None:
     h200 = replace(
         L40,
+        uuid="GPU-h200",
         memory_temperature=61,
         slowdown_temperature=87,
         performance_state=0,
@@ -389,10 +390,10 @@ async def test_datacentre_cards_report_more_and_rates_are_made_of_their_counters
     stub.show([h200, replace(RTX_4090, fan_speed=30, pcie_tx_kb=2, pcie_rx_kb=3)])
     async with watching(agent) as watcher:
         await watcher.sees(lambda it: len(it.gpus) == 2 and it.gpus["GPU-4090"].HasField("fan_speed_percent"))
-        await watcher.sees(lambda it: it.gpus["GPU-l40"].HasField("pcie_transmit_bytes_per_second"))
+        await watcher.sees(lambda it: it.gpus["GPU-h200"].HasField("pcie_transmit_bytes_per_second"))
         stub.show([replace(h200, pcie_tx_bytes=10**9), replace(RTX_4090, fan_speed=30, pcie_tx_kb=2, pcie_rx_kb=3)])
-        await watcher.sees(lambda it: it.gpus["GPU-l40"].pcie_transmit_bytes_per_second > 0)
-    card, small = watcher.gpus["GPU-l40"], watcher.gpus["GPU-4090"]
+        await watcher.sees(lambda it: it.gpus["GPU-h200"].pcie_transmit_bytes_per_second > 0)
+    card, small = watcher.gpus["GPU-h200"], watcher.gpus["GPU-4090"]
 
     assert card.pcie_receive_bytes_per_second == 0
     assert (card.memory_temperature_celsius, card.slowdown_temperature_celsius, card.max_sm_clock_mhz) == (61, 87, 1980)

@@ -4,7 +4,9 @@ import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 __all__ = ["L40", "NOT_LOADED", "RTX_4090", "Card", "NvmlStub"]
 
@@ -82,6 +84,16 @@ L40 = Card(uuid="GPU-l40", name="NVIDIA L40", memory_total=45 * _GB)
 RTX_4090 = Card(uuid="GPU-4090", name="NVIDIA GeForce RTX 4090", memory_total=24 * _GB, ecc_uncorrected=None)
 
 
+@cache
+def _compiled(build: str, *, old: bool) -> bytes:
+    options = [f'-DSTUB_BUILD="{build}"', *(["-DSTUB_OLD"] if old else [])]
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", *options]
+    with TemporaryDirectory() as folder:
+        library = Path(folder) / "stub.so"
+        subprocess.run([*command, "-o", str(library), str(_SOURCE), "-lpthread"], check=True, timeout=30)
+        return library.read_bytes()
+
+
 class NvmlStub:
     """A built library in a folder of its own, and the file that it answers from.
 
@@ -109,9 +121,7 @@ class NvmlStub:
         `build` is compared with the `kernel` of show(); an `old` library lacks the functions of newer drivers.
         """
         fresh = self.folder / "libnvidia-ml.so.fresh"
-        options = [f'-DSTUB_BUILD="{build}"', *(["-DSTUB_OLD"] if old else [])]
-        command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", *options, "-o", str(fresh)]
-        subprocess.run([*command, str(_SOURCE), "-lpthread"], check=True, timeout=30)
+        fresh.write_bytes(_compiled(build, old=old))
         fresh.replace(self.folder / "libnvidia-ml.so.1")
 
     def remove(self) -> None:
