@@ -1,5 +1,6 @@
 """The one error type of the mesh, and the one table that says what each reason is in gRPC and in HTTP."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -107,6 +108,14 @@ class MeshError(Exception):
     def row(self) -> ReasonRow:
         """What the reason is outside."""
         return TABLE[self.reason]
+
+    def renamed(self, rename: Callable[[str], str]) -> "MeshError":
+        """The same for whoever knows the field by another name, in the message, too."""
+        if self.field is None:
+            return self
+        field = rename(self.field)
+        message = self.message.replace(self.field, field)
+        return _rebuild(self.reason, message, field, self.code, self.retry_after_seconds)
 
     def http_body(self) -> dict[str, dict[str, str | None]]:
         """The body of the HTTP answer, in OpenAI's shape."""

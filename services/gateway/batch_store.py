@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy import Row, func, select, update
 
 from services.common.database import BATCH_RESULTS, BATCHES
-from services.gateway.stored import LateDatabase
+from services.gateway.stored import LateDatabase, behind
 
 __all__ = ["ACTIVE", "BatchRecord", "BatchStore", "LineResult"]
 
@@ -116,11 +116,7 @@ class BatchStore:
         query = query.order_by(BATCHES.c.created_at.desc(), BATCHES.c.id)
         with self._database.reading() as connection:
             if after is not None:
-                since = connection.execute(select(BATCHES.c.created_at).where(BATCHES.c.id == after)).scalar()
-                if since is None:
-                    return []
-                same = (BATCHES.c.created_at == since) & (BATCHES.c.id > after)
-                query = query.where((BATCHES.c.created_at < since) | same)
+                query = query.where(behind(connection, BATCHES, after, newest_first=True))
             ids = connection.execute(query.limit(limit)).scalars().all()
         return [record for record in (self.find(tenant, batch_id) for batch_id in ids) if record is not None]
 
@@ -140,8 +136,12 @@ class BatchStore:
         """Takes the oldest batch that has something to do and that nobody works on, for `seconds`."""
         now = self._clock()
         waiting = (BATCHES.c.status.in_(ACTIVE)) & (BATCHES.c.owned_until < now)
+        query = select(BATCHES.c.id, BATCHES.c.tenant).where(waiting).order_by(BATCHES.c.created_at).limit(1)
+        # Mostly there is nothing to do, for which nobody else who writes should have to wait.
+        with self._database.reading() as connection:
+            if connection.execute(query).first() is None:
+                return None
         with self._database.writing() as connection:
-            query = select(BATCHES.c.id, BATCHES.c.tenant).where(waiting).order_by(BATCHES.c.created_at).limit(1)
             row = connection.execute(query.with_for_update(skip_locked=True)).first()
             if row is None:
                 return None
@@ -218,12 +218,6 @@ class BatchStore:
             for row in rows:
                 yield bytes(row.data) + b"\n"
             last = rows[-1].line
-
-    def forget(self, batch_id: str) -> None:
-        """Deletes a batch and its results, not its files."""
-        with self._database.writing() as connection:
-            connection.execute(delete(BATCH_RESULTS).where(BATCH_RESULTS.c.batch_id == batch_id))
-            connection.execute(delete(BATCHES).where(BATCHES.c.id == batch_id))
 
 
 def _record(row: Row[Any], *, completed: int, failed: int) -> BatchRecord:

@@ -17,10 +17,9 @@ from services.gateway.paging import PAGE_QUERY, page_of
 from services.gateway.routes import Route
 from services.gateway.stored import while_stored
 
-__all__ = ["BATCH_ENDPOINTS", "BatchRequest", "Batches"]
+__all__ = ["BatchRequest", "Batches"]
 
 BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
-BATCH_ENDPOINTS = BatchEndpoint.__args__  # type: ignore[attr-defined]  # what a Literal is made of
 _DAY_SECONDS = 24 * 3600.0
 _MAX_REQUEST_BYTES = 64 << 10
 

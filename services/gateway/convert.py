@@ -96,19 +96,11 @@ def from_common(request: GenerationRequest) -> pb.GenerateRequest:
 
 def in_openai_terms(error: MeshError) -> MeshError:
     """An error of a worker's, whose fields are those of our own request, for a client that sent OpenAI's."""
-    if error.field is None:
-        return error
-    field = _openai_name(error.field.removeprefix("sampling.").removeprefix("chat."))
-    return MeshError(
-        error.reason,
-        error.message.replace(error.field, field),
-        field=field,
-        code=error.code,
-        retry_after_seconds=error.retry_after_seconds,
-    )
+    return error.renamed(_openai_name)
 
 
-def _openai_name(field: str) -> str:
+def _openai_name(name: str) -> str:
+    field = name.removeprefix("sampling.").removeprefix("chat.")
     if field.partition(".")[0] == "structured_output":
         return "response_format"
     for pattern, theirs in _OPENAI_PATHS:

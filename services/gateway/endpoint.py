@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -24,11 +24,11 @@ from services.gateway.rendering_chat import ChatRenderer
 from services.gateway.rendering_completion import CompletionRenderer
 from services.gateway.schema import CompletionRequest, GenerationRequest
 from services.gateway.schema_chat import ChatRequest
+from services.gateway.together import together
 
 __all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Kind", "Limits"]
 
 R = TypeVar("R", bound=GenerationRequest)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +135,13 @@ class _Answer:
 
     async def stream(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
         """Answers with events."""
-        endings = await _together([self._stream_one(*pair) for pair in zip(generates, renderers, strict=True)])
+        endings = await together([self._stream_one(*pair) for pair in zip(generates, renderers, strict=True)])
         await self._response.send_events(renderers[0].usage(endings) + DONE)
         await self._response.end()
 
     async def whole(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
         """Answers in one piece."""
-        parts = await _together([self._whole_one(*pair) for pair in zip(generates, renderers, strict=True)])
+        parts = await together([self._whole_one(*pair) for pair in zip(generates, renderers, strict=True)])
         choices = [choice for part, _, _ in parts for choice in part]
         body = renderers[0].whole(choices, parts[0][1], [ending for _, _, ending in parts])
         await self._response.send_json(200, msgspec.json.encode(body))
@@ -188,15 +188,3 @@ def _wants_scores(body: GenerationRequest) -> bool:
     if isinstance(body, ChatRequest):
         return bool(body.logprobs)
     return isinstance(body, CompletionRequest) and body.logprobs is not None
-
-
-async def _together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Runs them at the same time; the first that fails stops the others and is what failed."""
-    if len(parts) == 1:
-        return [await parts[0]]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(part) for part in parts]
-    except* MeshError as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]

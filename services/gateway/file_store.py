@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Row, delete, func, select, update
 
 from services.common.database import FILE_CHUNKS, FILES
-from services.gateway.stored import LateDatabase
+from services.gateway.stored import LateDatabase, behind
 
 __all__ = ["CHUNK_BYTES", "FileRecord", "FileStore"]
 
@@ -100,12 +100,7 @@ class FileStore:
             query = query.where(FILES.c.purpose == purpose)
         with self._database.reading() as connection:
             if after is not None:
-                since = connection.execute(select(FILES.c.created_at).where(FILES.c.id == after)).scalar()
-                if since is None:
-                    return []
-                behind = FILES.c.created_at < since if newest_first else FILES.c.created_at > since
-                same = (FILES.c.created_at == since) & (FILES.c.id > after)
-                query = query.where(behind | same)
+                query = query.where(behind(connection, FILES, after, newest_first=newest_first))
             return [_record(row) for row in connection.execute(query.limit(limit))]
 
     def used_bytes(self, tenant: str) -> int:

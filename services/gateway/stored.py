@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection, Table, false, select
 
 from services.common.database import Database, DatabaseError
 from services.common.errors import MeshError, Reason
 
-__all__ = ["LateDatabase", "while_stored"]
+__all__ = ["LateDatabase", "behind", "while_stored"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,16 @@ class LateDatabase:
             if self._database is None:
                 self._database = Database(self._where)
             return self._database
+
+
+def behind(connection: Connection, table: Table, after: str, *, newest_first: bool) -> ColumnElement[bool]:
+    """What comes after row `after` in a list by `created_at`, then `id`; nothing where there is no such row."""
+    created_at, row_id = table.c.created_at, table.c.id
+    since = connection.execute(select(created_at).where(row_id == after)).scalar()
+    if since is None:
+        return false()
+    later = created_at < since if newest_first else created_at > since
+    return later | (created_at == since) & (row_id > after)
 
 
 @contextmanager

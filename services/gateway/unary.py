@@ -17,6 +17,7 @@ from services.gateway.generation import Caller
 from services.gateway.http import Request, Response, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.together import together
 from services.gateway.worker_calls import Work, WorkerCalls
 
 __all__ = ["Ask", "Part", "UnaryEndpoint", "UnaryKind"]
@@ -67,7 +68,7 @@ class Ask:
             try:
                 answer = await self._calls.call(work, self._caller)
             except MeshError as error:
-                raise _renamed(error, part.rename) from error
+                raise error.renamed(part.rename) from error
             finally:
                 if work.lease is not None:
                     self.worker_id, self.route = work.lease.worker_id, work.lease.reason
@@ -79,12 +80,7 @@ class Ask:
 
     async def all(self, parts: Sequence["Part"]) -> list[Any]:
         """The answers to several calls; the first that fails ends the others."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self.one(part)) for part in parts]
-        except* MeshError as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await together([self.one(part) for part in parts])
 
 
 def _same(field: str) -> str:
@@ -168,16 +164,3 @@ class UnaryEndpoint(Generic[R]):
             trace.get_current_span().set_attributes(
                 {"gen_ai.usage.input_tokens": ask.prompt_tokens, "tokenloom.worker": ask.worker_id}
             )
-
-
-def _renamed(error: MeshError, rename: Callable[[str], str]) -> MeshError:
-    if error.field is None:
-        return error
-    field = rename(error.field)
-    return MeshError(
-        error.reason,
-        error.message.replace(error.field, field),
-        field=field,
-        code=error.code,
-        retry_after_seconds=error.retry_after_seconds,
-    )

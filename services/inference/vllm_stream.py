@@ -33,7 +33,7 @@ _REASONS: Final = {
     "length": FinishReason.LENGTH,
     "tool_calls": FinishReason.TOOL_CALLS,
 }
-# JSON has no infinity, so vLLM\'s server says this too.
+# JSON has no infinity, so vLLM's server says this too.
 _RULED_OUT: Final = -9999.0
 _NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
 
