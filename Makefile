@@ -16,9 +16,15 @@ $(STAMP): pyproject.toml locks/cpu.lock locks/gpu.lock scripts/install
 up: install
 	@exec $(BIN)/tokenloom up $(ARGS)
 
+# Most unit and contract tests wait for something; the others start processes, which would be in each other's way.
 test: install
 	@scripts/system-packages
+ifdef ARGS
 	$(BIN)/pytest $(ARGS)
+else
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/contract
+	$(BIN)/pytest tests/e2e tests/integration
+endif
 
 check: install
 	$(BIN)/ruff format --check .

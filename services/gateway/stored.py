@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import ColumnElement, Connection, Table, false, select
+from sqlalchemy import ColumnElement, Connection, Table, and_, false, or_, select
 
 from services.common.database import Database, DatabaseError
 from services.common.errors import MeshError, Reason
@@ -61,7 +61,7 @@ def behind(connection: Connection, table: Table, after: str, *, newest_first: bo
     if since is None:
         return false()
     later = created_at < since if newest_first else created_at > since
-    return later | (created_at == since) & (row_id > after)
+    return or_(later, and_(created_at == since, row_id > after))
 
 
 @contextmanager

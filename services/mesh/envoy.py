@@ -57,6 +57,9 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
         "admin": {"address": socket_address(edge.admin), "ignore_global_conn_limit": True},
         "application_log_config": {"log_format": {"json_format": _LOG_LINE}},
         "overload_manager": _overload_manager(),
+        "layered_runtime": {
+            "layers": [{"name": "tracing", "static_layer": _RUNTIME}, {"name": "admin", "admin_layer": {}}]
+        },
         "static_resources": {
             "listeners": [_listener(edge), *([] if edge.fallback is None else [fallback_listener(edge.fallback)])],
             "clusters": [
@@ -74,6 +77,8 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
     }
 
 
+# Envoy would keep a span for 5 s: whoever looks into a slow request should not have to wait for its edge.
+_RUNTIME: Final = {"tracing.opentelemetry.flush_interval_ms": 1000}
 _LOG_LINE: Final = {
     "time": "%Y-%m-%dT%H:%M:%S.%eZ",
     "level": "%l",

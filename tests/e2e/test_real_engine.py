@@ -98,7 +98,7 @@ def test_a_killed_worker_takes_its_engine_with_it_and_both_come_back(vllm_mesh: 
     engines = psutil.Process(worker).children(recursive=True)
     assert engines
     os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: not any(engine.is_running() for engine in engines), within=5)
+    wait_until(lambda: not any(engine.is_running() for engine in engines), within=2)
     wait_until(lambda: vllm_mesh.process("worker-0")["pid"] != worker, within=90)
     assert chat(vllm_mesh)["choices"] == expected
 

@@ -61,6 +61,7 @@ def test_what_one_router_is_told_the_other_one_obeys(mesh: Mesh) -> None:
 
 def test_the_second_router_steps_in_on_both_lanes_and_the_first_one_takes_over_again(mesh: Mesh) -> None:
     with httpx.Client(timeout=10) as client:
+
         def second_decides() -> bool:
             before = granted(mesh, "router-1")
             complete(mesh, client)

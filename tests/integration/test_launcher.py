@@ -137,7 +137,9 @@ def test_what_is_killed_comes_back_on_the_ports_that_it_had(mesh: Mesh, name: st
     wait_until(lambda: completes(mesh) == 200, within=10)
 
 
-def test_killing_the_launcher_leaves_nothing_behind_and_the_folder_can_be_used_again(tmp_path: Path) -> None:
+def test_killing_the_launcher_leaves_nothing_behind_and_a_folder_is_used_again_with_its_key_unless_that_was_revoked(
+    tmp_path: Path,
+) -> None:
     state = tmp_path / "state"
     command = [*TOKENLOOM, "up", *SIMULATED, "--edge-port", str(free_port()), "--state-dir", str(state)]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -153,9 +155,16 @@ def test_killing_the_launcher_leaves_nothing_behind_and_the_folder_can_be_used_a
     assert tokenloom("status", "--state-dir", str(state)).returncode == 1
     # Nobody was left to remove it; the next launcher would, but the test must not take it for the next one's.
     (state / "mesh.json").unlink()
+    began = time.monotonic()
     with running_mesh(state, *SIMULATED) as again:
         assert again.key == key
         assert completes(again) == 200
+    assert time.monotonic() - began < 30
+    with KeyStore(state / "keys.db") as store:
+        assert store.revoke(store.list()[0].id)
+    with running_mesh(state, *SIMULATED) as mesh:
+        assert mesh.key != key
+        assert completes(mesh) == 200
 
 
 def test_up_detached_returns_when_ready_and_down_stops_it_all(tmp_path: Path) -> None:
@@ -252,16 +261,3 @@ def test_a_log_that_has_grown_large_is_put_aside_when_its_process_starts(tmp_pat
     with running_mesh(tmp_path / "state", *SIMULATED):
         assert (logs / "router.jsonl.1").stat().st_size == 17 << 20
         assert (logs / "router.jsonl").stat().st_size < 1 << 20
-
-
-def test_an_admin_key_that_was_revoked_is_made_anew(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    began = time.monotonic()
-    with running_mesh(state, *SIMULATED) as mesh:
-        first = mesh.key
-    assert time.monotonic() - began < 30
-    with KeyStore(state / "keys.db") as store:
-        assert store.revoke(store.list()[0].id)
-    with running_mesh(state, *SIMULATED) as mesh:
-        assert mesh.key != first
-        assert completes(mesh) == 200

@@ -138,9 +138,9 @@ async def test_an_adapter_that_is_unloaded_while_in_use_is_served_to_the_end_and
 ) -> None:
     path = shutil.copytree(directory / "poet", directory / "leaving")
     await engine._adapters.load("leaving", "leaving")
-    expected = (await generate(engine, generation("leaving", max_tokens=300))).token_ids
+    expected = (await generate(engine, generation("leaving", max_tokens=100))).token_ids
     sink = Kept()
-    await engine.submit(generation("leaving", "running", max_tokens=300), sink)
+    await engine.submit(generation("leaving", "running", max_tokens=100), sink)
     await eventually(lambda: bool(sink.token_ids), within=5)
     await engine._adapters.unload("leaving")
     # The engine would load it again, and die of not finding it.

@@ -492,21 +492,11 @@ async def engine_process(*arguments: str) -> AsyncIterator[tuple[asyncio.subproc
         await process.wait()
 
 
-async def test_a_worker_that_is_killed_takes_its_engine_along() -> None:
-    async with engine_process() as (process, said):
-        assert said["tokens"] == 5
-        assert said["children"]
-        engines = [psutil.Process(pid) for pid in said["children"]]
-        process.send_signal(signal.SIGKILL)
-        await process.wait()
-        gone, alive = await asyncio.to_thread(psutil.wait_procs, engines, 2)
-        assert not alive
-        assert len(gone) == len(engines)
-
-
 async def test_a_worker_that_is_stopped_leaves_no_process_and_one_trace() -> None:
     with otlp_receiver() as receiver:
         async with engine_process(receiver.endpoint) as (process, said):
+            assert said["tokens"] == 5
+            assert said["children"]
             assert process.stdin is not None
             process.stdin.write(b"\n")
             assert await asyncio.wait_for(process.wait(), 20) == 0

@@ -1,12 +1,14 @@
 """Free TCP ports."""
 
-import socket
+from typing import Final
+
+from services.mesh.ports import PortPicker
 
 __all__ = ["free_port"]
 
+_PICKER: Final = PortPicker()
+
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback address that nobody listens on at the moment, nor is given by the system by chance."""
+    return _PICKER.pick()
