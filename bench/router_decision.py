@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 
-from services.router.admission import Admission, Ticket
+from services.router.admission import Admission
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
 from services.router.fleet import Fleet
@@ -19,6 +19,7 @@ from services.router.policy import Policies
 from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.scheduler import Scheduler
+from services.router.ticket import Ticket
 from services.router.worker import Outcome
 
 TENANTS = 200

@@ -8,7 +8,7 @@ from bench.routing.engine import Engine, Job
 from bench.routing.policies import prefix_blocks
 from bench.routing.timeline import Timeline
 from bench.routing.traces import Arrival
-from services.router.admission import Admission, Ticket
+from services.router.admission import Admission
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
 from services.router.fleet import Fleet
@@ -17,6 +17,7 @@ from services.router.policy import Policies
 from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.scheduler import Scheduler
+from services.router.ticket import Ticket
 from services.router.worker import Outcome
 
 __all__ = ["MODEL", "RouterUnderTest"]

@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Collection
 from typing import Final, Protocol
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
@@ -14,16 +13,17 @@ from services.router.deadlines import Deadlines
 from services.router.decisions import Decisions, Record
 from services.router.fleet import Clock, Fleet
 from services.router.memory import AnswerLengths
-from services.router.policy import Policies, Resolution
-from services.router.pools import Choice
+from services.router.policy import Policies
 from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.retry_budget import RetryBudget
 from services.router.scheduler import Decision, Scheduler, Verdict
+from services.router.shares import Shares
+from services.router.ticket import Settle, State, Ticket
 from services.router.waiting import LaneKey, WaitingLine
 from services.router.worker import Lease, Outcome, Seen, Worker
 
-__all__ = ["Admission", "Observer", "Settle", "Ticket"]
+__all__ = ["Admission", "Observer"]
 
 # Lanes whose turn came although no worker takes them now; after so many the rest waits for the next event.
 _MOST_SKIPS: Final = 16
@@ -34,6 +34,7 @@ _AGED_SECONDS: Final = 2.0
 _UNKNOWN_RETRY_SECONDS: Final = 5.0
 _LONGEST_RETRY_SECONDS: Final = 60.0
 _LONGEST_MODEL_NAME: Final = 256
+_MOST_MODELS: Final = 256
 
 
 class Observer(Protocol):
@@ -44,110 +45,6 @@ class Observer(Protocol):
 
     def decided(self, outcome: str, queue_seconds: float) -> None:
         """A request got its answer after so long: "granted", "withdrawn" or the reason of its refusal."""
-
-
-class _State(Enum):
-    ASKED = 0
-    WAITING = 1
-    GRANTED = 2
-    REFUSED = 3
-    OVER = 4
-
-
-class Ticket:
-    """A request on its way to a worker.
-
-    Attributes:
-        request: what was asked for.
-        lease: the worker, once granted.
-        error: why not, once refused.
-        decision: the last decision about it.
-        ways: how the policy lets it be served, best first.
-        way: the one of these that it was decided for.
-        output_token_limit: most tokens of output that the mesh allows it; 0 where it does not limit them.
-        queue_seconds: how long it waited, once answered.
-    """
-
-    __slots__ = (
-        "asked_at",
-        "deadline",
-        "decision",
-        "error",
-        "lane",
-        "lease",
-        "output_token_limit",
-        "queue_seconds",
-        "request",
-        "settle",
-        "state",
-        "tokens",
-        "unready_since",
-        "way",
-        "ways",
-    )
-
-    def __init__(self, request: Request, settle: "Settle", *, asked_at: float, deadline: float) -> None:
-        self.request = request
-        self.settle = settle
-        self.asked_at = asked_at
-        self.deadline = deadline
-        self.ways: tuple[Choice, ...] = (Choice(request),)
-        self.way = self.ways[0]
-        self.output_token_limit = 0
-        self.lane = _lane(request, self.ways)
-        self.tokens = 0.0
-        self.state = _State.ASKED
-        self.lease: Lease | None = None
-        self.error: MeshError | None = None
-        self.decision: Decision | None = None
-        self.queue_seconds = 0.0
-        self.unready_since: float | None = None
-
-    def resolve(self, resolution: Resolution) -> None:
-        """Takes in what the policy makes of it."""
-        self.ways, self.way = resolution.choices, resolution.choices[0]
-        self.output_token_limit = resolution.output_token_limit
-        self.lane = _lane(self.request, self.ways)
-
-    @property
-    def reason(self) -> str:
-        """The decision in one line."""
-        if self.decision is None:
-            return ""
-        model = self.way.request.model
-        rule = f"; rule {self.way.rule}" if self.way.rule else ""
-        stands_in = "" if model == self.request.model else f"; {model} answers for {self.request.model}"
-        return f"{self.decision.reason}{rule}{stands_in}"
-
-    @property
-    def tenant(self) -> str:
-        """Whose it is."""
-        return self.request.tenant
-
-    @property
-    def priority(self) -> int:
-        """Its class, lower first."""
-        return self.request.priority
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it has no answer yet."""
-        return self.state is _State.WAITING
-
-
-Settle = Callable[[Ticket], None]
-
-
-def _lane(request: Request, ways: tuple[Choice, ...]) -> LaneKey:
-    first = ways[0].request.model or ""
-    others = {way.request.model or "" for way in ways} - {first}
-    return LaneKey(first, _constraint(request, ways), tuple(sorted(others)))
-
-
-def _constraint(request: Request, ways: tuple[Choice, ...]) -> object:
-    # Lengths within a power of two of each other fit the same workers, near enough.
-    length = request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
-    return request.excluded, request.subset, length, tuple((way.request.model, way.request.pools) for way in ways)
 
 
 class Admission:
@@ -182,11 +79,14 @@ class Admission:
         self._ready_grace_seconds = ready_grace_seconds
         self._line: WaitingLine[Ticket] = WaitingLine()
         self._deadlines: Deadlines[Ticket] = Deadlines()
+        self._promises: Deadlines[Ticket] = Deadlines()
+        """When those should be served whom the line was short enough for."""
         self._sooner = asyncio.Event()
         self._roomy: deque[Worker] = deque()
         self._serving = False
         self._turns = 1
         self._budget = RetryBudget()
+        self._shares: dict[str, Shares] = {}
         fleet.subscribe(self._on_change)
 
     @property
@@ -213,6 +113,7 @@ class Admission:
             _check(request)
             self._check_budget(request)
             ticket.resolve(self._policies.resolve(request))
+            ticket.set_modest(self._is_over(ticket, now, waiting=True))
         except MeshError as error:
             self._refuse(ticket, error)
             return ticket
@@ -245,21 +146,22 @@ class Admission:
         cached_tokens: int = 0,
     ) -> None:
         """Ends a lease, or takes a request that is no longer wanted out of the line; a second call changes nothing."""
-        state, ticket.state = ticket.state, _State.OVER
-        if state is _State.GRANTED and ticket.lease is not None:
+        state, ticket.state = ticket.state, State.OVER
+        if state is State.GRANTED and ticket.lease is not None:
+            self._shares_of(ticket).runs(ticket.tenant, -1, self._clock())
             if outcome is Outcome.COMPLETED:
                 self._lengths.note(ticket.lease.request, output_tokens)
             seen = Seen(output_tokens, first_token_seconds, prompt_tokens, cached_tokens)
             self._learn(ticket.lease, seen)
             self._fleet.release(ticket.lease, outcome, seen)
-        elif state is _State.WAITING:
+        elif state is State.WAITING:
             self._leave_line(ticket)
             self._observer.decided("withdrawn", self._clock() - ticket.asked_at)
 
     def served(self, ticket: Ticket, endpoint: str) -> None:
         """A gateway says who serves a request: another one than was picked, where that one could not be reached."""
         lease = ticket.lease
-        if ticket.state is not _State.GRANTED or lease is None or lease.worker.endpoint == endpoint:
+        if ticket.state is not State.GRANTED or lease is None or lease.worker.endpoint == endpoint:
             return
         self._fleet.release(lease, Outcome.FAILED)
         for worker in self._fleet.workers:
@@ -275,6 +177,24 @@ class Admission:
         others = [(prediction[2], name) for name, why, prediction in ticket.decision.looked_at if not why]
         workers = (self._fleet.get(name) for _, name in sorted(others) if name != picked)
         return [worker.endpoint for worker in workers if worker is not None][:most]
+
+    def _shares_of(self, ticket: Ticket) -> Shares:
+        model = ticket.lane.model
+        shares = self._shares.get(model)
+        if shares is None:
+            if len(self._shares) > _MOST_MODELS:
+                now = self._clock()
+                self._shares = {name: one for name, one in self._shares.items() if not one.is_idle(now)}
+            shares = self._shares[model] = Shares()
+        return shares
+
+    def _is_over(self, ticket: Ticket, now: float, *, waiting: bool) -> bool:
+        """Whether its tenant has more than its share already, so that it is to leave room for others."""
+        shares = self._shares.get(ticket.lane.model)
+        if shares is None or not ticket.request.occupies_slot:
+            return False
+        slots = self._scheduler.slots(ticket.ways[0].request)
+        return shares.is_over(ticket.tenant, slots, now, waiting=waiting)
 
     def _learn(self, lease: Lease, seen: Seen) -> None:
         if seen.prompt_tokens:
@@ -318,7 +238,8 @@ class Admission:
 
     def _pick(self, ticket: Ticket) -> Decision:
         started = time.perf_counter()
-        decision, ticket.way = self._chooser.pick(ticket.ways, asked_at=ticket.asked_at)
+        spare = ticket.modest and self._is_over(ticket, self._clock(), waiting=False)
+        decision, ticket.way = self._chooser.pick(ticket.ways, asked_at=ticket.asked_at, spare=spare)
         ticket.decision = decision
         self._observer.picked(time.perf_counter() - started)
         return decision
@@ -348,9 +269,12 @@ class Admission:
         if len(self._line) >= self._max_waiting and not self._make_room(ticket):
             self._refuse(ticket, self._no_capacity(ticket))
             return
-        ticket.state = _State.WAITING
+        ticket.state = State.WAITING
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
+        if not ticket.modest:
+            self._promises.set(ticket, now + self._allowed_wait(ticket, now))
+        self._shares_of(ticket).waits(ticket.tenant, 1, now)
         self._look_again(ticket, check_at)
 
     def _allowed_wait(self, ticket: Ticket, now: float) -> float:
@@ -416,17 +340,32 @@ class Admission:
             turn = self._line.first(models, skip=skipped)
             if turn is None:
                 return
-            lane, ticket = turn
+            lane, ticket = self._overdue(models, skipped, turn[1]) or turn
             decision = self._pick(ticket)
             if decision.verdict is Verdict.PICKED:
                 self._serve(ticket, decision)
             else:
                 skipped.add(lane)
 
+    def _overdue(
+        self, models: Collection[str], skipped: Collection[LaneKey], turn: Ticket
+    ) -> tuple[LaneKey, Ticket] | None:
+        """Whoever has waited for as long as it may, though the line was short enough, goes first in its class.
+
+        Taking turns alone, tenants that come again and again would keep one that was served much lately waiting.
+        """
+        ticket = self._promises.first
+        if ticket is None or ticket.priority > turn.priority or ticket.lane.model not in models:
+            return None
+        late = (self._promises.next or 0.0) <= self._clock() and ticket.lane not in skipped
+        return (ticket.lane, ticket) if late else None
+
     def _serve(self, ticket: Ticket, decision: Decision) -> None:
         self._turns += 1
         self._deadlines.drop(ticket)
+        self._promises.drop(ticket)
         self._line.serve(ticket)
+        self._shares_of(ticket).waits(ticket.tenant, -1, self._clock())
         self._grant(ticket, decision)
 
     def _serve_aged(self, models: tuple[str, ...]) -> bool:
@@ -443,11 +382,12 @@ class Admission:
     def _grant(self, ticket: Ticket, decision: Decision) -> None:
         worker, request = decision.worker, ticket.way.request
         assert worker is not None
-        ticket.state = _State.GRANTED
+        ticket.state = State.GRANTED
         ticket.queue_seconds = self._clock() - ticket.asked_at
         ticket.lease = self._fleet.grant(
             worker, request, output_tokens=decision.output_tokens, prediction=decision.prediction
         )
+        self._shares_of(ticket).runs(ticket.tenant, 1, self._clock())
         self._prefixes.note(request, worker)
         self._record(ticket, worker.worker_id, ticket.reason)
         self._observer.decided("granted", ticket.queue_seconds)
@@ -455,7 +395,7 @@ class Admission:
 
     def _refuse(self, ticket: Ticket, error: MeshError) -> None:
         self._leave_line(ticket)
-        ticket.state = _State.REFUSED
+        ticket.state = State.REFUSED
         ticket.queue_seconds = self._clock() - ticket.asked_at
         ticket.error = error
         self._record(ticket, "", error.message)
@@ -464,7 +404,9 @@ class Admission:
 
     def _leave_line(self, ticket: Ticket) -> None:
         self._deadlines.drop(ticket)
-        self._line.remove(ticket)
+        self._promises.drop(ticket)
+        if self._line.remove(ticket):
+            self._shares_of(ticket).waits(ticket.tenant, -1, self._clock())
 
     def _record(self, ticket: Ticket, worker_id: str, reason: str) -> None:
         request, decision = ticket.request, ticket.decision

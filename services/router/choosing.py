@@ -19,15 +19,18 @@ class Chooser:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
-    def pick(self, ways: Sequence[Choice], *, asked_at: float) -> tuple[Decision, Choice]:
-        """The worker that a request gets now, and which way that is; without a worker the way is the first one."""
+    def pick(self, ways: Sequence[Choice], *, asked_at: float, spare: bool = False) -> tuple[Decision, Choice]:
+        """The worker that a request gets now, and which way that is; without a worker the way is the first one.
+
+        `spare`: only a worker that has capacity to spare is taken.
+        """
         if len(ways) == 1:
-            return self._scheduler.pick(ways[0].request, asked_at=asked_at), ways[0]
+            return self._scheduler.pick(ways[0].request, asked_at=asked_at, spare=spare), ways[0]
         tried: list[Decision] = []
         for way in ways:
             if way.backup and any(decision.verdict is Verdict.FULL for decision in tried):
                 continue
-            decision = self._scheduler.pick(way.request, asked_at=asked_at)
+            decision = self._scheduler.pick(way.request, asked_at=asked_at, spare=spare)
             tried.append(decision)
             if decision.verdict is Verdict.PICKED:
                 return _together(decision, tried), way

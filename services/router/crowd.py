@@ -92,6 +92,11 @@ class Crowd(Generic[M]):
         tenants = len(group.tenants) + (tenant not in group.tenants)
         return higher + min(len(group.oldest_first), tenants * (own + 1) - 1)
 
+    def tenants(self, priority: int) -> int:
+        """How many tenants of a class wait."""
+        group = self._groups.get(priority)
+        return len(group.tenants) if group is not None else 0
+
     def makes_room(self, priority: int, tenant: str) -> M | None:
         """Who should leave a full line for a request that comes now; None when it has no better right to a place.
 

@@ -25,6 +25,11 @@ class Deadlines(Generic[T]):
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
+    @property
+    def first(self) -> T | None:
+        """The member whose time is the earliest, or None."""
+        return self._heap[0][2] if self.next is not None else None
+
     def set(self, member: T, at: float) -> None:
         """Sets a member's time, in place of the one it had."""
         self._order += 1

@@ -15,10 +15,11 @@ from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 from services.common.errors import MeshError, Reason
 from services.common.rpc import MAX_MESSAGE_BYTES, timeout_seconds
 from services.router import extproc
-from services.router.admission import Admission, Ticket
+from services.router.admission import Admission
 from services.router.prompt import GrpcBody, JsonBody, Wanted
 from services.router.request import Request
 from services.router.spans import end_span, start_span
+from services.router.ticket import Ticket
 from services.router.worker import Outcome
 
 __all__ = ["MAX_SHOWN_BYTES", "Exchange"]

@@ -28,3 +28,12 @@ class Fairness:
         self._floor = max(self._floor, start)
         if len(self._served) > _MOST_TENANTS:
             self._served = {name: count for name, count in self._served.items() if count > self._floor}
+
+    def lead(self, tenant: str) -> float:
+        """How many tokens more it was served than whoever was served last; not below 0."""
+        return self.of(tenant) - self._floor
+
+    def settle(self) -> None:
+        """Nobody waits any more: everybody has what they wanted, and whoever comes next begins alike."""
+        self._served.clear()
+        self._floor = 0.0

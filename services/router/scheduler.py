@@ -93,12 +93,13 @@ class Scheduler:
         self._lengths = lengths
         self._clock = clock
         self._rng = rng
-        self._rates: dict[str, tuple[float, float]] = {}
+        self._rates: dict[str, tuple[float, float, int]] = {}
 
-    def pick(self, request: Request, *, asked_at: float | None = None) -> Decision:
+    def pick(self, request: Request, *, asked_at: float | None = None, spare: bool = False) -> Decision:
         """The worker with the least cost among those that take the request now; changes nothing.
 
         `asked_at` is when the request was made; a worker that registered since is a new process and not excluded.
+        `spare`: only workers with capacity to spare are taken, the rest being kept for others.
         """
         now = self._clock()
         asked = now if asked_at is None else asked_at
@@ -119,7 +120,7 @@ class Scheduler:
                     names.append(worker.worker_id)
                     reasons.append(why)
                     continue
-            if worker.full and occupies:
+            if (worker.full or (spare and not worker.has_spare)) and occupies:
                 full += 1
                 names.append(worker.worker_id)
                 reasons.append(_FULL)
@@ -178,20 +179,24 @@ class Scheduler:
 
     def requests_per_second(self, request: Request) -> float:
         """How many requests like this one find a slot in a second while none is free; 0 while nobody is ready."""
+        return self._capacity(request)[1]
+
+    def slots(self, request: Request) -> int:
+        """How many requests like this one run at the same time on the workers that are ready."""
+        return self._capacity(request)[2]
+
+    def _capacity(self, request: Request) -> tuple[float, float, int]:
         now, model = self._clock(), request.model or ""
         known = self._rates.get(model)
         if known is not None and now - known[0] < _RATE_SECONDS:
-            return known[1]
+            return known
         output = self._lengths.expected(request)
-        rate = sum(
-            worker.running_at_most / max(worker.service_seconds(output), 0.001)
-            for worker in self._fleet.serving(request.model)
-            if worker.is_ready(now)
-        )
+        ready = [worker for worker in self._fleet.serving(request.model) if worker.is_ready(now)]
+        rate = sum(worker.running_at_most / max(worker.service_seconds(output), 0.001) for worker in ready)
         if len(self._rates) > _MOST_RATES:
             self._rates.clear()
-        self._rates[model] = (now, rate)
-        return rate
+        found = self._rates[model] = (now, rate, sum(worker.card.max_running for worker in ready))
+        return found
 
     def _context(self, request: Request) -> int:
         """Tokens of context that a worker must have: 0 when all have it, -1 when none can.

@@ -11,11 +11,12 @@ from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.status import status_from_error
 from services.router import wire
-from services.router.admission import Admission, Ticket
+from services.router.admission import Admission
 from services.router.fleet import Fleet
 from services.router.prefixes import Prefixes
 from services.router.spans import end_span, start_span
 from services.router.streams import reading
+from services.router.ticket import Ticket
 from services.router.worker import Worker
 
 __all__ = ["RouterServicer"]

@@ -3,8 +3,8 @@
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from services.common.tracing import context_from
-from services.router.admission import Ticket
 from services.router.request import Request
+from services.router.ticket import Ticket
 
 __all__ = ["end_span", "start_span"]
 

@@ -15,6 +15,7 @@ __all__ = ["LaneKey", "WaitingLine", "Waits"]
 # workers are busy don't hold up the rest. Beyond so many lanes they share one.
 _MOST_LANES: Final = 64
 _COMPACT_ABOVE: Final = 64
+_MEAN_WEIGHT: Final = 0.05
 
 
 class LaneKey(NamedTuple):
@@ -143,6 +144,8 @@ class WaitingLine(Generic[W]):
         self._crowds: dict[str, Crowd[W]] = {}
         self._orders: dict[W, tuple[int, LaneKey]] = {}
         self._next_order = 0
+        self._mean_tokens = 0.0
+        """Of those served lately."""
 
     def __len__(self) -> int:
         return len(self._orders)
@@ -152,9 +155,15 @@ class WaitingLine(Generic[W]):
         return key in self._models.get(key.model, ())
 
     def before(self, waiter: W) -> int:
-        """How many of its model would go before a request that comes now."""
+        """How many of its model would go before a request that comes now, those that come later included."""
         crowd = self._crowds.get(waiter.lane.model)
-        return crowd.before(waiter.priority, waiter.tenant) if crowd is not None else 0
+        if crowd is None:
+            return 0
+        before = crowd.before(waiter.priority, waiter.tenant)
+        # Others catch up with a tenant that is ahead of them, whoever of theirs is there already or comes until then.
+        # They are ahead themselves by half a request, on average.
+        ahead = self._fairness.lead(waiter.tenant) / max(self._mean_tokens, 1.0) - 0.5
+        return max(before, int(ahead * crowd.tenants(waiter.priority))) if ahead > 0 else before
 
     def add(self, waiter: W) -> None:
         """Puts a request at the end of its tenant's queue."""
@@ -173,11 +182,11 @@ class WaitingLine(Generic[W]):
         self.crowd.add(waiter)
         self._crowds.setdefault(waiter.lane.model, Crowd()).add(waiter)
 
-    def remove(self, waiter: W) -> None:
-        """Takes a request out; one that does not wait changes nothing."""
+    def remove(self, waiter: W) -> bool:
+        """Takes a request out, and says whether it waited; one that did not changes nothing."""
         order, key = self._orders.pop(waiter, (0, None))
         if key is None:
-            return
+            return False
         lanes = self._models[key.model]
         lane = lanes[key]
         lane.remove(order, waiter)
@@ -191,9 +200,13 @@ class WaitingLine(Generic[W]):
                 del self._models[model][key]
                 if not self._models[model]:
                     del self._models[model]
+        if not self._orders:
+            self._fairness.settle()
+        return True
 
     def serve(self, waiter: W) -> None:
         """Takes a request out because it is served, and charges its tenant."""
+        self._mean_tokens += _MEAN_WEIGHT * (waiter.tokens - self._mean_tokens) if self._mean_tokens else waiter.tokens
         self._fairness.charge(waiter.tenant, self._fairness.of(waiter.tenant), waiter.tokens)
         self.remove(waiter)
 

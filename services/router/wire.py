@@ -13,12 +13,12 @@ from tokenloom.router.v1 import admin_pb2, router_pb2
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.policy import Policy, parse_policy
-from services.router.admission import Ticket
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Record
 from services.router.degradation import Level
 from services.router.fleet import Clock
 from services.router.request import Request
+from services.router.ticket import Ticket
 from services.router.worker import Lease, Outcome, Worker
 
 __all__ = [

@@ -25,6 +25,15 @@ _SERVICE_WEIGHT: Final = 0.1
 _FAILURE_WEIGHT: Final = 0.2
 _FAILURE_HALF_LIFE_SECONDS: Final = 10.0
 _KV_NEARLY_FULL: Final = 0.9
+# A worker is full with so much KV cache in use or promised (sequences that run must grow), or with so much prefill to
+# do; two or three reports come in that time, so that it does not run dry.
+_KV_FULL: Final = 0.95
+_FULL_BACKLOG_SECONDS: Final = 0.3
+# How long it takes until a request arrives in an engine from the moment that a slot is free.
+_GRANT_SECONDS: Final = 0.05
+# Tenants that have more than their share already leave the rest of a worker to others, and its prefill nearly idle.
+_SPARE_SHARE: Final = 0.5
+_SPARE_BACKLOG_SECONDS: Final = 0.02
 # A sequence that runs is half way through its output, on average.
 _STILL_TO_COME: Final = 0.5
 # Shorter answers say little about the time per token.
@@ -100,6 +109,8 @@ class Worker:
         """Why it takes no work at all; empty when it does."""
         self.full = False
         """Whether it takes no more work for now."""
+        self.has_spare = True
+        """Whether it has capacity to spare for those who have more than their share already."""
         self.outlook: Outlook = outlook(Gauges())
         self.outlook_at = now
         self._hope = PRIOR
@@ -295,6 +306,7 @@ class Worker:
         self.admitted_ratio = self.ejection.admitted_ratio(now)
         self.blocked = self._obstacle()
         self.full = self._is_full()
+        self.has_spare = not self.full and self._has_spare()
         self.outlook_at = now
         self.outlook = outlook(
             Gauges(
@@ -324,7 +336,25 @@ class Worker:
         return "" if self.state_name == WorkerState.READY.value else self.state_name
 
     def _is_full(self) -> bool:
-        if self.occupied >= self.card.max_running + self.card.headroom:
+        # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
+        if self.occupied >= self.card.max_running + self._ahead():
+            return True
+        if self.card.kv_tokens and self._kv_used >= _KV_FULL * self.card.kv_tokens:
+            return True
+        if self._backlog * self.outlook.prefill_token_seconds > _FULL_BACKLOG_SECONDS:
             return True
         # With its KV cache used up, the engine queues although slots are free.
         return self.load.kv_usage >= _KV_NEARLY_FULL and self.load.waiting > self.card.headroom
+
+    def _ahead(self) -> int:
+        """Requests that may wait in its engine: those that begin before a grant that waits for a slot could arrive."""
+        if self._service_seconds is None:
+            return self.card.headroom
+        return min(self.card.max_running, int(_GRANT_SECONDS * self.card.max_running / self._service_seconds))
+
+    def _has_spare(self) -> bool:
+        if self.occupied >= _SPARE_SHARE * self.card.max_running:
+            return False
+        if self.card.kv_tokens and self._kv_used >= _SPARE_SHARE * self.card.kv_tokens:
+            return False
+        return self._backlog * self.outlook.prefill_token_seconds <= _SPARE_BACKLOG_SECONDS

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from services.router.admission import Admission, Ticket
+from services.router.admission import Admission
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
 from services.router.fleet import Fleet
@@ -12,6 +12,7 @@ from services.router.policy import Policies
 from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.scheduler import Scheduler
+from services.router.ticket import Ticket
 from services.router.worker import Worker
 
 __all__ = ["Bench"]

@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 
 from services.common.errors import Reason
-from services.router.admission import Ticket
 from services.router.crowd import Crowd
 from services.router.request import Request
+from services.router.ticket import Ticket
 from services.router.worker import Lease, Outcome
 from tests.support.scheduling import Bench
 

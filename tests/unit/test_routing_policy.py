@@ -7,10 +7,10 @@ import pytest
 from services.common.config import ConfigError
 from services.common.errors import Reason
 from services.common.policy import Policy, policy_from
-from services.router.admission import Ticket
 from services.router.card import WorkerState
 from services.router.degradation import Level
 from services.router.policy import Policies
+from services.router.ticket import Ticket
 from tests.support.scheduling import Bench
 
 

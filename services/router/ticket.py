@@ -1,0 +1,134 @@
+"""A request on its way to a worker."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+from services.common.errors import MeshError
+from services.router.policy import Resolution
+from services.router.pools import Choice
+from services.router.request import Request
+from services.router.scheduler import Decision
+from services.router.waiting import LaneKey
+from services.router.worker import Lease
+
+__all__ = ["Settle", "State", "Ticket"]
+
+
+_MODEST: Final = "modest"
+
+
+class State(Enum):
+    """How far a request is."""
+
+    ASKED = 0
+    WAITING = 1
+    GRANTED = 2
+    REFUSED = 3
+    OVER = 4
+
+
+class Ticket:
+    """A request on its way to a worker.
+
+    Attributes:
+        request: what was asked for.
+        lease: the worker, once granted.
+        error: why not, once refused.
+        decision: the last decision about it.
+        ways: how the policy lets it be served, best first.
+        way: the one of these that it was decided for.
+        modest: whether its tenant had more than its share when it came, so that it waits apart from the rest.
+        output_token_limit: most tokens of output that the mesh allows it; 0 where it does not limit them.
+        queue_seconds: how long it waited, once answered.
+    """
+
+    __slots__ = (
+        "asked_at",
+        "deadline",
+        "decision",
+        "error",
+        "lane",
+        "lease",
+        "modest",
+        "output_token_limit",
+        "queue_seconds",
+        "request",
+        "settle",
+        "state",
+        "tokens",
+        "unready_since",
+        "way",
+        "ways",
+    )
+
+    def __init__(self, request: Request, settle: "Settle", *, asked_at: float, deadline: float) -> None:
+        self.request = request
+        self.settle = settle
+        self.asked_at = asked_at
+        self.deadline = deadline
+        self.ways: tuple[Choice, ...] = (Choice(request),)
+        self.way = self.ways[0]
+        self.output_token_limit = 0
+        self.modest = False
+        self.lane = _lane(request, self.ways)
+        self.tokens = 0.0
+        self.state = State.ASKED
+        self.lease: Lease | None = None
+        self.error: MeshError | None = None
+        self.decision: Decision | None = None
+        self.queue_seconds = 0.0
+        self.unready_since: float | None = None
+
+    def resolve(self, resolution: Resolution) -> None:
+        """Takes in what the policy makes of it."""
+        self.ways, self.way = resolution.choices, resolution.choices[0]
+        self.output_token_limit = resolution.output_token_limit
+        self.lane = _lane(self.request, self.ways)
+
+    def set_modest(self, modest: bool) -> None:
+        """Has it wait for capacity to spare, or not."""
+        if modest != self.modest:
+            self.modest = modest
+            constraint = (_MODEST, self.lane.constraint) if modest else _constraint(self.request, self.ways)
+            self.lane = self.lane._replace(constraint=constraint)
+
+    @property
+    def reason(self) -> str:
+        """The decision in one line."""
+        if self.decision is None:
+            return ""
+        model = self.way.request.model
+        rule = f"; rule {self.way.rule}" if self.way.rule else ""
+        stands_in = "" if model == self.request.model else f"; {model} answers for {self.request.model}"
+        return f"{self.decision.reason}{rule}{stands_in}"
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.request.tenant
+
+    @property
+    def priority(self) -> int:
+        """Its class, lower first."""
+        return self.request.priority
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has no answer yet."""
+        return self.state is State.WAITING
+
+
+Settle = Callable[[Ticket], None]
+
+
+def _lane(request: Request, ways: tuple[Choice, ...]) -> LaneKey:
+    first = ways[0].request.model or ""
+    others = {way.request.model or "" for way in ways} - {first}
+    return LaneKey(first, _constraint(request, ways), tuple(sorted(others)))
+
+
+def _constraint(request: Request, ways: tuple[Choice, ...]) -> object:
+    # Lengths within a power of two of each other fit the same workers, near enough.
+    length = request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
+    return request.excluded, request.subset, length, tuple((way.request.model, way.request.pools) for way in ways)
