@@ -348,9 +348,9 @@ class Worker:
 
     def _ahead(self) -> int:
         """Requests that may wait in its engine: those that begin before a grant that waits for a slot could arrive."""
-        if self._service_seconds is None:
+        if not self._service_seconds:
             return self.card.headroom
-        return min(self.card.max_running, int(_GRANT_SECONDS * self.card.max_running / self._service_seconds))
+        return min(self.card.headroom, int(_GRANT_SECONDS * self.card.max_running / self._service_seconds))
 
     def _has_spare(self) -> bool:
         if self.occupied >= _SPARE_SHARE * self.card.max_running:
