@@ -106,6 +106,11 @@ class Engine:
         self._jump: _Jump | None = None
 
     @property
+    def now(self) -> float:
+        """The time that it is."""
+        return self._timeline.now
+
+    @property
     def in_flight(self) -> int:
         """Requests that it has."""
         return len(self._waiting) + len(self._prefilling) + len(self._decoding)

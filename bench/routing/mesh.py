@@ -57,15 +57,17 @@ class RouterUnderTest:
             self._register(engine)
         self._keep_deadlines()
 
-    def ask(self, arrival: Arrival, on_answer: Callable[[Ticket], None]) -> Ticket:
-        """Asks for a worker, as a gateway does."""
+    def ask(self, arrival: Arrival, on_answer: Callable[[Ticket], None], **more: Any) -> Ticket:
+        """Asks for a worker, as a gateway does; `more` is said of the request, too."""
         request = Request(
             model=MODEL,
             prompt_tokens=arrival.prompt_tokens,
             tenant=arrival.tenant,
             session=arrival.session,
             slo_class=arrival.slo_class,
+            priority=arrival.priority,
             prefix_hashes=prefix_blocks(arrival),
+            **more,
         )
         return self.admission.ask(request, on_answer)
 
@@ -90,6 +92,7 @@ class RouterUnderTest:
             models={MODEL: _CONTEXT},
             max_running=spec.max_running,
             kv_tokens=spec.kv_tokens,
+            gpu_uuids=(spec.name,),
         )
         worker = self.fleet.register(card)
         told: tuple[int, int] = (-1, -1)

@@ -10,12 +10,12 @@ from bench.routing.policies import CHOICES
 from bench.routing.timeline import Timeline
 from bench.routing.traces import Arrival, Lengths, poisson
 
-__all__ = ["TOKENLOOM", "Result", "Served", "capacity", "percentile", "run"]
+__all__ = ["TOKENLOOM", "Meanwhile", "Result", "Served", "capacity", "percentile", "run"]
 
 TOKENLOOM: Final = "tokenloom"
 _DRAIN_SECONDS: Final = 120.0
 
-Meanwhile = Callable[[Timeline, dict[str, Engine]], None]
+Meanwhile = Callable[[Timeline, dict[str, Engine], RouterUnderTest | None], None]
 
 
 @dataclass(slots=True)
@@ -89,13 +89,13 @@ def run(
     meanwhile: Meanwhile | None = None,
     **settings: Any,
 ) -> Result:
-    """Plays a trace. `meanwhile` may set things that happen to the engines; `settings` are the router's."""
+    """Plays a trace. `meanwhile` may set things that happen to engines and router; `settings` are the router's."""
     timeline = Timeline()
     engines = [Engine(spec, timeline) for spec in specs]
     start = timeline.now
     play = _Mesh(timeline, engines, seed, settings) if policy == TOKENLOOM else _Direct(timeline, engines, policy, seed)
     if meanwhile is not None:
-        meanwhile(timeline, {engine.spec.name: engine for engine in engines})
+        meanwhile(timeline, {engine.spec.name: engine for engine in engines}, play.router)
     served = [Served(arrival) for arrival in trace]
     for one in served:
         timeline.at(start + one.arrival.at, lambda one=one: play.take(one))  # type: ignore[misc]

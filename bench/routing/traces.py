@@ -25,6 +25,7 @@ class Arrival:
         session: the conversation that it belongs to; or empty.
         hashes: of the blocks of prompt and answer, 16 tokens each; none where nothing is shared with anybody.
         slo_class: how long its client may wait; empty for the default.
+        priority: its class, lower first.
     """
 
     at: float
@@ -34,6 +35,7 @@ class Arrival:
     session: str = ""
     hashes: Sequence[int] = ()
     slo_class: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,11 @@ from services.router.fleet import Clock, Fleet
 from services.router.memory import AnswerLengths
 from services.router.policy import Policies
 from services.router.prefixes import Prefixes
+from services.router.promises import Promises
 from services.router.request import Request
 from services.router.retry_budget import RetryBudget
 from services.router.scheduler import Decision, Scheduler, Verdict
-from services.router.shares import Shares
+from services.router.shares import ModelShares
 from services.router.ticket import Settle, State, Ticket
 from services.router.waiting import LaneKey, WaitingLine
 from services.router.worker import Lease, Outcome, Seen, Worker
@@ -34,7 +35,6 @@ _AGED_SECONDS: Final = 2.0
 _UNKNOWN_RETRY_SECONDS: Final = 5.0
 _LONGEST_RETRY_SECONDS: Final = 60.0
 _LONGEST_MODEL_NAME: Final = 256
-_MOST_MODELS: Final = 256
 
 
 class Observer(Protocol):
@@ -79,14 +79,13 @@ class Admission:
         self._ready_grace_seconds = ready_grace_seconds
         self._line: WaitingLine[Ticket] = WaitingLine()
         self._deadlines: Deadlines[Ticket] = Deadlines()
-        self._promises: Deadlines[Ticket] = Deadlines()
-        """When those should be served whom the line was short enough for."""
+        self._promises: Promises[Ticket] = Promises()
         self._sooner = asyncio.Event()
         self._roomy: deque[Worker] = deque()
         self._serving = False
         self._turns = 1
         self._budget = RetryBudget()
-        self._shares: dict[str, Shares] = {}
+        self._shares = ModelShares()
         fleet.subscribe(self._on_change)
 
     @property
@@ -148,7 +147,7 @@ class Admission:
         """Ends a lease, or takes a request that is no longer wanted out of the line; a second call changes nothing."""
         state, ticket.state = ticket.state, State.OVER
         if state is State.GRANTED and ticket.lease is not None:
-            self._shares_of(ticket).runs(ticket.tenant, -1, self._clock())
+            self._runs(ticket, -1)
             if outcome is Outcome.COMPLETED:
                 self._lengths.note(ticket.lease.request, output_tokens)
             seen = Seen(output_tokens, first_token_seconds, prompt_tokens, cached_tokens)
@@ -178,23 +177,22 @@ class Admission:
         workers = (self._fleet.get(name) for _, name in sorted(others) if name != picked)
         return [worker.endpoint for worker in workers if worker is not None][:most]
 
-    def _shares_of(self, ticket: Ticket) -> Shares:
-        model = ticket.lane.model
-        shares = self._shares.get(model)
-        if shares is None:
-            if len(self._shares) > _MOST_MODELS:
-                now = self._clock()
-                self._shares = {name: one for name, one in self._shares.items() if not one.is_idle(now)}
-            shares = self._shares[model] = Shares()
-        return shares
+    def _runs(self, ticket: Ticket, more: int) -> None:
+        if ticket.request.occupies_slot:
+            now = self._clock()
+            self._shares.of(ticket.lane.model, now).runs(ticket.tenant, more, now)
+
+    def _waits(self, ticket: Ticket, more: int) -> None:
+        if ticket.request.occupies_slot:
+            now = self._clock()
+            self._shares.of(ticket.lane.model, now).waits(ticket.tenant, more, now)
 
     def _is_over(self, ticket: Ticket, now: float, *, waiting: bool) -> bool:
         """Whether its tenant has more than its share already, so that it is to leave room for others."""
-        shares = self._shares.get(ticket.lane.model)
-        if shares is None or not ticket.request.occupies_slot:
+        if not ticket.request.occupies_slot:
             return False
         slots = self._scheduler.slots(ticket.ways[0].request)
-        return shares.is_over(ticket.tenant, slots, now, waiting=waiting)
+        return self._shares.of(ticket.lane.model, now).is_over(ticket.tenant, slots, now, waiting=waiting)
 
     def _learn(self, lease: Lease, seen: Seen) -> None:
         if seen.prompt_tokens:
@@ -274,7 +272,7 @@ class Admission:
         self._line.add(ticket)
         if not ticket.modest:
             self._promises.set(ticket, now + self._allowed_wait(ticket, now))
-        self._shares_of(ticket).waits(ticket.tenant, 1, now)
+        self._waits(ticket, 1)
         self._look_again(ticket, check_at)
 
     def _allowed_wait(self, ticket: Ticket, now: float) -> float:
@@ -354,18 +352,15 @@ class Admission:
 
         Taking turns alone, tenants that come again and again would keep one that was served much lately waiting.
         """
-        ticket = self._promises.first
-        if ticket is None or ticket.priority > turn.priority or ticket.lane.model not in models:
-            return None
-        late = (self._promises.next or 0.0) <= self._clock() and ticket.lane not in skipped
-        return (ticket.lane, ticket) if late else None
+        ticket = self._promises.overdue(models, turn.priority, self._clock())
+        return None if ticket is None or ticket.lane in skipped else (ticket.lane, ticket)
 
     def _serve(self, ticket: Ticket, decision: Decision) -> None:
         self._turns += 1
         self._deadlines.drop(ticket)
         self._promises.drop(ticket)
         self._line.serve(ticket)
-        self._shares_of(ticket).waits(ticket.tenant, -1, self._clock())
+        self._waits(ticket, -1)
         self._grant(ticket, decision)
 
     def _serve_aged(self, models: tuple[str, ...]) -> bool:
@@ -387,7 +382,7 @@ class Admission:
         ticket.lease = self._fleet.grant(
             worker, request, output_tokens=decision.output_tokens, prediction=decision.prediction
         )
-        self._shares_of(ticket).runs(ticket.tenant, 1, self._clock())
+        self._runs(ticket, 1)
         self._prefixes.note(request, worker)
         self._record(ticket, worker.worker_id, ticket.reason)
         self._observer.decided("granted", ticket.queue_seconds)
@@ -406,7 +401,7 @@ class Admission:
         self._deadlines.drop(ticket)
         self._promises.drop(ticket)
         if self._line.remove(ticket):
-            self._shares_of(ticket).waits(ticket.tenant, -1, self._clock())
+            self._waits(ticket, -1)
 
     def _record(self, ticket: Ticket, worker_id: str, reason: str) -> None:
         request, decision = ticket.request, ticket.decision

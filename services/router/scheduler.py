@@ -23,6 +23,7 @@ _TIE_SECONDS: Final = 0.0005
 # A router that has just started does not know yet who is there.
 _SETTLING_SECONDS: Final = 1.0
 _FULL: Final = "full"
+_KEPT: Final = "kept for other tenants"
 # How long what was reckoned of all workers holds.
 _RATE_SECONDS: Final = 0.05
 _MOST_RATES: Final = 1024
@@ -123,7 +124,7 @@ class Scheduler:
             if (worker.full or (spare and not worker.has_spare)) and occupies:
                 full += 1
                 names.append(worker.worker_id)
-                reasons.append(_FULL)
+                reasons.append(_FULL if worker.full else _KEPT)
             else:
                 open_to.append(worker)
         open_to = self._without_returning(open_to, names, reasons)

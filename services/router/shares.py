@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from typing import Final
 
-__all__ = ["Shares"]
+__all__ = ["ModelShares", "Shares"]
 
 # Whoever was there so recently may come back any moment, and is to find room.
 _PRESENT_SECONDS: Final = 10.0
@@ -12,6 +12,7 @@ _MOST_GONE: Final = 4096
 # Tenants that are alike differ by chance: by so much of a share, or so many standard deviations of a small one.
 _TOLERATED_SHARE: Final = 0.25
 _TOLERATED_DEVIATIONS: Final = 2.0
+_MOST_MODELS: Final = 256
 
 
 class Shares:
@@ -73,3 +74,23 @@ def _add(counts: dict[str, int], tenant: str, more: int) -> bool:
     else:
         counts.pop(tenant, None)
     return left > 0
+
+
+class ModelShares:
+    """The shares of each model that is asked for."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Shares] = {}
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def of(self, model: str, now: float) -> Shares:
+        """A model's; new where nobody asked for it lately."""
+        shares = self._models.get(model)
+        if shares is None:
+            if len(self._models) >= _MOST_MODELS:
+                # Names that nobody serves come and go.
+                self._models = {name: one for name, one in self._models.items() if not one.is_idle(now)}
+            shares = self._models[model] = Shares()
+        return shares

@@ -138,7 +138,7 @@ class Worker:
     def running_at_most(self) -> int:
         """Sequences that it can run at the same time: its slots, or fewer where KV cache is short."""
         slots = self.card.max_running
-        return min(slots, self.occupied) if self.full else slots
+        return min(slots, self.occupied) if self._lacks_kv() else slots
 
     @property
     def state_name(self) -> str:
@@ -339,12 +339,13 @@ class Worker:
         # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
         if self.occupied >= self.card.max_running + self._ahead():
             return True
-        if self.card.kv_tokens and self._kv_used >= _KV_FULL * self.card.kv_tokens:
-            return True
-        if self._backlog * self.outlook.prefill_token_seconds > _FULL_BACKLOG_SECONDS:
-            return True
+        return self._lacks_kv() or self._backlog * self.outlook.prefill_token_seconds > _FULL_BACKLOG_SECONDS
+
+    def _lacks_kv(self) -> bool:
         # With its KV cache used up, the engine queues although slots are free.
-        return self.load.kv_usage >= _KV_NEARLY_FULL and self.load.waiting > self.card.headroom
+        if self.load.kv_usage >= _KV_NEARLY_FULL and self.load.waiting > self.card.headroom:
+            return True
+        return self.card.kv_tokens > 0 and self._kv_used >= _KV_FULL * self.card.kv_tokens
 
     def _ahead(self) -> int:
         """Requests that may wait in its engine: those that begin before a grant that waits for a slot could arrive."""

@@ -251,7 +251,7 @@ def test_a_request_that_would_wait_longer_than_its_class_allows_is_refused_at_on
     error = hurried[0].error
     assert error is not None
     assert error.reason is Reason.NO_CAPACITY
-    assert error.retry_after_seconds == pytest.approx(1.56, abs=0.05)
+    assert error.retry_after_seconds == pytest.approx(2.06, abs=0.05)
     standard = [bench.ask() for _ in range(6)]
     assert [ticket.is_waiting for ticket in standard] == [True] * 3 + [False] * 3
     error = standard[-1].error
@@ -378,3 +378,15 @@ def test_the_crowd_agrees_with_counting() -> None:
         if victim is not None:
             assert victim.priority == lowest
             assert counts[victim.tenant] == max(counts.values())
+
+
+def test_behind_one_long_prompt_a_request_waits_for_its_prefill_and_not_for_its_answer() -> None:
+    bench = Bench()
+    worker = bench.worker("w0", max_running=8)
+    long = bench.ask(prompt_tokens=6000)
+    assert long.lease is not None
+    hurried = bench.ask(slo_class="interactive", prompt_tokens=10)
+    assert hurried.is_waiting
+    bench.now += 0.4
+    bench.report(worker, running=1, pending_prefill_tokens=2000)
+    assert hurried.lease is not None

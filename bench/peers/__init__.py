@@ -1,0 +1,1 @@
+"""Routers side by side in real time, over the same simulated engines."""
