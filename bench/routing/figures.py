@@ -148,7 +148,7 @@ def flood(seed: int, seconds: float) -> Iterator[Figure]:
     both.served = [one for one in both.served if not one.arrival.priority]
     yield "of the higher class refused", sum(one.ttft is None for one in both.served)
     yield "the higher class's p99 over theirs alone", _ratio(both, alone, 0.99)
-    longest = max((one.refused_after or one.ttft or 0.0) for one in theirs)
+    longest = max((one.refused_after or one.waited) for one in theirs)
     yield "longest wait of the lower class over the bound", longest / _LINE_SECONDS
     yield "of the lower class served a second", sum(one.ttft is not None for one in theirs) / seconds
 
@@ -180,14 +180,17 @@ def recovery(seed: int, seconds: float) -> Iterator[Figure]:
     most, over, after = _capacity(UNEQUAL), 60.0, 60.0
     calm = _interactive(0.7 * most, over + after, seed)
     rush = [one for one in _interactive(4.3 * most, over, seed + 1) if one.at >= _WARM_SECONDS]
-    usual = max(run(TOKENLOOM, UNEQUAL, calm, seed=seed).ttfts(since=_WARM_SECONDS))
+    usual = run(TOKENLOOM, UNEQUAL, calm, seed=seed).ttfts(since=_WARM_SECONDS)
     result = run(TOKENLOOM, UNEQUAL, _merged(calm, rush), seed=seed)
-    worse = [
-        one.arrival.at - over
-        for one in result.served
-        if one.arrival.at >= over and (one.ttft is None or one.ttft > usual)
-    ]
-    yield "s until as usual", max(worse, default=0.0)
+    ended = [one for one in result.served if one.arrival.at >= over]
+    for half_seconds in range(int(2 * after) - 10):
+        begin = over + half_seconds / 2
+        window = [one.ttft for one in ended if begin <= one.arrival.at < begin + 5.0]
+        seen = [ttft for ttft in window if ttft is not None]
+        if len(seen) == len(window) and sum(seen) / len(seen) <= 1.25 * sum(usual) / len(usual):
+            yield "s until nobody is refused and first tokens come as before", begin - over
+            return
+    yield "s until nobody is refused and first tokens come as before", float("inf")
 
 
 def _merged(*traces: Sequence[Arrival]) -> list[Arrival]:

@@ -24,6 +24,8 @@ class Served:
 
     arrival: Arrival
     worker: str = ""
+    waited: float = 0.0
+    """In the router's line."""
     ttft: float | None = None
     tpot: float | None = None
     ended_at: float | None = None
@@ -149,6 +151,7 @@ class _Mesh:
                 one.retry_after = ticket.error.retry_after_seconds
                 return
             engine = self.router.engines[ticket.lease.worker.worker_id]
+            one.waited = ticket.queue_seconds
 
             def done(job: Job) -> None:
                 _note(one, engine, job, arrived)

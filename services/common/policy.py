@@ -125,7 +125,7 @@ class DegradationPolicy(_Struct, kw_only=True, frozen=True):
 STANDARD: Final = SloClass(max_wait_seconds=10.0)
 """What counts where nothing else is said."""
 BUILTIN_SLO_CLASSES: Final = {
-    "interactive": SloClass(ttft_seconds=1.0, tpot_seconds=0.1, weight=4.0, max_wait_seconds=0.5),
+    "interactive": SloClass(ttft_seconds=1.0, tpot_seconds=0.1, weight=4.0, max_wait_seconds=0.4),
     "standard": STANDARD,
     "batch": SloClass(output_weight=1.0),
 }

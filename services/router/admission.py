@@ -102,12 +102,15 @@ class Admission:
         rate = self._scheduler.requests_per_second(ticket.ways[0].request)
         return (before + 1) / rate if rate > 0 else None
 
-    def ask(self, request: Request, settle: Settle) -> Ticket:
-        """Asks for a worker. `settle` is called once, maybe before this returns, unless `finish` comes first."""
+    def ask(self, request: Request, settle: Settle, *, most_others: int = 0) -> Ticket:
+        """Asks for a worker. `settle` is called once, maybe before this returns, unless `finish` comes first.
+
+        `most_others`: how many further workers the ticket shall name.
+        """
         now = self._clock()
         allowed = request.timeout_seconds
         wait = self._max_wait_seconds if allowed is None else min(allowed, self._max_wait_seconds)
-        ticket = Ticket(request, settle, asked_at=now, deadline=now + wait)
+        ticket = Ticket(request, settle, asked_at=now, deadline=now + wait, most_others=most_others)
         try:
             _check(request)
             self._check_budget(request)
@@ -168,14 +171,10 @@ class Admission:
                 ticket.lease = self._fleet.grant(worker, lease.request, output_tokens=lease.output_tokens)
                 return
 
-    def next_best(self, ticket: Ticket, most: int) -> list[str]:
-        """The endpoints of the workers that come after the one that was granted, best first."""
-        if not most or ticket.decision is None or ticket.lease is None:
-            return []
-        picked = ticket.lease.worker.worker_id
-        others = [(prediction[2], name) for name, why, prediction in ticket.decision.looked_at if not why]
-        workers = (self._fleet.get(name) for _, name in sorted(others) if name != picked)
-        return [worker.endpoint for worker in workers if worker is not None][:most]
+    def _others(self, decision: Decision, most: int) -> list[str]:
+        others = [(prediction[2], name) for name, why, prediction in decision.looked_at if not why]
+        workers = (self._fleet.get(name) for _, name in sorted(others))
+        return [one.endpoint for one in workers if one is not None and one is not decision.worker][:most]
 
     def _runs(self, ticket: Ticket, more: int) -> None:
         if ticket.request.occupies_slot:
@@ -270,8 +269,7 @@ class Admission:
         ticket.state = State.WAITING
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
-        if not ticket.modest:
-            self._promises.set(ticket, now + self._allowed_wait(ticket, now))
+        self._promises.set(ticket, now + self._allowed_wait(ticket, now))
         self._waits(ticket, 1)
         self._look_again(ticket, check_at)
 
@@ -352,8 +350,8 @@ class Admission:
 
         Taking turns alone, tenants that come again and again would keep one that was served much lately waiting.
         """
-        ticket = self._promises.overdue(models, turn.priority, self._clock())
-        return None if ticket is None or ticket.lane in skipped else (ticket.lane, ticket)
+        ticket = self._promises.overdue(models, turn.priority, self._clock(), skip=skipped)
+        return None if ticket is None else (ticket.lane, ticket)
 
     def _serve(self, ticket: Ticket, decision: Decision) -> None:
         self._turns += 1
@@ -382,11 +380,14 @@ class Admission:
         ticket.lease = self._fleet.grant(
             worker, request, output_tokens=decision.output_tokens, prediction=decision.prediction
         )
+        if ticket.most_others:
+            ticket.others = self._others(decision, ticket.most_others)
         self._runs(ticket, 1)
         self._prefixes.note(request, worker)
         self._record(ticket, worker.worker_id, ticket.reason)
         self._observer.decided("granted", ticket.queue_seconds)
         ticket.settle(ticket)
+        ticket.settled()
 
     def _refuse(self, ticket: Ticket, error: MeshError) -> None:
         self._leave_line(ticket)

@@ -280,7 +280,7 @@ class Exchange:
         request = _request(wanted, headers, self._subset)
         traceparent = self._traceparent or headers.get("traceparent")
         self._span = start_span(self._tracer, "pick", traceparent, request)
-        ticket = self._ticket = self._admission.ask(request, self._on_settled)
+        ticket = self._ticket = self._admission.ask(request, self._on_settled, most_others=self._fallbacks)
         if ticket.is_waiting:
             self._picked = answers
             if self._says_it_waits:
@@ -305,8 +305,7 @@ class Exchange:
             raise ticket.error
         assert ticket.lease is not None
         self._rewrite(ticket)
-        others = self._admission.next_best(ticket, self._fallbacks)
-        self._send_all(answers(",".join((ticket.lease.worker.endpoint, *others))))
+        self._send_all(answers(",".join((ticket.lease.worker.endpoint, *ticket.others))))
 
     def _rewrite(self, ticket: Ticket) -> None:
         # An alias, a version or a smaller model: the worker knows its model by the model's own name.

@@ -1,7 +1,7 @@
 """The registry: the workers, by name and by model, and who wants to know when one changes."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from services.common.errors import MeshError, Reason
@@ -62,9 +62,9 @@ class Fleet:
         """The worker of that name."""
         return self._workers.get(worker_id)
 
-    def serving(self, model: str | None) -> Iterable[Worker]:
+    def serving(self, model: str | None) -> Sequence[Worker]:
         """The workers that serve a model; every worker for None."""
-        return self._workers.values() if model is None else self._by_model.get(model, ())
+        return list(self._workers.values()) if model is None else self._by_model.get(model, ())
 
     def contexts(self, model: str) -> tuple[int, int]:
         """The shortest and the longest context among the model's workers, in tokens; zeros when there is none."""

@@ -1,6 +1,6 @@
 """When those should be served whom the line was short enough for, by model and class: who is overdue goes first."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 from services.router.deadlines import Deadlines
@@ -22,29 +22,37 @@ P = TypeVar("P", bound=Promised)
 
 
 class Promises(Generic[P]):
-    """A time for each that waits; setting, dropping and looking cost O(log waiting). Times are seconds."""
+    """A time for each that waits; setting and dropping cost O(log waiting), looking O(lanes). Times are seconds."""
 
     def __init__(self) -> None:
-        self._times: dict[tuple[str, int], Deadlines[P]] = {}
+        self._lanes: dict[tuple[str, int], dict[LaneKey, Deadlines[P]]] = {}
 
     def set(self, one: P, at: float) -> None:
         """It should be served by then."""
-        self._times.setdefault(_key(one), Deadlines()).set(one, at)
+        self._lanes.setdefault(_key(one), {}).setdefault(one.lane, Deadlines()).set(one, at)
 
     def drop(self, one: P) -> None:
         """It waits no more; one that was promised nothing changes nothing."""
-        times = self._times.get(_key(one))
-        if times is not None:
-            times.drop(one)
-            if times.next is None:
-                del self._times[_key(one)]
+        lanes = self._lanes.get(_key(one), {})
+        times = lanes.get(one.lane)
+        if times is None:
+            return
+        times.drop(one)
+        if times.next is None:
+            del lanes[one.lane]
+            if not lanes:
+                del self._lanes[_key(one)]
 
-    def overdue(self, models: Iterable[str], priority: int, now: float) -> P | None:
+    def overdue(self, models: Iterable[str], priority: int, now: float, *, skip: Container[LaneKey] = ()) -> P | None:
         """Who of a class should have been served the longest ago, of these models; None where nobody should."""
-        if not self._times:
+        if not self._lanes:
             return None
-        groups = [times for model in models if (times := self._times.get((model, priority))) is not None]
-        late = [(at, times) for times in groups if (at := times.next) is not None and at <= now]
+        late = [
+            (at, times)
+            for model in models
+            for lane, times in self._lanes.get((model, priority), {}).items()
+            if lane not in skip and (at := times.next) is not None and at <= now
+        ]
         return min(late, key=lambda entry: entry[0])[1].first if late else None
 
 

@@ -2,9 +2,11 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from itertools import islice
+from typing import Final, NamedTuple
 
 from services.common.policy import STANDARD
 from services.router.cost import Demand, Prediction, against, predict_all
@@ -15,7 +17,7 @@ from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.worker import STALE_SECONDS, Worker
 
-__all__ = ["OUTSIDE_POOL", "Decision", "Scheduler", "Verdict"]
+__all__ = ["NOBODY", "OUTSIDE_POOL", "Decision", "Scheduler", "Verdict"]
 
 # Costs closer than this are equal: what two equal workers measure of themselves differs by as much.
 _TIE_SHARE: Final = 1.04
@@ -24,10 +26,15 @@ _TIE_SECONDS: Final = 0.0005
 _SETTLING_SECONDS: Final = 1.0
 _FULL: Final = "full"
 _KEPT: Final = "kept for other tenants"
+_BACKLOGGED: Final = "busy for a while"
 # How long what was reckoned of all workers holds.
 _RATE_SECONDS: Final = 0.05
 _MOST_RATES: Final = 1024
 _RETURNING: Final = "returning"
+# Of more workers so many are compared, from a random place on: the best of these is nearly as good as the best of all.
+_MOST_COMPARED: Final = 64
+# Of more workers so many are compared, from a random place on: the best of these is nearly as good as the best of all.
+_MOST_COMPARED: Final = 64
 OUTSIDE_POOL: Final = "outside the pool"
 """Why a worker of another pool than the policy's is out of the question."""
 
@@ -42,7 +49,8 @@ class Verdict(Enum):
     TOO_LONG = "too long"
 
 
-_NOBODY: Final = Looks([], [], [])
+NOBODY: Final = Looks([], [], [])
+"""No workers, where none are remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +69,7 @@ class Decision:
     worker: Worker | None = None
     prediction: Prediction | None = None
     output_tokens: float = 0.0
-    looked_at: Looks = _NOBODY
+    looked_at: Looks = NOBODY
 
     @property
     def out(self) -> dict[str, int]:
@@ -81,6 +89,24 @@ class Decision:
             f"first token in {1000 * ttft:.1f} ms, whole answer in {ttft + self.output_tokens * tpot:.2f} s"
             f"{f', {cached:.0f} tokens cached' if cached else ''}"
         )
+
+
+class _Ask(NamedTuple):
+    request: Request
+    now: float
+    asked_at: float
+    context: int
+    plain: bool
+    """Whether every worker of its model that takes work may have it."""
+    spare: bool
+
+
+class _Found(NamedTuple):
+    open_to: list[Worker]
+    names: list[str]
+    reasons: list[str]
+    full: bool
+    """Whether somebody would take it later."""
 
 
 class Scheduler:
@@ -110,26 +136,15 @@ class Scheduler:
         output = self._lengths.expected(request)
         plain = not request.excluded and request.subset is None and context == 0
         plain = plain and request.pools is None and request.needs <= self._fleet.common_abilities(request.model)
-        open_to: list[Worker] = []
-        names: list[str] = []
-        reasons: list[str] = []
-        full, occupies, oldest = 0, request.occupies_slot, now - STALE_SECONDS
-        for worker in self._fleet.serving(request.model):
-            if worker.blocked or worker.reported_at < oldest or not plain:
-                why = self._obstacle(worker, request, context, now, asked)
-                if why:
-                    names.append(worker.worker_id)
-                    reasons.append(why)
-                    continue
-            if (worker.full or (spare and not worker.has_spare)) and occupies:
-                full += 1
-                names.append(worker.worker_id)
-                reasons.append(_FULL if worker.full else _KEPT)
-            else:
-                open_to.append(worker)
+        asks = _Ask(request, now, asked, context, plain, spare)
+        workers = self._fleet.serving(request.model)
+        found = self._sort_out(self._some(workers, request) if plain else workers, asks)
+        if not found.open_to and plain and len(workers) > _MOST_COMPARED:
+            found = self._sort_out(workers, asks)
+        names, reasons, open_to = found.names, found.reasons, found.open_to
         open_to = self._without_returning(open_to, names, reasons)
         if not open_to:
-            verdict = self._why_none(request, full=full > 0, now=now)
+            verdict = self._why_none(request, full=found.full, now=now)
             return Decision(verdict=verdict, looked_at=Looks(names, reasons, []))
         predictions = self._predictions(open_to, request, output, now)
         best = self._best(open_to, predictions)
@@ -141,6 +156,43 @@ class Scheduler:
             output_tokens=output,
             looked_at=Looks(names, reasons, predictions),
         )
+
+    def _some(self, workers: Sequence[Worker], request: Request) -> Sequence[Worker]:
+        """The workers that are compared: all, or of very many some, and those who know the prompt."""
+        if len(workers) <= _MOST_COMPARED:
+            return workers
+        start = int(self._rng.random() * len(workers))
+        some = workers[start : start + _MOST_COMPARED]
+        some = [*some, *workers[: _MOST_COMPARED - len(some)]]
+        known = (self._fleet.get(name) for name in islice(self._prefixes.cached(request), _MOST_COMPARED))
+        return [*some, *(one for one in known if one is not None and one not in some)]
+
+    def _sort_out(self, workers: Sequence[Worker], ask: "_Ask") -> "_Found":
+        """Who of these may have the request now, and why the others may not."""
+        request, now, asked, context, plain, spare = ask
+        open_to: list[Worker] = []
+        names: list[str] = []
+        reasons: list[str] = []
+        full, occupies, oldest = False, request.occupies_slot, now - STALE_SECONDS
+        for worker in workers:
+            if worker.blocked or worker.reported_at < oldest or not plain:
+                why = self._obstacle(worker, request, context, now, asked)
+                if why:
+                    names.append(worker.worker_id)
+                    reasons.append(why)
+                    continue
+            if occupies and (worker.full or (spare and not worker.has_spare)):
+                full = True
+                names.append(worker.worker_id)
+                reasons.append(_FULL if worker.full else _KEPT)
+            else:
+                open_to.append(worker)
+        if occupies and open_to and all(worker.backlogged for worker in open_to):
+            # Nobody would begin with it soon, and who does first is not known yet.
+            names += [worker.worker_id for worker in open_to]
+            reasons += [_BACKLOGGED] * len(open_to)
+            return _Found([], names, reasons, full=True)
+        return _Found(open_to, names, reasons, full=full)
 
     def _without_returning(self, open_to: list[Worker], names: list[str], reasons: list[str]) -> list[Worker]:
         """Leaves out workers that return from an ejection, as often as they are not to be picked yet."""

@@ -1,6 +1,7 @@
 """A request on its way to a worker."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from typing import Final
 
@@ -8,7 +9,7 @@ from services.common.errors import MeshError
 from services.router.policy import Resolution
 from services.router.pools import Choice
 from services.router.request import Request
-from services.router.scheduler import Decision
+from services.router.scheduler import NOBODY, Decision
 from services.router.waiting import LaneKey
 from services.router.worker import Lease
 
@@ -35,7 +36,8 @@ class Ticket:
         request: what was asked for.
         lease: the worker, once granted.
         error: why not, once refused.
-        decision: the last decision about it.
+        decision: the last decision about it; once granted, without the workers that were looked at.
+        others: endpoints of the workers that came after the one that was granted, best first, as many as were wanted.
         ways: how the policy lets it be served, best first.
         way: the one of these that it was decided for.
         modest: whether its tenant had more than its share when it came, so that it waits apart from the rest.
@@ -51,9 +53,12 @@ class Ticket:
         "lane",
         "lease",
         "modest",
+        "most_others",
+        "others",
         "output_token_limit",
         "queue_seconds",
         "request",
+        "said",
         "settle",
         "state",
         "tokens",
@@ -62,8 +67,13 @@ class Ticket:
         "ways",
     )
 
-    def __init__(self, request: Request, settle: "Settle", *, asked_at: float, deadline: float) -> None:
+    def __init__(
+        self, request: Request, settle: "Settle", *, asked_at: float, deadline: float, most_others: int = 0
+    ) -> None:
         self.request = request
+        self.most_others = most_others
+        self.others: list[str] = []
+        self.said = ""
         self.settle = settle
         self.asked_at = asked_at
         self.deadline = deadline
@@ -96,12 +106,18 @@ class Ticket:
     @property
     def reason(self) -> str:
         """The decision in one line."""
-        if self.decision is None:
-            return ""
+        if self.said or self.decision is None:
+            return self.said
         model = self.way.request.model
         rule = f"; rule {self.way.rule}" if self.way.rule else ""
         stands_in = "" if model == self.request.model else f"; {model} answers for {self.request.model}"
         return f"{self.decision.reason}{rule}{stands_in}"
+
+    def settled(self) -> None:
+        """Nobody asks any more which workers were looked at, and a ticket may live for long: it keeps the words."""
+        if self.decision is not None:
+            self.said = self.reason
+            self.decision = replace(self.decision, looked_at=NOBODY)
 
     @property
     def tenant(self) -> str:

@@ -25,10 +25,10 @@ _SERVICE_WEIGHT: Final = 0.1
 _FAILURE_WEIGHT: Final = 0.2
 _FAILURE_HALF_LIFE_SECONDS: Final = 10.0
 _KV_NEARLY_FULL: Final = 0.9
-# A worker is full with so much KV cache in use or promised (sequences that run must grow), or with so much prefill to
-# do; two or three reports come in that time, so that it does not run dry.
+# A worker is full with so much KV cache in use or promised: sequences that run must grow.
 _KV_FULL: Final = 0.95
-_FULL_BACKLOG_SECONDS: Final = 0.3
+# With so much prefill to do it has enough: two or three reports come in that time, so that it does not run dry.
+_BACKLOG_SECONDS: Final = 0.3
 # How long it takes until a request arrives in an engine from the moment that a slot is free.
 _GRANT_SECONDS: Final = 0.05
 # Tenants that have more than their share already leave the rest of a worker to others, and its prefill nearly idle.
@@ -108,7 +108,9 @@ class Worker:
         self.blocked = ""
         """Why it takes no work at all; empty when it does."""
         self.full = False
-        """Whether it takes no more work for now."""
+        """Whether no more fits on it for now."""
+        self.backlogged = False
+        """Whether it has as much prefill before it as keeps it busy for a while."""
         self.has_spare = True
         """Whether it has capacity to spare for those who have more than their share already."""
         self.outlook: Outlook = outlook(Gauges())
@@ -165,7 +167,7 @@ class Worker:
 
     def has_room(self, now: float) -> bool:
         """Whether it takes another request now."""
-        return not self.full and self.is_ready(now)
+        return not self.full and not self.backlogged and self.is_ready(now)
 
     def service_seconds(self, expected_output: float) -> float:
         """How long a request holds a slot here: as measured, or as predicted where that is more."""
@@ -306,6 +308,7 @@ class Worker:
         self.admitted_ratio = self.ejection.admitted_ratio(now)
         self.blocked = self._obstacle()
         self.full = self._is_full()
+        self.backlogged = self._backlog * self.outlook.prefill_token_seconds > _BACKLOG_SECONDS
         self.has_spare = not self.full and self._has_spare()
         self.outlook_at = now
         self.outlook = outlook(
@@ -337,9 +340,7 @@ class Worker:
 
     def _is_full(self) -> bool:
         # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
-        if self.occupied >= self.card.max_running + self._ahead():
-            return True
-        return self._lacks_kv() or self._backlog * self.outlook.prefill_token_seconds > _FULL_BACKLOG_SECONDS
+        return self.occupied >= self.card.max_running + self._ahead() or self._lacks_kv()
 
     def _lacks_kv(self) -> bool:
         # With its KV cache used up, the engine queues although slots are free.

@@ -251,7 +251,7 @@ def test_a_request_that_would_wait_longer_than_its_class_allows_is_refused_at_on
     error = hurried[0].error
     assert error is not None
     assert error.reason is Reason.NO_CAPACITY
-    assert error.retry_after_seconds == pytest.approx(2.06, abs=0.05)
+    assert error.retry_after_seconds == pytest.approx(2.16, abs=0.05)
     standard = [bench.ask() for _ in range(6)]
     assert [ticket.is_waiting for ticket in standard] == [True] * 3 + [False] * 3
     error = standard[-1].error
