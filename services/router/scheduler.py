@@ -33,8 +33,6 @@ _MOST_RATES: Final = 1024
 _RETURNING: Final = "returning"
 # Of more workers so many are compared, from a random place on: the best of these is nearly as good as the best of all.
 _MOST_COMPARED: Final = 64
-# Of more workers so many are compared, from a random place on: the best of these is nearly as good as the best of all.
-_MOST_COMPARED: Final = 64
 OUTSIDE_POOL: Final = "outside the pool"
 """Why a worker of another pool than the policy's is out of the question."""
 

@@ -1,6 +1,7 @@
 """Which worker a request gets."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -219,3 +220,37 @@ def test_a_request_goes_only_where_its_model_can_do_what_it_needs() -> None:
     assert {bench.pick(needs=frozenset({"generate"})) for _ in range(20)} == {"writes"}
     assert {bench.pick(needs=frozenset({"embed"})) for _ in range(20)} == {"embeds"}
     assert bench.scheduler.pick(Request(model="demo", needs=frozenset({"audio"}))).out == {"not able to": 2}
+
+
+def test_of_very_many_workers_some_are_compared_and_the_only_one_with_room_is_found_all_the_same() -> None:
+    bench = Bench()
+    workers = [bench.worker(f"w{number}", max_running=1) for number in range(200)]
+    decision = bench.scheduler.pick(Request(model="demo"))
+    assert len(decision.looked_at) == 64
+    assert len({bench.pick() for _ in range(200)}) > 50
+    for worker in workers:
+        bench.report(worker, running=0 if worker.worker_id == "w17" else 2)
+    assert {bench.pick() for _ in range(20)} == {"w17"}
+
+
+def test_of_very_many_workers_those_that_know_the_prompt_are_compared() -> None:
+    bench = Bench()
+    for number in range(200):
+        bench.worker(f"w{number}", max_running=8, kv_tokens=100_000)
+    asked: dict[str, Any] = {"prompt_tokens": 4000, "prefix_hashes": tuple(range(60))}
+    first = bench.ask(**asked)
+    assert first.lease is not None
+    bench.admission.finish(first, Outcome.COMPLETED, output_tokens=10)
+    bench.pass_time(1.0)
+    assert {bench.pick(**asked) for _ in range(20)} == {first.lease.worker.worker_id}
+
+
+def test_a_granted_request_keeps_the_words_of_its_decision_and_not_the_workers_that_were_compared() -> None:
+    bench = Bench()
+    for number in range(3):
+        bench.worker(f"w{number}")
+    ticket = bench.ask(request_id="r1")
+    assert ticket.reason.startswith("least predicted time of 3: ")
+    assert ticket.decision is not None
+    assert len(ticket.decision.looked_at) == 0
+    assert len(bench.decisions.of("r1")[0].looked_at) == 3
