@@ -153,7 +153,7 @@ class Account:
         if self._written is None or self._written.outcome != outcome:
             self._write(outcome)
         assert self._written is not None
-        self._accounts.release(self._written, self._reservation)
+        self._accounts.close(self._written, self._reservation)
 
     def _write(self, outcome: str) -> None:
         row = msgspec.structs.replace(self._row, outcome=outcome, duration_seconds=monotonic() - self._began)
@@ -180,7 +180,7 @@ class Accounts:
         self.journal = journal
         self._limiter = limiter
         self._spending = spending
-        self._metrics = metrics
+        self.metrics = metrics
         self._guesses: dict[str, float] = {}
 
     def new_id(self) -> str:
@@ -202,7 +202,7 @@ class Accounts:
         """Takes what a request needs from its key's limits. Raises as Account.enter does."""
         key_id, limits = identity.key_id, identity.limits
         if limits.budget is not None and self._spending.of(key_id) >= limits.budget:
-            self._metrics.limited.labels("budget").inc()
+            self.metrics.limited.labels("budget").inc()
             raise _over_budget(limits.budget)
         if limits.rpm is None and limits.tpm is None and limits.concurrency is None:
             return None
@@ -212,7 +212,7 @@ class Accounts:
             for name, value in _headers(decision):
                 show(name, value)
         if not decision.allowed:
-            self._metrics.limited.labels(decision.which).inc()
+            self.metrics.limited.labels(decision.which).inc()
             raise _over_limit(decision, limits)
         return reservation
 
@@ -242,8 +242,9 @@ class Accounts:
         self.journal.close_row(row)
         self._spending.add(row)
 
-    def release(self, row: UsageRow, reservation: Reservation | None) -> None:
-        """Gives back what a request did not use."""
+    def close(self, row: UsageRow, reservation: Reservation | None) -> None:
+        """Counts what a request took, and gives back what it did not use."""
+        self.metrics.charge(row)
         if reservation is not None:
             self._limiter.settle(reservation, row.prompt_tokens + row.output_tokens)
             if row.output_tokens:

@@ -99,8 +99,7 @@ class App:
         finally:
             seconds = monotonic() - began
             self._metrics.open_requests.dec()
-            self._metrics.requests.labels(endpoint, outcome).inc()
-            self._metrics.request_seconds.labels(endpoint).observe(seconds)
+            self._metrics.ended(endpoint, outcome, seconds, span=span, lane="openai")
             _log.info(
                 "request",
                 extra={

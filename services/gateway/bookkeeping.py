@@ -37,8 +37,10 @@ class Books:
         async with asyncio.TaskGroup() as tasks:
             if self._shared is not None:
                 tasks.create_task(self._shared.run())
+            failures = 0
             while True:
-                self._metrics.journal_failures.set(self._journal.failures)
+                self._metrics.journal_failures.inc(self._journal.failures - failures)
+                failures = self._journal.failures
                 self._metrics.usage_waiting.set(self._ledger.is_away)
                 self._metrics.limits_shared.set(self._shared is not None and self._shared.is_shared)
                 await asyncio.sleep(_WATCH_SECONDS)

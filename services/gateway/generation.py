@@ -109,6 +109,11 @@ class Generation:
         return self._lease is not None and self._lease.degraded
 
     @property
+    def moves(self) -> int:
+        """How many workers it had to leave."""
+        return len(self._left_workers)
+
+    @property
     def prompt(self) -> Prompt | None:
         """The prompt as the worker saw it, as far as it was asked for; known with the first output."""
         return self._stream.prompt

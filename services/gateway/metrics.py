@@ -1,60 +1,120 @@
 """The gateway's Prometheus metrics."""
 
+from collections.abc import Sequence
+from typing import Final
+
+from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.common.ledger import UsageRow
+from services.common.metrics import (
+    REQUEST_SECONDS,
+    TIME_PER_TOKEN_SECONDS,
+    TIME_TO_FIRST_TOKEN_SECONDS,
+    BoundedLabel,
+    exemplar_of,
+)
 
 __all__ = ["GatewayMetrics"]
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_MOST_MODELS: Final = 100
+_MOST_TENANTS: Final = 200
+_LIMITS: Final = ("requests", "tokens", "concurrency", "budget")
+_GOOD: Final = frozenset({"ok", "client_left"})
 
 
 class GatewayMetrics:
-    """What the gateway counts."""
+    """What the gateway counts. Their meanings are in deploy/observability/metrics.yaml."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "tokenloom_gateway_requests",
-            "Requests by endpoint and outcome (ok, client_left, or an error's reason).",
-            ["endpoint", "outcome"],
-            registry=registry,
+        self._registry = registry
+        self._models, self._tenants = BoundedLabel(_MOST_MODELS), BoundedLabel(_MOST_TENANTS)
+        self._requests = self._counter(
+            "requests",
+            "Requests by how they ended: ok, client_left, or an error's reason.",
+            "lane",
+            "endpoint",
+            "outcome",
         )
-        self.open_requests = Gauge(
-            "tokenloom_gateway_open_requests", "Requests that are being answered.", registry=registry
-        )
-        self.request_seconds = Histogram(
-            "tokenloom_gateway_request_duration_seconds",
+        self.open_requests = self._gauge("open_requests", "Requests of the OpenAI lane that are being answered.")
+        self._request_seconds = self._histogram(
+            "request_duration_seconds",
             "From a request's arrival to the end of its answer.",
-            ["endpoint"],
-            buckets=_SECONDS,
-            registry=registry,
+            REQUEST_SECONDS,
+            "lane",
+            "endpoint",
         )
-        self.time_to_first_token = Histogram(
-            "tokenloom_gateway_time_to_first_token_seconds",
-            "From a generation's start, queueing included, to its first text.",
-            buckets=_SECONDS,
-            registry=registry,
+        self._time_to_first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "From a generation's start, queueing included, to its first output.",
+            TIME_TO_FIRST_TOKEN_SECONDS,
+            "lane",
+            "model",
         )
-        self._tokens = Counter(
-            "tokenloom_gateway_tokens", "Tokens of complete generations by kind.", ["kind"], registry=registry
+        self._time_per_token = self._histogram(
+            "time_per_output_token_seconds",
+            "Time between the tokens of a complete generation, on average.",
+            TIME_PER_TOKEN_SECONDS,
+            "lane",
+            "model",
         )
+        self._tokens = self._counter("tokens", "Tokens of complete requests.", "lane", "model", "kind")
+        self._moves = self._counter("moved_generations", "Generations that left a worker and went on elsewhere.")
+        self.limited = self._counter("limited", "Requests refused by a limit of their key.", "limit")
+        for limit in _LIMITS:
+            # From zero on, so that the first one is an increase.
+            self.limited.labels(limit)
+        self.journal_failures = self._counter("journal_failures", "Writes of usage that the disk refused at first.")
+        self.usage_waiting = self._gauge("usage_waiting", "1 while usage waits for a database that is away.")
+        self.limits_shared = self._gauge("limits_shared", "1 while limits are shared through Redis.")
+        self._tenant_requests = self._counter(
+            "tenant_requests", "Requests that were let in and are over, by tenant.", "tenant", "lane"
+        )
+        self._tenant_tokens = self._counter("tenant_tokens", "Tokens by tenant.", "tenant", "kind")
+        self._tenant_gpu_seconds = self._counter(
+            "tenant_gpu_seconds", "Seconds of workers' time by tenant, shared by what runs at once.", "tenant"
+        )
+        self._tenant_cost = self._counter("tenant_cost", "Cost by tenant, in the currency of the prices.", "tenant")
 
-        self.limited = Counter(
-            "tokenloom_gateway_limited",
-            "Requests refused by their key's limit on requests, tokens, concurrency or budget.",
-            ["limit"],
-            registry=registry,
-        )
-        self.journal_failures = Gauge(
-            "tokenloom_gateway_journal_failures", "Writes of usage that the disk refused at first.", registry=registry
-        )
-        self.usage_waiting = Gauge(
-            "tokenloom_gateway_usage_waiting", "1 while usage waits for a database that is away.", registry=registry
-        )
-        self.limits_shared = Gauge(
-            "tokenloom_gateway_limits_shared", "1 while limits are shared through Redis.", registry=registry
-        )
+    def ended(self, endpoint: str, outcome: str, seconds: float, *, span: Span | None = None, lane: str) -> None:
+        """A request is over."""
+        exemplar = exemplar_of(span)
+        self._requests.labels(lane, endpoint, outcome).inc(exemplar=None if outcome in _GOOD else exemplar)
+        self._request_seconds.labels(lane, endpoint).observe(seconds, exemplar)
 
-    def count_tokens(self, prompt: int, cached: int, output: int) -> None:
-        """Counts the tokens of a complete generation."""
-        self._tokens.labels("prompt").inc(prompt)
-        self._tokens.labels("cached").inc(cached)
-        self._tokens.labels("output").inc(output)
+    def first_token(self, seconds: float, model: str, *, lane: str) -> None:
+        """A generation's first output came after so long."""
+        self._time_to_first_token.labels(lane, self._models.of(model)).observe(seconds, exemplar_of())
+
+    def time_per_token(self, seconds: float, model: str, *, lane: str) -> None:
+        """A generation is complete, and took so long a token after the first one."""
+        self._time_per_token.labels(lane, self._models.of(model)).observe(seconds, exemplar_of())
+
+    def count_tokens(self, model: str, prompt: int, cached: int, output: int, *, lane: str) -> None:
+        """Counts the tokens of a complete request."""
+        name = self._models.of(model)
+        for kind, count in (("prompt", prompt), ("cached", cached), ("output", output)):
+            self._tokens.labels(lane, name, kind).inc(count)
+
+    def moved(self, times: int) -> None:
+        """A generation left so many workers."""
+        self._moves.inc(times)
+
+    def charge(self, row: UsageRow) -> None:
+        """Counts what a request took, for its tenant."""
+        tenant = self._tenants.of(row.tenant)
+        self._tenant_requests.labels(tenant, row.lane).inc()
+        tokens = (("prompt", row.prompt_tokens), ("cached", row.cached_tokens), ("output", row.output_tokens))
+        for kind, count in tokens:
+            self._tenant_tokens.labels(tenant, kind).inc(count)
+        self._tenant_gpu_seconds.labels(tenant).inc(row.gpu_seconds)
+        self._tenant_cost.labels(tenant).inc(row.cost)
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"tokenloom_gateway_{name}", meaning, labels, registry=self._registry)
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(f"tokenloom_gateway_{name}", meaning, registry=self._registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"tokenloom_gateway_{name}", meaning, labels, buckets=buckets, registry=self._registry)

@@ -50,17 +50,22 @@ def record(generation: Generation, model: str, response: Response, metrics: Gate
     ending, first_at, last_at = generation.ending, generation.first_token_at, monotonic()
     if first_at is not None:
         seconds = first_at - generation.started_at
-        metrics.time_to_first_token.observe(seconds)
+        metrics.first_token(seconds, generation.model, lane="openai")
         span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
         facts["ttft_ms"] = round(1000 * seconds, 1)
+    metrics.moved(generation.moves)
     if ending is None:
         return
-    metrics.count_tokens(ending.prompt_tokens, ending.cached_tokens, ending.output_tokens)
+    metrics.count_tokens(
+        generation.model, ending.prompt_tokens, ending.cached_tokens, ending.output_tokens, lane="openai"
+    )
     facts.update(
         input_tokens=ending.prompt_tokens, cached_tokens=ending.cached_tokens, output_tokens=ending.output_tokens
     )
     if first_at is not None and ending.output_tokens > 1:
-        facts["tpot_ms"] = round(1000 * (last_at - first_at) / (ending.output_tokens - 1), 2)
+        seconds = (last_at - first_at) / (ending.output_tokens - 1)
+        metrics.time_per_token(seconds, generation.model, lane="openai")
+        facts["tpot_ms"] = round(1000 * seconds, 2)
     span.set_attributes(
         {
             "gen_ai.response.model": generation.model,

@@ -8,6 +8,7 @@ from services.common.endpoints import endpoint_of
 from services.common.ledger import UsageRow, month_of
 from services.gateway.accounts import Account, Accounts, Show
 from services.gateway.identity import Identity
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Spent
 
 __all__ = ["ACCOUNT_HEADER", "Call", "TypedAccounts"]
@@ -59,9 +60,12 @@ class TypedAccounts:
     def settle(self, call: Call) -> None:
         """The edge has told."""
         _, account = self._open.pop(call.account_id, (0.0, None))
+        _measure(call, self._accounts.metrics)
         if account is None:
             # Another gateway let it in, or this one before it was started again; the edge knows enough for its row.
-            self._accounts.write(_row(call, self._accounts))
+            row = _row(call, self._accounts)
+            self._accounts.write(row)
+            self._accounts.close(row, None)
             return
         if call.spent is not None:
             account.add(call.spent, is_complete=False)
@@ -74,6 +78,18 @@ class TypedAccounts:
                 break
             del self._open[account_id]
             account.settle("lost")
+
+
+def _measure(call: Call, metrics: GatewayMetrics) -> None:
+    metrics.ended(endpoint_of(call.path), call.outcome, call.duration_seconds, lane="typed")
+    spent = call.spent
+    if spent is None or call.outcome != "ok":
+        return
+    metrics.count_tokens(spent.model, spent.prompt_tokens, spent.cached_tokens, spent.output_tokens, lane="typed")
+    if spent.output_tokens and spent.ttft_seconds is not None:
+        metrics.first_token(spent.ttft_seconds, spent.model, lane="typed")
+    if spent.tpot_seconds is not None:
+        metrics.time_per_token(spent.tpot_seconds, spent.model, lane="typed")
 
 
 def _row(call: Call, accounts: Accounts) -> UsageRow:

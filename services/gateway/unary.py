@@ -159,7 +159,7 @@ class UnaryEndpoint(Generic[R]):
     def _record(self, body: R, ask: Ask, response: Response) -> None:
         response.facts.update(model=body.model, worker=ask.worker_id)
         if ask.prompt_tokens:
-            self._metrics.count_tokens(ask.prompt_tokens, ask.cached_tokens, 0)
+            self._metrics.count_tokens(ask.model, ask.prompt_tokens, ask.cached_tokens, 0, lane="openai")
             response.facts.update(input_tokens=ask.prompt_tokens, cached_tokens=ask.cached_tokens)
             trace.get_current_span().set_attributes(
                 {"gen_ai.usage.input_tokens": ask.prompt_tokens, "tokenloom.worker": ask.worker_id}

@@ -116,7 +116,8 @@ class Run:
 
     def started(self, prompt_tokens: int, cached_tokens: int, echo: PromptEcho | None = None) -> None:
         """From the engine."""
-        self._owner.metrics.first_token(self._owner.clock() - self._begun, prompt_tokens, cached_tokens)
+        waited = self._owner.clock() - self._begun
+        self._owner.metrics.first_token(waited, prompt_tokens, cached_tokens, exemplar=self._exemplar)
         if self._span is not None:
             self._span.first_token()
         self._sink.started(prompt_tokens, cached_tokens, echo)
@@ -127,6 +128,8 @@ class Run:
         """From the engine."""
         timings = replace(timings, gpu=self._owner.share() - self._share_at)
         self._end(reason.value, completed=True)
+        took = self._owner.clock() - self._begun
+        self._owner.metrics.completed(took, timings, usage.output, exemplar=self._exemplar)
         if self._span is not None:
             self._span.completed(reason, usage)
         self._sink.completed(reason, usage, timings, stop_cause)
@@ -139,6 +142,10 @@ class Run:
         if self._span is not None:
             self._span.failed(error)
         self._sink.failed(error)
+
+    @property
+    def _exemplar(self) -> dict[str, str] | None:
+        return None if self._span is None else self._span.exemplar
 
     def _refuse(self, error: MeshError) -> None:
         if not self.over:

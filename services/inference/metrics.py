@@ -1,17 +1,22 @@
 """What a worker tells Prometheus."""
 
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.inference.engine import Load
+from services.common.metrics import (
+    QUEUE_SECONDS,
+    REQUEST_SECONDS,
+    TIME_PER_TOKEN_SECONDS,
+    TIME_TO_FIRST_TOKEN_SECONDS,
+)
+from services.inference.engine import Load, Timings
 
 __all__ = ["LoadCollector", "VllmCollector", "WorkerMetrics"]
 
-_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+Exemplar = dict[str, str] | None
 
 
 class WorkerMetrics:
@@ -31,18 +36,39 @@ class WorkerMetrics:
             registry=registry,
         )
         self._prompt, self._cached, self._output = (tokens.labels(kind) for kind in ("prompt", "cached", "output"))
-        self._first_token = Histogram(
-            "tokenloom_inference_time_to_first_token_seconds",
-            "From the submission to the first token.",
-            buckets=_SECONDS,
-            registry=registry,
+
+        def histogram(name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"tokenloom_inference_{name}", meaning, buckets=buckets, registry=registry)
+
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From the submission to the first token.", TIME_TO_FIRST_TOKEN_SECONDS
+        )
+        self._time_per_token = histogram(
+            "time_per_output_token_seconds",
+            "Time between the tokens of a complete generation, on average.",
+            TIME_PER_TOKEN_SECONDS,
+        )
+        self._queue = histogram("queue_seconds", "Waiting in the engine, of complete generations.", QUEUE_SECONDS)
+        self._prefill = histogram(
+            "prefill_seconds", "Work on the prompt, of complete generations.", TIME_TO_FIRST_TOKEN_SECONDS
+        )
+        self._duration = histogram(
+            "request_duration_seconds", "From the submission to the end, of complete generations.", REQUEST_SECONDS
         )
 
-    def first_token(self, seconds: float, prompt_tokens: int, cached_tokens: int) -> None:
+    def first_token(self, seconds: float, prompt_tokens: int, cached_tokens: int, *, exemplar: Exemplar = None) -> None:
         """A generation has produced its first token, `seconds` after it came."""
-        self._first_token.observe(seconds)
+        self._first_token.observe(seconds, exemplar)
         self._prompt.inc(prompt_tokens)
         self._cached.inc(cached_tokens)
+
+    def completed(self, seconds: float, timings: Timings, output_tokens: int, *, exemplar: Exemplar = None) -> None:
+        """A generation is complete, `seconds` after it came."""
+        self._queue.observe(timings.queue, exemplar)
+        self._prefill.observe(timings.prefill, exemplar)
+        self._duration.observe(seconds, exemplar)
+        if output_tokens > 1 and timings.decode > 0:
+            self._time_per_token.observe(timings.decode / (output_tokens - 1), exemplar)
 
     def output(self, tokens: int) -> None:
         """Output was handed to the network."""

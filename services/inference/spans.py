@@ -8,6 +8,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from services.common.errors import MeshError
+from services.common.metrics import exemplar_of
 from services.common.tracing import context_from, traceparent_of
 from services.inference.engine import FinishReason, Generation, Usage
 
@@ -24,6 +25,11 @@ class GenerationSpan:
     def traceparent(self) -> str:
         """The trace context for the engine's own span; empty when this one isn't sampled."""
         return traceparent_of(self._span)
+
+    @property
+    def exemplar(self) -> dict[str, str] | None:
+        """What leads from a measurement to this span's trace; None where that is not kept."""
+        return exemplar_of(self._span)
 
     def first_token(self) -> None:
         """The first token is there."""

@@ -173,6 +173,7 @@ def _add_render(commands: Any) -> None:
     )
     for name, run, about in (
         ("compose", render.compose, "a compose.yaml with every process, Envoy and Redis"),
+        ("observed", render.observed, "the same with Jaeger, Prometheus and Grafana, for deploy/observability"),
         ("envoy", render.envoy, "the edge's Envoy configuration for containers"),
     ):
         target = _command(targets, name, run, about)

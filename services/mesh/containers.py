@@ -16,7 +16,7 @@ from services.common.settings import (
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge
 
-__all__ = ["DEMO_FOLDER", "NETWORK", "STATE_FOLDER", "Container", "containers", "edge_of"]
+__all__ = ["DEMO_FOLDER", "METRICS_PORT", "NETWORK", "STATE_FOLDER", "Container", "containers", "edge_of"]
 
 NETWORK: Final = IPv4Network("172.28.0.0/24")
 STATE_FOLDER: Final = "/var/lib/tokenloom"
@@ -24,7 +24,7 @@ DEMO_FOLDER: Final = "/models/demo"
 _GRPC: Final = 50051
 _PICKER: Final = 50052
 _HTTP: Final = 8000
-_METRICS: Final = 9100
+METRICS_PORT: Final = 9100
 _ADMIN: Final = 9901
 _FALLBACK: Final = 9902
 _ANY: Final = "0.0.0.0"  # noqa: S104  # inside a container, whose network is the mesh's alone
@@ -77,7 +77,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
     telemetry = TelemetrySettings(
         name="telemetry",
         listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{_METRICS}",
+        metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
         redis_url=mesh.redis_url or _REDIS_URL,
     )
@@ -86,7 +86,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         router = RouterSettings(
             name=name,
             listen=f"{_ANY}:{_GRPC}",
-            metrics=f"{_ANY}:{_METRICS}",
+            metrics=f"{_ANY}:{METRICS_PORT}",
             otlp_endpoint=mesh.otlp_endpoint,
             picker=f"{_ANY}:{_PICKER}",
             telemetry=[f"telemetry:{_GRPC}"],
@@ -107,7 +107,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
     settings = GatewaySettings(
         name=name,
         listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{_METRICS}",
+        metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
         http=f"{_ANY}:{_HTTP}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
@@ -131,7 +131,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
     settings = WorkerSettings(
         name=worker.name,
         listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{_METRICS}",
+        metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
         advertise=f"{address}:{_GRPC}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],

@@ -15,6 +15,7 @@ from services.mesh.edge_drain import drain_edge
 from services.mesh.plan import ProcessPlan, database_of, plan_processes
 from services.mesh.policy_watch import PolicyWatch
 from services.mesh.probe import lists_models, poll
+from services.mesh.scrape import local_targets
 from services.mesh.state import State
 
 __all__ = ["Launcher"]
@@ -75,6 +76,7 @@ class Launcher:
             return 1
         finally:
             self._state.mesh_file.unlink(missing_ok=True)
+            self._state.targets_file.unlink(missing_ok=True)
             await asyncio.shield(self._stop())
         return 0
 
@@ -157,6 +159,7 @@ class Launcher:
 
     def _write(self) -> None:
         processes = [_entry(child.plan, child.pid) for child in self._children]
+        self._state.targets_file.write_text(json.dumps(local_targets(child.plan for child in self._children), indent=2))
         self._state.write_mesh({"edge": self.url, "admin_key": self._admin_key, "processes": processes})
 
     def _greeting(self) -> str:

@@ -8,11 +8,12 @@ from typing import Any, Final
 import yaml
 
 from services.mesh.compose import compose_file
+from services.mesh.compose_observed import observed_compose_file
 from services.mesh.config import load_mesh
 from services.mesh.containers import edge_of
 from services.mesh.envoy import bootstrap
 
-__all__ = ["compose", "envoy"]
+__all__ = ["compose", "envoy", "observed"]
 
 _WRITTEN_BY: Final = "# Written by `tokenloom render {what}`: change mesh.yaml and render again.\n"
 
@@ -20,6 +21,12 @@ _WRITTEN_BY: Final = "# Written by `tokenloom render {what}`: change mesh.yaml a
 def compose(arguments: Namespace) -> int:
     """A compose.yaml."""
     _write("compose", compose_file(load_mesh(arguments.config)), arguments.output)
+    return 0
+
+
+def observed(arguments: Namespace) -> int:
+    """A compose.yaml with Jaeger, Prometheus and Grafana."""
+    _write("observed", observed_compose_file(load_mesh(arguments.config)), arguments.output)
     return 0
 
 

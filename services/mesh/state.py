@@ -33,6 +33,11 @@ class State:
         return self.folder / "mesh.json"
 
     @property
+    def targets_file(self) -> Path:
+        """The same for Prometheus, as its file_sd_configs take it."""
+        return self.folder / "targets.json"
+
+    @property
     def keys(self) -> Path:
         """The database of keys, usage and audit, unless the mesh has another one."""
         return self.folder / "keys.db"

@@ -1,12 +1,13 @@
 """What the router counts, for Prometheus."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.common.metrics import QUEUE_SECONDS
 from services.router.admission import Admission
 from services.router.fleet import Clock, Fleet
 from services.router.policy import Policies
@@ -15,7 +16,6 @@ from services.router.worker import Worker
 __all__ = ["FleetCollector", "RouterMetrics"]
 
 _DECISION_BUCKETS: Final = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3)
-_QUEUE_BUCKETS: Final = (0.0005, 0.001, 0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class RouterMetrics:
@@ -23,13 +23,19 @@ class RouterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._decisions = Counter(
-            "tokenloom_router_decisions", "Requests answered, by outcome", ["outcome"], registry=registry
+            "tokenloom_router_decisions",
+            "Requests answered, by outcome: granted, or an error's reason.",
+            ["outcome"],
+            registry=registry,
         )
         self._decision_seconds = Histogram(
-            "tokenloom_router_decision_seconds", "Time that one pick took", buckets=_DECISION_BUCKETS, registry=registry
+            "tokenloom_router_decision_seconds",
+            "Time that one pick took.",
+            buckets=_DECISION_BUCKETS,
+            registry=registry,
         )
         self._queue_seconds = Histogram(
-            "tokenloom_router_queue_seconds", "Time from ask to answer", buckets=_QUEUE_BUCKETS, registry=registry
+            "tokenloom_router_queue_seconds", "Time from ask to answer.", buckets=QUEUE_SECONDS, registry=registry
         )
         self._children: dict[str, Counter] = {}
 
@@ -58,21 +64,57 @@ class FleetCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Workers by state, leases, requests that wait, and how far the mesh is degraded."""
         workers, now = self._fleet.workers, self._clock()
-        by_state = GaugeMetricFamily("tokenloom_router_workers", "Registered workers, by state", labels=["state"])
+        by_state = GaugeMetricFamily("tokenloom_router_workers", "Registered workers, by state.", labels=["state"])
         states = [_state(worker, now) for worker in workers]
         for state in sorted({"ready", *states}):
             by_state.add_metric([state], states.count(state))
         yield by_state
         leases = sum(len(worker.leases) for worker in workers)
-        yield GaugeMetricFamily("tokenloom_router_leases", "Leases that are out", value=leases)
+        yield GaugeMetricFamily("tokenloom_router_leases", "Leases that are out.", value=leases)
         waiting = self._admission.waiting_count
-        yield GaugeMetricFamily("tokenloom_router_waiting_requests", "Requests that wait", value=waiting)
+        yield GaugeMetricFamily("tokenloom_router_waiting_requests", "Requests that wait.", value=waiting)
         level = self._policies.degradation.level
         yield GaugeMetricFamily(
-            "tokenloom_router_degradation_level", "0: not degraded, 1: short outputs, 2: refusing", value=level
+            "tokenloom_router_degradation_level", "0: not degraded, 1: short outputs, 2: refusing.", value=level
         )
         version = self._policies.version
-        yield GaugeMetricFamily("tokenloom_router_policy_version", "Policies since the start, from 1", value=version)
+        yield GaugeMetricFamily("tokenloom_router_policy_version", "Policies since the start, from 1.", value=version)
+        yield from _of_workers(workers, now)
+
+
+# (name, meaning, value of a worker at a moment)
+_OF_A_WORKER: Final[tuple[tuple[str, str, Callable[[Worker, float], float]], ...]] = (
+    ("ready", "1 while a worker takes work.", lambda worker, now: float(worker.is_ready(now))),
+    ("leases", "Leases that are out on a worker.", lambda worker, _: len(worker.leases)),
+    (
+        "token_seconds",
+        "Time per output token that the next request is predicted to meet on a worker.",
+        lambda worker, _: worker.outlook.token_seconds,
+    ),
+    (
+        "slowdown_ratio",
+        "Factor on every duration on a worker, from the state of its GPUs; 1 is none.",
+        lambda worker, _: worker.condition.slowdown,
+    ),
+    (
+        "prefill_correction_ratio",
+        "Times to the first token on a worker, in relation to what was predicted from its own measurements.",
+        lambda worker, _: worker.factors[0],
+    ),
+    (
+        "decode_correction_ratio",
+        "Times per output token on a worker, in relation to what was predicted from its own measurements.",
+        lambda worker, _: worker.factors[1],
+    ),
+)
+
+
+def _of_workers(workers: Iterable[Worker], now: float) -> Iterator[Metric]:
+    for name, meaning, value_of in _OF_A_WORKER:
+        gauge = GaugeMetricFamily(f"tokenloom_router_worker_{name}", meaning, labels=("worker", "pool"))
+        for worker in workers:
+            gauge.add_metric((worker.worker_id, worker.card.pool), value_of(worker, now))
+        yield gauge
 
 
 def _state(worker: Worker, now: float) -> str:

@@ -12,6 +12,7 @@ from services.common.config import ConfigError
 from services.common.settings import RouterSettings, WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
+from services.mesh.compose_observed import observed_compose_file
 from services.mesh.config import MeshConfig, load_mesh, parse_sim
 from services.mesh.defaults import default_mesh, otlp_endpoint_of
 from services.mesh.plan import plan_processes
@@ -300,7 +301,31 @@ def test_every_replica_of_the_router_is_known_to_workers_gateway_and_edge(tmp_pa
 
 def test_the_committed_compose_file_is_what_its_mesh_yaml_gives() -> None:
     folder = ROOT / "deploy" / "compose"
-    assert yaml.safe_load((folder / "compose.yaml").read_text()) == compose_file(load_mesh(folder / "mesh.yaml"))
+    mesh = load_mesh(folder / "mesh.yaml")
+    assert yaml.safe_load((folder / "compose.yaml").read_text()) == compose_file(mesh)
+    observed = yaml.safe_load((ROOT / "deploy" / "observability" / "compose.yaml").read_text())
+    assert observed == observed_compose_file(mesh)
+
+
+def test_the_observed_mesh_sends_its_traces_and_has_every_process_scraped() -> None:
+    rendered = observed_compose_file(load_mesh(ROOT / "deploy" / "compose" / "mesh.yaml"))
+    configs = {
+        name: json.loads(each["content"].replace("$$", "$"))
+        for name, each in rendered["configs"].items()
+        if name != "mesh"
+    }
+    targets = configs.pop("prometheus-targets")
+    assert {each["labels"]["process"]: each["targets"] for each in targets} == {
+        name: [f"{name}:9100"] for name in configs
+    }
+    assert {config["otlp_endpoint"] for config in configs.values()} == {"jaeger:4317"}
+    folder = ROOT / "deploy" / "observability"
+    mounted = [
+        volume.partition(":")[0]
+        for name in ("prometheus", "grafana")
+        for volume in rendered["services"][name]["volumes"]
+    ]
+    assert all((folder / path).exists() for path in mounted if path.startswith("./"))
 
 
 def test_every_container_has_its_configuration_and_workers_have_the_address_that_they_tell(tmp_path: Path) -> None:
