@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -17,10 +18,12 @@ from services.router.decisions import Decisions
 from services.router.fleet import Clock, Fleet
 from services.router.policy import Policies
 from services.router.policy_file import PolicyFile
+from services.router.slowness import slow_reasons
 
 __all__ = ["AdminServicer"]
 
 _BETWEEN_UPDATES_SECONDS: Final = 0.1
+_MOST_TENANTS: Final = 64
 _log = logging.getLogger(__name__)
 
 
@@ -122,7 +125,13 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         return admin_pb2.ExplainResponse(decisions=[wire.decision(record, self._clock) for record in records])
 
     def _workers(self) -> list[admin_pb2.Worker]:
-        return [wire.worker(worker, self._clock) for worker in self._fleet.workers]
+        workers = self._fleet.workers
+        slow = slow_reasons(workers)
+        return [wire.worker(worker, self._clock, slow.get(worker.worker_id, ())) for worker in workers]
+
+    def _tenants(self) -> list[admin_pb2.TenantLoad]:
+        running = Counter(lease.request.tenant for worker in self._fleet.workers for lease in worker.leases)
+        return wire.tenants(running, self._admission.waiting_tenants, most=_MOST_TENANTS)
 
     def _seen(self) -> admin_pb2.WatchFleetResponse:
         degradation = self._policies.degradation
@@ -132,6 +141,7 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
             models=wire.served(self._policies.aliases, self._fleet.workers, self._clock),
             degradation_level=wire.degradation(degradation.level),
             degradation_reason=degradation.reason,
+            tenants=self._tenants(),
         )
 
     def _found(self, worker_id: str, what: str, context: Any, found: bool) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from typing import Final, Protocol
 
@@ -92,6 +92,11 @@ class Admission:
     def waiting_count(self) -> int:
         """How many wait."""
         return len(self._line)
+
+    @property
+    def waiting_tenants(self) -> Counter[str]:
+        """How many of each tenant wait."""
+        return self._line.crowd.by_tenant
 
     def outlook(self, ticket: Ticket) -> tuple[int, float | None]:
         """How many go before a ticket that has just begun to wait, and how many seconds that takes, if it is known."""

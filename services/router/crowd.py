@@ -1,5 +1,6 @@
 """Who waits, counted by class and tenant: who makes room when the line is full, and who has waited for too long."""
 
+from collections import Counter
 from typing import Generic, Protocol, TypeVar
 
 __all__ = ["Crowd"]
@@ -96,6 +97,14 @@ class Crowd(Generic[M]):
         """How many tenants of a class wait."""
         group = self._groups.get(priority)
         return len(group.tenants) if group is not None else 0
+
+    @property
+    def by_tenant(self) -> Counter[str]:
+        """How many of each tenant wait."""
+        waiting: Counter[str] = Counter()
+        for group in self._groups.values():
+            waiting.update({tenant: len(members) for tenant, members in group.tenants.items()})
+        return waiting
 
     def makes_room(self, priority: int, tenant: str) -> M | None:
         """Who should leave a full line for a request that comes now; None when it has no better right to a place.

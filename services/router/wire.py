@@ -2,6 +2,7 @@
 
 import ipaddress
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -34,6 +35,7 @@ __all__ = [
     "policy",
     "request",
     "served",
+    "tenants",
     "worker",
 ]
 
@@ -205,8 +207,8 @@ def outcome(value: router_pb2.Outcome.ValueType) -> Outcome:
     return _OUTCOMES.get(value, Outcome.CANCELLED)
 
 
-def worker(worker: Worker, clock: Clock) -> admin_pb2.Worker:
-    """A worker for operators."""
+def worker(worker: Worker, clock: Clock, slow_reasons: Iterable[str] = ()) -> admin_pb2.Worker:
+    """A worker for operators, with why it is slow."""
     return admin_pb2.Worker(
         registration=worker.card.said,
         load=worker.load.said,
@@ -216,7 +218,18 @@ def worker(worker: Worker, clock: Clock) -> admin_pb2.Worker:
         cordoned=worker.cordoned,
         excluded_reason=worker.excluded_reason(clock()),
         report_age_duration=duration(clock() - worker.reported_at),
+        admitted_ratio=worker.admitted_ratio,
+        prefill_tokens_per_second=worker.load.prefill_tokens_per_second or 0.0,
+        slow_reasons=slow_reasons,
     )
+
+
+def tenants(running: Counter[str], waiting: Counter[str], *, most: int) -> list[admin_pb2.TenantLoad]:
+    """Whose requests run and wait, for operators: the tenants with the most, and no more than `most` of them."""
+    return [
+        admin_pb2.TenantLoad(tenant_id=name, running_count=running[name], waiting_count=waiting[name])
+        for name, _ in (running + waiting).most_common(most)
+    ]
 
 
 def served(

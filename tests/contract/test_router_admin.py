@@ -12,7 +12,7 @@ from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.errors import Reason
 from services.common.status import error_from_call
-from tests.support.router import gateway_session, running_router, worker_link
+from tests.support.router import duration, gateway_session, running_router, worker_link
 from tests.support.waiting import eventually
 
 
@@ -46,6 +46,34 @@ async def test_a_watch_shows_the_fleet_and_then_each_change() -> None:
         while update.workers:
             update = await call.read()
         call.cancel()
+
+
+async def test_a_watch_says_whose_requests_run_and_wait_and_which_worker_is_slow() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router, "worker-0", max_running=1) as quick,
+        worker_link(router, to_router, "worker-1", endpoint="127.0.0.1:5002", max_running=1) as slow,
+        gateway_session(to_router) as gateway,
+    ):
+        await quick.report(decode_step_duration=duration(0.01))
+        await slow.report(decode_step_duration=duration(0.08))
+        await eventually(lambda: all(worker.load.decode_step_seconds for worker in router.fleet.workers), within=1)
+        # Each worker takes one that runs and one that waits in its engine.
+        await gateway.acquire(4, tenant_id="acme")
+        await gateway.acquire(2, tenant_id="corp")
+        await eventually(lambda: router.admission.waiting_count == 2, within=1)
+        call: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router).WatchFleet(admin_pb2.WatchFleetRequest())
+        seen = await call.read()
+        call.cancel()
+    assert [(one.tenant_id, one.running_count, one.waiting_count) for one in seen.tenants] == [
+        ("acme", 4, 0),
+        ("corp", 0, 2),
+    ]
+    assert [list(worker.slow_reasons) for worker in seen.workers] == [
+        [],
+        ["a decode step takes 80.0 ms, 8.0 times as long as on the others (10.0 ms)"],
+    ]
+    assert [worker.admitted_ratio for worker in seen.workers] == [1, 1]
 
 
 async def test_a_watch_is_told_at_most_ten_times_a_second() -> None:

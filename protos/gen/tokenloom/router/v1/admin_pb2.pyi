@@ -108,6 +108,7 @@ class Worker(_message.Message):
     ADMITTED_RATIO_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     REPORT_AGE_DURATION_FIELD_NUMBER: _builtins.int
+    SLOW_REASONS_FIELD_NUMBER: _builtins.int
     lease_count: _builtins.int
     """Leases that are out on it."""
     drained: _builtins.bool
@@ -136,6 +137,10 @@ class Worker(_message.Message):
     def report_age_duration(self) -> _duration_pb2.Duration:
         """Age of the last report."""
 
+    @_builtins.property
+    def slow_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why requests take longer on it than they would elsewhere, in words, one entry a cause; none when they don't."""
+
     def __init__(
         self,
         *,
@@ -149,10 +154,11 @@ class Worker(_message.Message):
         admitted_ratio: _builtins.float = ...,
         prefill_tokens_per_second: _builtins.float = ...,
         report_age_duration: _duration_pb2.Duration | None = ...,
+        slow_reasons: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_report_time", b"last_report_time", "load", b"load", "registration", b"registration", "report_age_duration", b"report_age_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_ratio", b"admitted_ratio", "cordoned", b"cordoned", "drained", b"drained", "excluded_reason", b"excluded_reason", "last_report_time", b"last_report_time", "lease_count", b"lease_count", "load", b"load", "prefill_tokens_per_second", b"prefill_tokens_per_second", "registration", b"registration", "report_age_duration", b"report_age_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_ratio", b"admitted_ratio", "cordoned", b"cordoned", "drained", b"drained", "excluded_reason", b"excluded_reason", "last_report_time", b"last_report_time", "lease_count", b"lease_count", "load", b"load", "prefill_tokens_per_second", b"prefill_tokens_per_second", "registration", b"registration", "report_age_duration", b"report_age_duration", "slow_reasons", b"slow_reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,6 +199,7 @@ class WatchFleetResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     DEGRADATION_LEVEL_FIELD_NUMBER: _builtins.int
     DEGRADATION_REASON_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     waiting_count: _builtins.int
     """Requests that wait in the router."""
     degradation_level: Global___DegradationLevel.ValueType
@@ -207,6 +214,10 @@ class WatchFleetResponse(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedModel]:
         """What can be asked for, by name: models of the workers, and the policy's aliases."""
 
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantLoad]:
+        """Whose requests run and wait: the tenants with the most of them first, at most 64."""
+
     def __init__(
         self,
         *,
@@ -215,14 +226,45 @@ class WatchFleetResponse(_message.Message):
         models: _abc.Iterable[Global___ServedModel] | None = ...,
         degradation_level: Global___DegradationLevel.ValueType = ...,
         degradation_reason: _builtins.str = ...,
+        tenants: _abc.Iterable[Global___TenantLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degradation_level", b"degradation_level", "degradation_reason", b"degradation_reason", "models", b"models", "waiting_count", b"waiting_count", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degradation_level", b"degradation_level", "degradation_reason", b"degradation_reason", "models", b"models", "tenants", b"tenants", "waiting_count", b"waiting_count", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchFleetResponse: _TypeAlias = WatchFleetResponse  # noqa: Y015
+
+@_typing.final
+class TenantLoad(_message.Message):
+    """What a tenant has under way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    RUNNING_COUNT_FIELD_NUMBER: _builtins.int
+    WAITING_COUNT_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """Whose."""
+    running_count: _builtins.int
+    """Requests that hold a lease."""
+    waiting_count: _builtins.int
+    """Requests that wait in the router."""
+    def __init__(
+        self,
+        *,
+        tenant_id: _builtins.str = ...,
+        running_count: _builtins.int = ...,
+        waiting_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["running_count", b"running_count", "tenant_id", b"tenant_id", "waiting_count", b"waiting_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantLoad: _TypeAlias = TenantLoad  # noqa: Y015
 
 @_typing.final
 class ServedModel(_message.Message):

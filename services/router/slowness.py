@@ -1,0 +1,69 @@
+"""Why requests take longer on one worker than they would elsewhere, in words for people."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Final
+
+from services.router.worker import Worker
+
+__all__ = ["slow_reasons"]
+
+# Cards of one fleet are unequal, and measurements differ: what is less than this is no news.
+_MUCH: Final = 2.0
+# A decode step below this is fast whatever others do.
+_LEAST_STEP_SECONDS: Final = 0.002
+_KV_NEARLY_FULL: Final = 0.9
+
+
+def slow_reasons(workers: Sequence[Worker]) -> Mapping[str, list[str]]:
+    """The causes for each worker that is slow, by its name; a worker that is not has no entry."""
+    found = {worker.worker_id: _reasons(worker, _peers(worker, workers)) for worker in workers}
+    return {worker_id: reasons for worker_id, reasons in found.items() if reasons}
+
+
+def _peers(worker: Worker, workers: Sequence[Worker]) -> list[Worker]:
+    models = worker.card.models.keys()
+    return [other for other in workers if other is not worker and not models.isdisjoint(other.card.models)]
+
+
+def _reasons(worker: Worker, peers: Sequence[Worker]) -> list[str]:
+    reasons = [_of_gpu(worker), _of_decoding(worker, peers), _of_prefill(worker, peers), _of_cache(worker)]
+    if 0 < worker.admitted_ratio < 1:
+        share = 100 * worker.admitted_ratio
+        reasons.append(f"it failed requests and gets only {share:.0f} % of its share until it has proved itself")
+    return [reason for reason in reasons if reason]
+
+
+def _of_gpu(worker: Worker) -> str:
+    slowdown = worker.condition.slowdown
+    return f"the state of its GPU slows it by {100 * (slowdown - 1):.0f} %" if slowdown >= 1.1 else ""
+
+
+def _of_decoding(worker: Worker, peers: Sequence[Worker]) -> str:
+    own = worker.load.decode_step_seconds
+    others = [step for peer in peers if (step := peer.load.decode_step_seconds) is not None]
+    if own is None or not others:
+        return ""
+    usual = median(others)
+    if own < _MUCH * max(usual, _LEAST_STEP_SECONDS):
+        return ""
+    return (
+        f"a decode step takes {1000 * own:.1f} ms, {own / usual:.1f} times as long as on the others "
+        f"({1000 * usual:.1f} ms)"
+    )
+
+
+def _of_prefill(worker: Worker, peers: Sequence[Worker]) -> str:
+    own = worker.load.prefill_tokens_per_second
+    others = [rate for peer in peers if (rate := peer.load.prefill_tokens_per_second) is not None]
+    if own is None or not others or median(others) < _MUCH * own:
+        return ""
+    usual = median(others)
+    return f"it prefills {own:.0f} tokens/s, {usual / own:.1f} times fewer than the others ({usual:.0f})"
+
+
+def _of_cache(worker: Worker) -> str:
+    load = worker.load
+    if not load.waiting or load.kv_usage < _KV_NEARLY_FULL:
+        return ""
+    return f"its KV cache is {100 * load.kv_usage:.0f} % full, so {load.waiting} requests wait in its engine"

@@ -1,0 +1,52 @@
+"""Why a worker is slow, told from what it and the others report."""
+
+from typing import Any
+
+import pytest
+
+from services.router.card import Card, Load, WorkerState
+from services.router.reading import HEALTHY, Condition
+from services.router.slowness import slow_reasons
+from services.router.worker import Worker
+
+
+def worker(name: str, *, models: tuple[str, ...] = ("demo",), condition: Condition = HEALTHY, **load: Any) -> Worker:
+    card = Card(worker_id=name, endpoint="127.0.0.1:1", models=dict.fromkeys(models, 4096), max_running=8)
+    made = Worker(card, now=0.0, drained=False, condition=condition)
+    made.report(Load(state=WorkerState.READY, **{"decode_step_seconds": 0.010, **load}), 0.0)
+    return made
+
+
+def test_workers_that_are_alike_have_nothing_to_say() -> None:
+    assert slow_reasons([worker("a"), worker("b", decode_step_seconds=0.019), worker("c")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        ({"decode_step_seconds": 0.080}, "a decode step takes 80.0 ms, 8.0 times as long as on the others (10.0 ms)"),
+        (
+            {"prefill_tokens_per_second": 500.0},
+            "it prefills 500 tokens/s, 16.0 times fewer than the others (8000)",
+        ),
+        ({"condition": Condition(slowdown=1.5)}, "the state of its GPU slows it by 50 %"),
+        (
+            {"kv_usage": 0.97, "waiting": 3, "running": 8},
+            "its KV cache is 97 % full, so 3 requests wait in its engine",
+        ),
+    ],
+)
+def test_each_cause_is_told_of_the_worker_that_has_it_alone(load: dict[str, Any], said: str) -> None:
+    others = [worker(name, prefill_tokens_per_second=8000.0) for name in "abc"]
+    assert slow_reasons([*others, worker("slow", **load)]) == {"slow": [said]}
+
+
+def test_a_worker_is_compared_with_those_of_its_models_alone() -> None:
+    assert slow_reasons([worker("a"), worker("b", models=("large",), decode_step_seconds=0.080)]) == {}
+
+
+def test_a_worker_that_failed_requests_says_how_little_it_gets() -> None:
+    failed = worker("a")
+    failed.admitted_ratio = 0.25
+    (reason,) = slow_reasons([failed])["a"]
+    assert "25 % of its share" in reason
