@@ -44,7 +44,7 @@ __all__ = [
 DatabaseError = SQLAlchemyError
 """What any use of the database may raise."""
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _BUSY_SECONDS: Final = 5
 _CONNECT_SECONDS: Final = 2
 _STATEMENT_MS: Final = 10_000
@@ -105,9 +105,11 @@ USAGE: Final = Table(
     Column("gpu_seconds", _SECONDS, nullable=False),
     Column("outcome", Text, nullable=False),
     Column("cost", _SECONDS, nullable=False),
+    Column("moves", Text),
     Index("usage_by_key", "key_id", "month"),
     Index("usage_by_tenant", "tenant", "month"),
     Index("usage_by_time", "time"),
+    Index("usage_by_request", "request_id"),
 )
 """One row for each request that was let in."""
 
@@ -296,7 +298,7 @@ def _set_version(connection: Connection) -> None:
 
 
 def _add_columns(connection: Connection) -> None:
-    """Gives tables of earlier versions what they lack; what is added may be null or has a default."""
+    """Gives tables of earlier versions what they lack; a column that is added may be null or has a default."""
     for table in _metadata.sorted_tables:
         have = {column["name"] for column in inspect(connection).get_columns(table.name)}
         for column in table.columns:
@@ -305,3 +307,5 @@ def _add_columns(connection: Connection) -> None:
                 default = getattr(column.server_default, "arg", None)
                 rest = "" if column.nullable else f" NOT NULL DEFAULT {default}"
                 connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}{rest}"))
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)

@@ -1,5 +1,6 @@
 """The usage ledger: one row for each request that was let in, and what can be asked of them."""
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -11,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from services.common import audit
 from services.common.database import USAGE, Database
 
-__all__ = ["LOST", "UsageRow", "add_rows", "delete_before", "erase", "month_of", "report", "spent"]
+__all__ = ["LOST", "UsageRow", "add_rows", "delete_before", "erase", "month_of", "report", "requests", "spent"]
 
 LOST: Final = "lost"
 """The outcome of a request whose gateway was gone before its end: what it used is not known."""
@@ -53,6 +54,9 @@ class UsageRow(msgspec.Struct, kw_only=True, frozen=True):
     """ "ok", "client_left", the reason of an error, or LOST."""
     cost: float = 0.0
     """`gpu_seconds` x the price of the worker's GPUs an hour / 3600."""
+    moves: str | None = None
+    """The workers that it was moved away from, oldest first, as JSON: each with `worker`, `at_seconds` since its
+    generation began, `emitted_tokens` by then, and `cause` in words. None: it was not moved."""
 
 
 def month_of(moment: float) -> str:
@@ -102,6 +106,20 @@ def report(
             query = query.where(column == wanted)
     with database.reading() as connection:
         return [_line(row) for row in connection.execute(query).mappings()]
+
+
+def requests(database: Database, *, limit: int, **wanted: str | None) -> list[dict[str, Any]]:
+    """Requests that have ended, one entry each with a UsageRow's fields, the newest first.
+
+    `wanted`: values of the columns request_id, tenant, model, worker or outcome; None leaves a column open.
+    """
+    query = select(USAGE).order_by(USAGE.c.time.desc()).limit(limit)
+    for name, value in wanted.items():
+        if value is not None:
+            query = query.where(USAGE.c[name] == value)
+    with database.reading() as connection:
+        rows = [dict(row) for row in connection.execute(query).mappings()]
+    return [{**row, "moves": json.loads(row["moves"] or "[]")} for row in rows]
 
 
 def _line(row: Any) -> dict[str, Any]:

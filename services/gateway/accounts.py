@@ -234,6 +234,7 @@ class Accounts:
             queue_seconds=first.queue_seconds,
             prefill_seconds=sum(each.prefill_seconds for each in spent),
             gpu_seconds=sum(seconds),
+            moves=_moves(spent),
             cost=sum(self._prices.cost(each.worker, part) for each, part in zip(spent, seconds, strict=True)),
         )
 
@@ -257,6 +258,11 @@ class Accounts:
             self._guesses.clear()
         before = self._guesses.get(row.key_id, _FIRST_GUESS)
         self._guesses[row.key_id] = before + _GUESS_WEIGHT * (tokens - before)
+
+
+def _moves(spent: Sequence[Spent]) -> str | None:
+    moves = [move for each in spent for move in each.moves]
+    return msgspec.json.encode(moves).decode() if moves else None
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -27,6 +27,8 @@ __all__ = ["AdminApi", "KeyRequest", "RotateRequest"]
 T = TypeVar("T")
 _MAX_BODY_BYTES = 64 << 10
 _MAX_ENTRIES = 10_000
+_MAX_REQUESTS = 1000
+_REQUEST_FILTERS = ("tenant", "model", "worker", "outcome")
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
 Count = Annotated[int, Meta(ge=1, le=2**53)]
 Endpoint = Literal[
@@ -76,6 +78,16 @@ class AdminApi:
             Route("POST", "/v1/admin/keys/{key_id}/rotate", self.rotate_key, body=RotateRequest),
             Route("GET", "/v1/admin/usage", self.usage, query={"tenant": text, "model": text, "month": text}),
             Route("DELETE", "/v1/admin/usage", self.erase_usage, query={"tenant": text}),
+            Route(
+                "GET",
+                "/v1/admin/requests",
+                self.requests,
+                query={
+                    **dict.fromkeys(_REQUEST_FILTERS, text),
+                    "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_REQUESTS},
+                },
+            ),
+            Route("GET", "/v1/admin/requests/{request_id}", self.one_request),
             Route("GET", "/v1/admin/audit", self.audit_trail, query={"limit": {"type": "integer", "minimum": 1}}),
         ]
 
@@ -153,14 +165,33 @@ class AdminApi:
         count = await self._database(lambda database: ledger.erase(database, tenant, actor=identity.key_id))
         await response.send_json(200, {"tenant": tenant, "erased": count})
 
+    async def requests(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
+        """Requests that have ended, the newest first."""
+        del caller
+        identity.check_admin()
+        query = request.query
+        limit = _limit(query.get("limit", "50"), _MAX_REQUESTS)
+        wanted = {name: query.get(name) for name in _REQUEST_FILTERS}
+        rows = await self._database(lambda database: ledger.requests(database, limit=limit, **wanted))
+        await response.send_json(200, {"object": "list", "data": rows})
+
+    async def one_request(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
+        """What a request took, once it has ended; a batch's lines are requests of their own."""
+        del caller
+        identity.check_admin()
+        request_id = request.parameters["request_id"]
+        rows = await self._database(lambda database: ledger.requests(database, limit=1, request_id=request_id))
+        if not rows:
+            message = f"no request {request_id[:128]!r} has ended"
+            raise MeshError(Reason.NOT_FOUND, message, field="request_id")
+        await response.send_json(200, rows[0])
+
     async def audit_trail(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
         """Who changed what, the newest first."""
         del caller
         identity.check_admin()
-        limit = request.query.get("limit", "1000")
-        if not (limit.isdecimal() and 1 <= int(limit[:9]) <= _MAX_ENTRIES):
-            raise invalid("limit", f"limit: expected 1 to {_MAX_ENTRIES}")
-        entries = await self._database(lambda database: audit.read(database, limit=int(limit)))
+        limit = _limit(request.query.get("limit", "1000"), _MAX_ENTRIES)
+        entries = await self._database(lambda database: audit.read(database, limit=limit))
         await response.send_json(200, {"object": "list", "data": entries})
 
     async def _keys(self, work: Callable[[KeyStore], T]) -> T:
@@ -178,6 +209,12 @@ class AdminApi:
 
         with while_stored():
             return await asyncio.to_thread(run)
+
+
+def _limit(text: str, most: int) -> int:
+    if not (text.isdecimal() and 1 <= int(text[:9]) <= most):
+        raise invalid("limit", f"limit: expected 1 to {most}")
+    return int(text)
 
 
 def _unknown(key_id: str) -> MeshError:

@@ -20,7 +20,7 @@ from services.common.tracing import traceparent_of, tracer
 from services.gateway.accounts import Account
 from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import Guard, log_content
-from services.gateway.pieces import Ending, Piece, Prompt, Spent
+from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent
 from services.gateway.quarantine import Quarantine
 from services.gateway.router_client import Lease, OnQueued, RouterClient
 from services.gateway.stream import Stream, WorkerLostError
@@ -76,6 +76,7 @@ class Generation:
         self._run = AsyncExitStack()
         self._lease: Lease | None = None
         self._left_workers: list[str] = []
+        self._moves: list[Move] = []
         self._victims = 0
         # Of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
         self._suspected = generator.quarantine.check(request)
@@ -285,6 +286,8 @@ class Generation:
             "failover", {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted}
         )
         await self._run.aclose()
+        at_seconds = monotonic() - self.started_at
+        self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
         self._left_workers.append(lease.worker_id)
         self._victims += lost.refusal is None
         self._check_movable(lost)
@@ -345,6 +348,7 @@ class Generation:
             ttft_seconds=None if first_at is None else first_at - self.started_at,
             queue_seconds=lease.queue_seconds,
             running_seconds=now - lease.granted_at,
+            moves=self._moves,
         )
         if ending is not None:
             spent.prompt_tokens, spent.cached_tokens = ending.prompt_tokens, ending.cached_tokens

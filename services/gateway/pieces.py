@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CallPiece", "Ending", "FinishReason", "Piece", "Prompt", "Spent", "TokenScore"]
+__all__ = ["CallPiece", "Ending", "FinishReason", "Move", "Piece", "Prompt", "Spent", "TokenScore"]
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -74,6 +74,17 @@ class Ending:
     stop: str | int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A worker that a generation was moved away from."""
+
+    worker: str
+    at_seconds: float
+    """Since the generation began."""
+    emitted_tokens: int
+    cause: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Spent:
     """What one generation took. A request may have several."""
@@ -91,3 +102,4 @@ class Spent:
     """None: the worker has not said."""
     running_seconds: float = 0.0
     """From the worker's grant to the end."""
+    moves: Sequence[Move] = ()

@@ -74,7 +74,7 @@ class _Session:
         self._outbox.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(WorkerLostError(self._endpoint))
+            stream.fail(WorkerLostError(f"the session with {self._endpoint} ended"))
 
     def _apply(self, message: worker_pb2.SessionResponse) -> None:
         for start in message.starts:
