@@ -9,7 +9,8 @@ from typing import Any, Final, NoReturn
 from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
 from services.common.errors import MeshError
-from services.mesh import explain, keys, plan_command, policies, render, up, usage, workers
+from services.mesh import doctor, explain, keys, plan_command, policies, render, top, up, usage, workers
+from services.mesh.edge_client import KEY_VARIABLE
 
 __all__ = ["main"]
 
@@ -18,6 +19,8 @@ _HIGHEST_PORT: Final = 65535
 _HIGHEST_LIMIT: Final = 10**12
 _HIGHEST_PRIORITY: Final = 1000
 _LONGEST_NAME: Final = 128
+_SHORTEST_INTERVAL: Final = 0.1
+_LONGEST_INTERVAL: Final = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +57,8 @@ def _parser() -> ArgumentParser:
     _add_workers(commands)
     _add_policy(commands)
     _add_explain(commands)
+    _add_top(commands)
+    _add_doctor(commands)
     _add_render(commands)
     _add_plan(commands)
     return parser
@@ -145,10 +150,45 @@ def _add_policy(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    command = _command(commands, "explain", explain.explain, "why the router chose what it chose for a request")
+    about = "why a request went where it went, and where its time went"
+    command = _command(commands, "explain", explain.explain, about)
     command.add_argument("request_id", metavar="REQUEST_ID", help="from the answer's x-request-id")
     command.add_argument("--json", action="store_true")
+    _add_door(command)
+
+
+def _add_top(commands: Any) -> None:
+    command = _command(commands, "top", top.top, "GPUs, workers, queues and tenants, live")
+    command.add_argument("--once", action="store_true", help="show it once, as a script or a pipe gets it")
+    command.add_argument("--json", action="store_true", help="one JSON object for each time that it is shown")
+    command.add_argument(
+        "--interval",
+        type=_interval,
+        default=0.5,
+        metavar="SECONDS",
+        help="least time between two; default: %(default)s",
+    )
+    _add_door(command)
+
+
+def _add_doctor(commands: Any) -> None:
+    about = "what is wrong with this machine or mesh, and what to do about it"
+    command = _command(commands, "doctor", doctor.doctor, about)
+    command.add_argument("--config", type=Path, metavar="FILE", help="a mesh.yaml: checked, and what it names")
+    command.add_argument("--thorough", action="store_true", help="load vLLM, too, which takes a while")
+    command.add_argument("--no-requests", action="store_true", help="ask no model for a token")
+    command.add_argument("--json", action="store_true")
+    _add_door(command)
+
+
+def _add_door(command: ArgumentParser) -> None:
     _add_state(command)
+    command.add_argument(
+        "--edge",
+        type=_url,
+        metavar="URL",
+        help=f"a mesh that runs elsewhere; its admin key is read from {KEY_VARIABLE}",
+    )
 
 
 def _add_usage(commands: Any) -> None:
@@ -217,6 +257,20 @@ def _address(text: str) -> str:
     return text
 
 
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not _SHORTEST_INTERVAL <= seconds <= _LONGEST_INTERVAL:
+        raise ValueError
+    return seconds
+
+
+def _url(text: str) -> str:
+    scheme, _, rest = text.partition("://")
+    if scheme not in ("http", "https") or not rest.strip("/"):
+        raise ValueError
+    return text
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _HIGHEST_LIMIT:
         raise ValueError
@@ -246,6 +300,8 @@ def _key_name(text: str) -> str:
 
 _port.__name__ = "port"
 _address.__name__ = "HOST:PORT"
+_interval.__name__ = "number of seconds from 0.1 to 60"
+_url.__name__ = "URL (http://HOST:PORT)"
 _at_least_one.__name__ = "number from 1"
 _amount.__name__ = "amount above 0"
 _priority.__name__ = "number from -1000 to 1000"

@@ -21,7 +21,7 @@ from services.mesh.ports import check_free
 from services.mesh.probe import Probe, grpc_health, http_ok
 from services.mesh.state import MeshRunningError, State
 
-__all__ = ["down", "status", "up"]
+__all__ = ["down", "process_states", "status", "up"]
 
 _POLL_SECONDS: Final = 0.05
 # Beyond draining: every process has its time to stop.
@@ -54,7 +54,7 @@ def status(arguments: Namespace) -> int:
         starting = state.running_pid() is not None
         _say(f"the mesh in {state.folder} is starting or stopping" if starting else f"no mesh runs in {state.folder}")
         return 1
-    rows = asyncio.run(_rows(mesh))
+    rows = asyncio.run(process_states(mesh))
     if arguments.json:
         _say(json.dumps({"edge": mesh["edge"], "processes": rows}, indent=2))
     else:
@@ -138,7 +138,8 @@ def _detach(state: State) -> int:
             sleep(_POLL_SECONDS)
 
 
-async def _rows(mesh: dict[str, Any]) -> list[dict[str, Any]]:
+async def process_states(mesh: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a mesh.json's processes, each with its `state`: "ready", "not ready" or "gone"."""
     states = await asyncio.gather(*(_state_of(process) for process in mesh["processes"]))
     return [{**process, "state": found} for process, found in zip(mesh["processes"], states, strict=True)]
 

@@ -10,6 +10,8 @@ __all__ = ["slow_reasons"]
 
 # Cards of one fleet are unequal, and measurements differ: what is less than this is no news.
 _MUCH: Final = 2.0
+# Short prompts are prefilled at a lower rate than long ones, wherever they go.
+_VERY_MUCH: Final = 4.0
 # A decode step below this is fast whatever others do.
 _LEAST_STEP_SECONDS: Final = 0.002
 _KV_NEARLY_FULL: Final = 0.9
@@ -56,7 +58,7 @@ def _of_decoding(worker: Worker, peers: Sequence[Worker]) -> str:
 def _of_prefill(worker: Worker, peers: Sequence[Worker]) -> str:
     own = worker.load.prefill_tokens_per_second
     others = [rate for peer in peers if (rate := peer.load.prefill_tokens_per_second) is not None]
-    if own is None or not others or median(others) < _MUCH * own:
+    if own is None or not others or median(others) < _VERY_MUCH * own:
         return ""
     usual = median(others)
     return f"it prefills {own:.0f} tokens/s, {usual / own:.1f} times fewer than the others ({usual:.0f})"

@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.otlp import Receiver, otlp_receiver
+from tests.support.uneven_mesh import running_uneven_mesh
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,13 @@ def sim_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Itera
         *("--engine", "sim", "--workers", "2", "--sim", "decode_step_ms=10,max_num_seqs=8,max_model_len=2048"),
         *("--otlp-endpoint", spans.endpoint),
     ) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def uneven_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """Simulated workers, one of them slow."""
+    with running_uneven_mesh(tmp_path_factory.mktemp("uneven")) as mesh:
         yield mesh
 
 

@@ -15,7 +15,9 @@ import psutil
 import pytest
 from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
+from tests.support.commands import tokenloom
 from tests.support.mesh import Mesh, running_mesh
+from tests.support.uneven_mesh import ended
 from tests.support.waiting import eventually, wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -95,7 +97,22 @@ async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_t
     assert {tokens for _, tokens in undisturbed.values()} == {150}
     pid = mesh.process("worker-1")["pid"]
     assert await all_texts(then_kill="worker-1") == undisturbed
+    await asyncio.to_thread(check_that_moves_are_told, mesh, away_from="worker-1")
     wait_until(lambda: mesh.process("worker-1")["pid"] != pid, within=20)
+
+
+def check_that_moves_are_told(mesh: Mesh, *, away_from: str) -> None:
+    def moved() -> list[dict[str, Any]]:
+        return [row for row in ended(mesh, limit=64) if row["moves"]]
+
+    wait_until(lambda: bool(moved()), within=5)
+    row = moved()[0]
+    (move,) = row["moves"]
+    assert (move["worker"], move["emitted_tokens"] > 0, row["worker"] != away_from) == (away_from, True, True)
+    assert 0 < move["at_seconds"] < row["duration_seconds"]
+    told = tokenloom(mesh, "explain", row["request_id"])
+    assert f"It was moved away from {away_from} " in told.stdout
+    assert told.stdout.count("chosen: ") == 2
 
 
 async def requests_over(mesh: Mesh, count: int, disturb: Callable[[], None]) -> list[float]:

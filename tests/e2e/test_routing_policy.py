@@ -1,15 +1,12 @@
 """The routing policy over a whole mesh: names, canaries, pools, smaller models, degradation, changed while it runs."""
 
 import asyncio
-import io
 import json
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import httpx
 import pytest
 from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
-from services.mesh.__main__ import main
+from tests.support.commands import tokenloom
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import eventually, wait_until
 
@@ -72,23 +69,6 @@ def mesh(config: Path) -> Iterator[Mesh]:
 
 def write(file: Path, policy: dict[str, Any]) -> None:
     file.write_text(MESH + f"routing: {json.dumps(policy)}\n")
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command said, and its exit code."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def tokenloom(mesh: Mesh, *arguments: str) -> Ran:
-    """Runs a command in this process: starting one for each takes most of the time."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([*arguments, "--state-dir", str(mesh.state_dir)])
-    return Ran(code, out.getvalue(), err.getvalue())
 
 
 def apply(mesh: Mesh, policy: dict[str, Any]) -> None:

@@ -1,0 +1,108 @@
+"""Does what a mesh.yaml names exist, and can it be reached?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from services.common.config import ConfigError
+from services.mesh.checkpoint import read_checkpoint
+from services.mesh.config import MeshConfig, load_mesh
+from services.mesh.finding import Finding, Level
+from services.mesh.ports import check_free
+
+__all__ = ["config_findings", "database_finding", "port_finding", "redis_finding"]
+
+_WAIT_SECONDS: Final = 3.0
+
+
+def config_findings(path: Path, *, runs: bool) -> Iterator[Finding]:
+    """Looks at a mesh.yaml and at what it names. `runs`: its mesh does, so that its port is rightly taken."""
+    try:
+        mesh = load_mesh(path).check_folders(str(path))
+    except ConfigError as error:
+        yield Finding(Level.TROUBLE, "configuration", str(error), "mend that key; tokenloom plan --config checks more")
+        return
+    pools, workers = len(mesh.pools), mesh.worker_count
+    yield Finding(Level.OK, "configuration", f"{path}: {pools} pools, {workers} workers")
+    yield from _models(mesh)
+    if not runs:
+        yield port_finding(mesh.edge.host, mesh.edge.port)
+    if mesh.redis_url is not None:
+        yield redis_finding(mesh.redis_url)
+    if mesh.database_url is not None:
+        yield database_finding(mesh.database_url)
+
+
+def port_finding(host: str, port: int) -> Finding:
+    """Is the edge's port free?"""
+    try:
+        check_free(host, port)
+    except ConfigError as error:
+        advice = f"see who has it: ss -ltnp 'sport = :{port}'"
+        return Finding(Level.TROUBLE, "port", str(error).removeprefix("--edge-port: "), advice)
+    return Finding(Level.OK, "port", f"{port} of {host} is free")
+
+
+def redis_finding(url: str) -> Finding:
+    """Does Redis answer?"""
+    import redis  # noqa: PLC0415  # needed here alone
+
+    where = _without_password(url)
+    client = redis.Redis.from_url(url, socket_timeout=_WAIT_SECONDS, socket_connect_timeout=_WAIT_SECONDS)
+    try:
+        client.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        advice = "start it, or mend redis_url; without it gateways share no limits and forget conversations"
+        return Finding(Level.TROUBLE, "Redis", f"{where} does not answer: {error}", advice)
+    finally:
+        client.close()
+    return Finding(Level.OK, "Redis", f"{where} answers")
+
+
+def database_finding(where: str) -> Finding:
+    """Can the database of keys and usage be read? One that is not there is not made."""
+    from services.common.database import KEYS, Database, DatabaseError  # noqa: PLC0415  # slow to import
+
+    shown = _without_password(where) if "://" in where else where
+    if "://" not in where and not Path(where).exists():
+        return Finding(Level.OK, "database", f"{shown} is made at the first start")
+    try:
+        with Database(where) as database, database.reading() as connection:
+            count = len(connection.execute(KEYS.select()).fetchall())
+    except DatabaseError as error:
+        said = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+        advice = "keys can't be checked without it: start it, or mend database_url and the rights of its user"
+        return Finding(Level.TROUBLE, "database", f"{shown}: {said}", advice)
+    return Finding(Level.OK, "database", f"{shown}: {count} keys")
+
+
+def _models(mesh: MeshConfig) -> Iterator[Finding]:
+    real = {pool.model_of(worker) for pool in mesh.pools for worker in pool.workers if worker.engine == "vllm"}
+    for model in mesh.models:
+        if model.name not in real:
+            continue
+        if model.path is None:
+            yield Finding(Level.OK, f"model {model.name}", "the demo model, made at the first start")
+            continue
+        try:
+            found = read_checkpoint(model.path)
+        except ConfigError as error:
+            if model.path.startswith("/"):
+                advice = "copy the whole model there: config.json, tokenizer and *.safetensors"
+                yield Finding(Level.TROUBLE, f"model {model.name}", str(error), advice)
+            else:
+                yield Finding(Level.NOTE, f"model {model.name}", f"{model.path} is downloaded at the first start")
+        else:
+            yield _weights(model.name, model.path, has_files=found.has_files)
+
+
+def _weights(name: str, path: str, *, has_files: bool) -> Finding:
+    if has_files:
+        return Finding(Level.OK, f"model {name}", f"{path} is there, weights included")
+    return Finding(Level.NOTE, f"model {name}", f"{path} has no safetensors files", "vLLM may find other weights there")
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else url
