@@ -15,6 +15,7 @@ from services.common.errors import MeshError, Reason
 from services.common.tracing import context_from, traceparent_of, tracer
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
+from services.gateway.console import Console
 from services.gateway.generation import Caller
 from services.gateway.guardrails import Guardrails
 from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
@@ -52,6 +53,7 @@ class App:
         self._authorization = authorization
         self._metrics = metrics
         self._is_ready = is_ready
+        self._console = Console()
         self._openapi = document(routes.all, version=version("tokenloom"))
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -70,6 +72,9 @@ class App:
         if request.path == "/openapi.json" and request.method == "GET":
             await response.send_json(200, self._openapi)
             return
+        if self._console.has(request.path):
+            await self._show(request, response)
+            return
         endpoint = self._routes.label(request.path)
         with tracer().start_as_current_span(
             f"{request.method} {endpoint}",
@@ -84,6 +89,12 @@ class App:
     async def _probe(self, request: Request, response: Response) -> None:
         ok = request.path == "/healthz" or self._is_ready()
         await response.send_json(200 if ok else 503, {"status": "ok" if ok else "not ready"})
+
+    async def _show(self, request: Request, response: Response) -> None:
+        try:
+            await self._console.answer(request, response)
+        except MeshError as error:
+            await error_response(response, error)
 
     async def _answer(self, request: Request, response: Response, endpoint: str, span: Span) -> None:
         began = monotonic()

@@ -17,6 +17,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _JSON = (b"content-type", b"application/json")
+_NOT_MODIFIED: Final = 304
 QUEUE_HEADER: Final = b"x-queue-status"
 """With "1": say in comments where a stream's request stands in the queue, from the moment that it does."""
 _KEEP_ALIVE_SECONDS: Final = 10.0
@@ -128,10 +129,14 @@ class Response:
     async def send_json(self, status: int, body: object, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Sends a whole JSON answer."""
         encoded = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        length = (b"content-length", str(len(encoded)).encode())
-        await self._start(status, [_JSON, length, *headers])
+        await self.send_whole(status, encoded, [_JSON, *headers])
+
+    async def send_whole(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Sends a whole answer of any type, which the headers tell."""
+        length = [] if status == _NOT_MODIFIED else [(b"content-length", str(len(body)).encode())]
+        await self._start(status, [*length, *headers])
         self.ended = True
-        await self._send({"type": "http.response.body", "body": encoded})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def send_bytes(self, parts: AsyncIterator[bytes], *, length: int) -> None:
         """Sends a file."""

@@ -46,6 +46,8 @@ def _routes() -> Iterator[dict[str, Any]]:
     }
     yield {"name": "healthz", "match": {"path": "/healthz"}, "direct_response": _json(200, '{"status": "ok"}')}
     yield {"name": "readyz", "match": {"path": "/readyz"}, "route": _to("gateway", timeout="5s")}
+    for match in ({"path": "/"}, {"prefix": "/console/"}):
+        yield {"name": "console", "match": match, "route": _to("gateway", timeout="10s")}
     for path in OPENAI_PATHS:
         yield {
             "name": "openai",

@@ -88,13 +88,21 @@ async def test_openai_paths_go_to_the_gateway_as_they_are(client: httpx.AsyncCli
     assert answer.json()["headers"]["authorization"] == USER["authorization"]
 
 
+@pytest.mark.parametrize("path", ["/", "/console/app.js"])
+async def test_the_console_needs_no_key_to_be_shown(edge: RunningEdge, path: str) -> None:
+    async with httpx.AsyncClient(base_url=edge.url) as anybody:
+        answer = await anybody.get(path)
+    assert answer.json()["path"] == path
+
+
 async def test_the_edge_itself_says_that_it_is_alive(client: httpx.AsyncClient) -> None:
     answer = await client.get("/healthz")
     assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/nope", "/v1", "/v1/modelsx", "/metrics", "/stats", "/api/v1", "/api/v1/nope", "/api/v1/workersx"]
+    "path",
+    ["/nope", "/console", "/v1", "/v1/modelsx", "/metrics", "/stats", "/api/v1", "/api/v1/nope", "/api/v1/workersx"],
 )
 @pytest.mark.parametrize("headers", [{}, USER])
 async def test_any_other_path_is_404_with_or_without_a_key(
