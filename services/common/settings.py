@@ -1,6 +1,7 @@
 """The configuration of each process, as `python -m services.NAME --config FILE` reads it and the launcher writes it."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 import regex
@@ -28,6 +29,7 @@ __all__ = [
     "SimSettings",
     "SizeFilter",
     "TelemetrySettings",
+    "UpstreamSettings",
     "WatchdogSettings",
     "WorkerSettings",
 ]
@@ -170,6 +172,57 @@ class WatchdogSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
     """How long it may stay silent until it is killed and started again."""
 
 
+class UpstreamSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A server with OpenAI's API that does the work of an engine."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=2048)]
+    """Its base URL as clients of the API have it, for example http://10.0.0.7:8000/v1."""
+    model: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    """The model's name there; null: the same as here."""
+    api_key_variable: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    """The environment variable that has the server's key; null sends none."""
+    flavour: Literal["openai", "vllm", "llama_cpp"] = "openai"
+    """What it takes beyond OpenAI's API: nothing, what `vllm serve` takes, or what llama-cpp-python's server takes."""
+    parameters: list[
+        Literal[
+            "top_k", "min_p", "repetition_penalty", "repeat_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
+            "bad_words", "allowed_token_ids", "chat_template_kwargs",
+        ]
+    ] = []  # fmt: skip  # a table
+    """Further parameters that it takes, by their names there; what it is not known to take is refused."""
+    capabilities: (
+        list[
+            Literal[
+                "generate", "chat", "embed", "tools", "reasoning", "structured_output", "images", "audio", "logprobs"
+            ]
+        ]
+        | None
+    ) = None
+    """What the model can do there; null: generate and chat, and, of vLLM and llama.cpp, log-probabilities and
+    structured output."""
+    max_context_tokens: Annotated[int, Meta(ge=2)] | None = None
+    """Longest sequence that the model takes there; null: as the server says, where it does."""
+    max_running: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    """Requests that it works on at the same time; more wait, as far as max_queued of the worker allows."""
+    connect_seconds: Positive = 5.0
+    """Longest that it may take to take a connection."""
+    timeout_seconds: Positive = 120.0
+    """Longest that it may stay silent with a request."""
+    probe_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
+    """How often it is asked whether it is there."""
+    canary_seconds: Annotated[float, Meta(ge=1)] | None = None
+    """How often it is made to generate a token while it has nothing else to do; null: only at the start, and when it
+    was away."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: the URL is none that can be asked."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url: expected http://HOST:PORT/v1 or https://HOST/v1")
+        if parts.query or parts.fragment or parts.username is not None or parts.password is not None:
+            raise ValueError("url: has no user, query or fragment; a key comes from api_key_variable")
+
+
 class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """services.inference"""
 
@@ -179,7 +232,7 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     """Every router replica; the worker registers with all of them."""
     pool: Name = "default"
     model: ModelSettings
-    engine: Literal["vllm", "sim"]
+    engine: Literal["vllm", "sim", "openai"]
     gpu: int | str | None = None
     """CUDA device by index or UUID (`GPU-…`, `MIG-…`), several with commas between; null on a CPU, or where
     CUDA_VISIBLE_DEVICES is set already."""
@@ -188,6 +241,8 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     engine_args: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
     sim: SimSettings = SimSettings()
+    upstream: UpstreamSettings | None = None
+    """The server that does the work; for the engine "openai" alone."""
     watchdog: WatchdogSettings = WatchdogSettings()
     start_seconds: Positive = 1800.0
     """Longest that the engine's first start may take; a later one, five times what the first one took."""

@@ -319,7 +319,7 @@ class Generation:
         plain = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.bad_words)
         plain = plain and not sampling.HasField("prompt_logprob_count")
         free = not request.HasField("structured_output") and not _forces_a_call(request.chat)
-        return greedy and plain and free and request.choice_count <= 1
+        return greedy and plain and free and request.choice_count <= 1 and not self._stream.lacks_ids
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""

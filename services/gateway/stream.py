@@ -31,7 +31,7 @@ class Stream:
     """
 
     __slots__ = (
-        "_error", "_keep_ids", "_waiter", "cached_tokens", "ending", "other_tokens", "pieces", "prompt",
+        "_error", "_keep_ids", "_waiter", "cached_tokens", "ending", "lacks_ids", "other_tokens", "pieces", "prompt",
         "prompt_tokens", "token_ids", "writer",
     )  # fmt: skip  # one name a line would be longer than the class
 
@@ -41,6 +41,8 @@ class Stream:
         """What was not taken yet, in order; plain text, as nearly all of it is, as plain strings."""
         self.token_ids: list[int] = []
         """Every token of the first choice so far, taken or not: what a resume needs."""
+        self.lacks_ids = False
+        """Whether output came whose tokens the worker does not know."""
         self.prompt: Prompt | None = None
         self.prompt_tokens = self.cached_tokens = 0
         """Of the prompt, known with the first output."""
@@ -59,6 +61,9 @@ class Stream:
             self.push_piece(Piece(text=text, token_ids=token_ids))
             return
         self.token_ids += token_ids
+        # Text that was held back may come after its tokens, but none comes before them.
+        if not self.token_ids:
+            self.lacks_ids = True
         if self.writer is not None and not self.pieces and self.writer(text):
             return
         self.pieces.append(text)
@@ -79,6 +84,8 @@ class Stream:
         """Adds what is more than plain text."""
         if piece.choice == 0:
             self.token_ids += piece.token_ids
+            if not self.token_ids and (piece.text or piece.reasoning or piece.calls):
+                self.lacks_ids = True
         else:
             self.other_tokens += len(piece.token_ids)
         self.pieces.append(piece)
@@ -112,6 +119,7 @@ class Stream:
         self._error = None
         self.pieces.clear()
         self.token_ids.clear()
+        self.lacks_ids = False
         self.prompt = None
 
     async def take(self) -> list[str | Piece]:

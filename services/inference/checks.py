@@ -77,9 +77,9 @@ def check_texts(field: str, texts: Sequence[str], *, most: int, characters: int)
 
 
 def check_token_ids(field: str, token_ids: Iterable[int], vocabulary: int) -> None:
-    """Raises MeshError, with the entry's index, when a token is not in the vocabulary."""
+    """Raises MeshError, with the entry's index, when a token is not in the vocabulary; its size 0 is not known."""
     # Most prompts are fine, and max() doesn't run Python code for each token.
-    if max(token_ids, default=0) < vocabulary:
+    if not vocabulary or max(token_ids, default=0) < vocabulary:
         return
     index, token_id = next((i, token) for i, token in enumerate(token_ids) if token >= vocabulary)
     raise invalid(f"{field}[{index}]", f"{token_id} is not below the vocabulary's size, {vocabulary}")

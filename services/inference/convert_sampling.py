@@ -107,7 +107,7 @@ def _check_tokens(proto: pb.SamplingParameters, card: EngineCard) -> None:
         raise invalid("sampling.logit_bias", f"at most {_MAX_LOGIT_BIASES} entries", "array_above_max_length")
     for token_id, bias in proto.logit_bias.items():
         field = f"sampling.logit_bias[{token_id}]"
-        if token_id >= card.vocabulary_size:
+        if token_id >= card.vocabulary_size > 0:
             raise invalid(field, f"{token_id} is not below the vocabulary's size, {card.vocabulary_size}")
         check_decimal(field, bias, _BIAS_RANGE)
 

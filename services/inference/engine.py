@@ -298,17 +298,19 @@ class Sink(Protocol):
 class EngineCard:
     """What an engine is; known once it has started."""
 
-    kind: Literal["vllm", "sim"]
+    kind: Literal["vllm", "sim", "openai"]
     model: str
     """The name that requests use."""
     max_context_tokens: int
     vocabulary_size: int
+    """0: not known."""
     capabilities: frozenset[Capability]
     base_model: str = ""
     """The model that this one adapts; empty for the engine's own."""
     max_running: int
     """Sequences that it runs at the same time."""
     kv_cache_tokens: int
+    """0: not known."""
     kv_block_tokens: int = 0
     """Tokens of one block of its prefix cache; 0: it tells nothing of it."""
     embedding_dimensions: int = 0

@@ -20,6 +20,7 @@ from services.inference.generations import Generations
 from services.inference.gpus import gpu_uuids
 from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import LoadCollector, VllmCollector, WorkerMetrics
+from services.inference.openai_engine import OpenAIEngine
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.sim_engine import SimEngine
@@ -86,6 +87,8 @@ class Worker:
         settings = self._settings
         if settings.engine == "sim":
             return self._make_sim()
+        if settings.engine == "openai":
+            return OpenAIEngine(settings)
         from services.inference.vllm_engine import VllmEngine  # noqa: PLC0415  # vLLM takes seconds to import
 
         return VllmEngine(settings)

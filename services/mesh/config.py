@@ -19,6 +19,7 @@ from services.common.settings import (
     ModelSettings,
     Name,
     SimSettings,
+    UpstreamSettings,
     WatchdogSettings,
 )
 
@@ -52,7 +53,8 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     """One engine."""
 
     name: Name
-    engine: Literal["vllm", "sim"] = "vllm"
+    engine: Literal["vllm", "sim", "openai"] = "vllm"
+    """vLLM here, a simulation, or a server with OpenAI's API anywhere."""
     model: str | None = None
     """Which of the pool's models it runs; may be left out where the pool serves one."""
     gpu: int | str | None = None
@@ -63,6 +65,8 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     """Further arguments of vLLM's AsyncEngineArgs, by their Python names."""
     sim: SimSettings | None = None
     """How fast and how large a simulated engine is; for `engine: sim` alone."""
+    upstream: UpstreamSettings | None = None
+    """The server that does the work; for `engine: openai` alone."""
     watchdog: WatchdogSettings = WatchdogSettings()
     """When an engine that makes no progress is given up."""
 
@@ -191,6 +195,21 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         if idle:
             raise ConfigError(f"{where}.serves: no worker of the pool runs {_list(sorted(idle))}")
 
+    def _check_engine(self, where: str, worker: WorkerConfig, model: str) -> None:
+        kind = {"sim": "the simulated engine", "openai": "a server with OpenAI's API"}.get(worker.engine)
+        if kind is not None and worker.engine_args:
+            raise ConfigError(f"{where}.engine_args: {kind} takes none, got the value {worker.engine_args!r}")
+        if kind is not None and self.model(model).adapters_dir is not None:
+            raise ConfigError(f"{where}: {kind} takes no adapters, but the model {model!r} has adapters_dir")
+        if worker.engine != "sim" and worker.sim is not None:
+            raise ConfigError(f"{where}.sim: for engine 'sim' alone, this worker's engine is {worker.engine!r}")
+        if worker.engine != "openai" and worker.upstream is not None:
+            raise ConfigError(f"{where}.upstream: for engine 'openai' alone, this worker's engine is {worker.engine!r}")
+        if worker.engine == "openai" and worker.upstream is None:
+            raise ConfigError(
+                f"{where}.upstream: missing: engine 'openai' needs the url of the server that does the work"
+            )
+
     def _check_worker(self, where: str, pool: PoolConfig, worker: WorkerConfig) -> None:
         if worker.model is None and len(pool.serves) > 1:
             raise ConfigError(
@@ -199,16 +218,7 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         name = pool.model_of(worker)
         if name not in pool.serves:
             raise ConfigError(f"{where}.model: got the value {name!r}, expected one of the pool's {_list(pool.serves)}")
-        if worker.engine == "sim" and worker.engine_args:
-            raise ConfigError(
-                f"{where}.engine_args: the simulated engine takes none, got the value {worker.engine_args!r}"
-            )
-        if worker.engine == "sim" and self.model(name).adapters_dir is not None:
-            raise ConfigError(
-                f"{where}: the simulated engine takes no adapters, but the model {name!r} has adapters_dir"
-            )
-        if worker.engine == "vllm" and worker.sim is not None:
-            raise ConfigError(f"{where}.sim: for engine 'sim' alone, this worker's engine is 'vllm'")
+        self._check_engine(where, worker, name)
         if worker.engine == "vllm" and self.model(name).path is None and name != DEMO_MODEL:
             raise ConfigError(f"{where}: engine 'vllm' needs the path of its model, and models has none for {name!r}")
         if worker.engine == "vllm":

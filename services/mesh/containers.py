@@ -143,6 +143,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         gpu_memory_utilization=worker.gpu_memory_utilization,
         engine_args=worker.engine_args,
         sim=worker.sim or SimSettings(),
+        upstream=worker.upstream,
         watchdog=worker.watchdog,
         drain_seconds=mesh.drain_seconds,
     )

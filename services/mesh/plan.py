@@ -30,7 +30,7 @@ __all__ = ["ProcessPlan", "database_of", "plan_processes"]
 _HOST: Final = "127.0.0.1"
 _START_SECONDS: Final = 60.0
 # Weights may come over a network, and kernels are compiled at the first start.
-_VLLM_START_SECONDS: Final = 1800.0
+_MODEL_START_SECONDS: Final = 1800.0
 _MOST_EDGE_THREADS: Final = 4
 
 
@@ -105,7 +105,7 @@ class _Planner:
             WorkerSettings,
             grpc_port=port,
             label=worker.engine,
-            start_seconds=_VLLM_START_SECONDS if worker.engine == "vllm" else _START_SECONDS,
+            start_seconds=_START_SECONDS if worker.engine == "sim" else _MODEL_START_SECONDS,
             advertise=f"{_HOST}:{port}",
             routers=routers,
             pool=pool.name,
@@ -115,6 +115,7 @@ class _Planner:
             gpu_memory_utilization=worker.gpu_memory_utilization,
             engine_args=worker.engine_args,
             sim=worker.sim or SimSettings(),
+            upstream=worker.upstream,
             watchdog=worker.watchdog,
             drain_seconds=self._mesh.drain_seconds,
         )

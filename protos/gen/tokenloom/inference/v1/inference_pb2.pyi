@@ -440,7 +440,7 @@ class ModelCard(_message.Message):
     max_context_token_count: _builtins.int
     """Longest sequence, prompt and output together, in tokens."""
     vocabulary_size: _builtins.int
-    """Size of the vocabulary: token ids are below it."""
+    """Size of the vocabulary: token ids are below it. 0 where it is not known."""
     base_model: _builtins.str
     """The model that this one adapts, for a LoRA adapter; else empty."""
     embedding_dimension_count: _builtins.int
