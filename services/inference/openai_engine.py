@@ -12,8 +12,18 @@ from typing import Final, Self
 
 from services.common.errors import MeshError, Reason
 from services.common.settings import UpstreamSettings, WorkerSettings
+from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import MovingMean, PrefillMeter
-from services.inference.engine import Capability, ChatMessage, EngineCard, EngineLostError, Generation, Load, Sink
+from services.inference.engine import (
+    Capability,
+    ChatMessage,
+    ChatOptions,
+    EngineCard,
+    EngineLostError,
+    Generation,
+    Load,
+    Sink,
+)
 from services.inference.openai_flavours import flavour_of
 from services.inference.openai_health import Health
 from services.inference.openai_pooling import UpstreamPooler
@@ -47,6 +57,8 @@ class OpenAIEngine:
         self._upstream = Upstream(
             self._upstream_settings, key_of(self._upstream_settings, environment), connections=most
         )
+        self.cache_journal = CacheJournal()
+        """Empty: the server tells nothing of its cache."""
         self._tokens = Tokens(self._upstream, self._flavour, self._model)
         self._health = Health(self._upstream, self._flavour, settings, lose_silent=self._lose_silent)
         self._health.own = lambda: self._own
@@ -145,10 +157,12 @@ class OpenAIEngine:
         """What embeds; None where the model generates."""
         return self._pooler
 
-    async def tokenize(self, prompt: str | Sequence[ChatMessage], *, special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, prompt: str | Sequence[ChatMessage], chat: ChatOptions | None = None, *, special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a text or a conversation; see Engine.tokenize. Raises MeshError (UNIMPLEMENTED), too."""
         self._check_alive()
-        return await self._tokens.of(prompt, special_tokens=special_tokens)
+        return await self._tokens.of(prompt, special_tokens=special_tokens, options=chat or ChatOptions())
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token on its own; see Engine.token_texts. Raises MeshError (UNIMPLEMENTED), too."""

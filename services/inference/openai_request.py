@@ -10,7 +10,7 @@ from services.inference.checks import invalid
 from services.inference.engine import ChatMessage, ChatOptions, Generation, Media, Sampling, StructuredOutput, Tool
 from services.inference.openai_flavours import Flavour
 
-__all__ = ["Call", "check_possible", "continued", "message_to_openai", "request_of"]
+__all__ = ["Call", "check_possible", "continued", "message_to_openai", "request_of", "tool_to_openai"]
 
 _DEFAULTS: Final = Sampling()
 # Where a server has defaults of its own, ours are only kept by saying them.
@@ -196,11 +196,11 @@ def _tools(options: ChatOptions) -> dict[str, Any]:
     choice: Any = options.tool_choice
     if choice == "function":
         choice = {"type": "function", "function": {"name": options.function_name}}
-    body = {"tools": list(map(_tool, options.tools)), "tool_choice": choice}
+    body = {"tools": list(map(tool_to_openai, options.tools)), "tool_choice": choice}
     return body | {"parallel_tool_calls": False} if options.single_tool_call else body
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+def tool_to_openai(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description:
         function["description"] = tool.description

@@ -11,7 +11,7 @@ from services.common.errors import MeshError, Reason
 from services.inference.engine import ChatMessage, ChatOptions, Generation
 from services.inference.openai_answer import Told
 from services.inference.openai_flavours import Flavour
-from services.inference.openai_request import message_to_openai
+from services.inference.openai_request import message_to_openai, tool_to_openai
 from services.inference.openai_upstream import Upstream
 
 __all__ = ["Tokens", "decoded", "estimate"]
@@ -66,6 +66,8 @@ class Tokens:
                 "add_generation_prompt": options.generation_prompt,
                 "continue_final_message": options.continue_final_message,
             }
+            if options.tools:
+                body["tools"] = list(map(tool_to_openai, options.tools))
             if options.template_arguments:
                 body["chat_template_kwargs"] = dict(options.template_arguments)
         return decoded(await self._upstream.post("/tokenize", body, at_root=True), _Tokenized).tokens
