@@ -181,8 +181,8 @@ class UpstreamSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
     """The model's name there; null: the same as here."""
     api_key_variable: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     """The environment variable that has the server's key; null sends none."""
-    flavour: Literal["openai", "vllm", "llama_cpp"] = "openai"
-    """What it takes beyond OpenAI's API: nothing, what `vllm serve` takes, or what llama-cpp-python's server takes."""
+    flavour: Literal["openai", "vllm", "llama_cpp", "llama_cpp_python"] = "openai"
+    """What it takes beyond OpenAI's API: nothing, or what the servers of vLLM, llama.cpp or llama-cpp-python take."""
     parameters: list[
         Literal[
             "top_k", "min_p", "repetition_penalty", "repeat_penalty", "min_tokens", "ignore_eos", "stop_token_ids",

@@ -130,6 +130,8 @@ def _logprobs(told: dict[str, Any] | None, token_ids: Sequence[int], count: int)
         return ()
     if (content := told.get("content")) is not None:
         entries = [(each["token"], each["logprob"], _pairs(each.get("top_logprobs"))) for each in content]
+        # llama.cpp's server tells them here alone.
+        token_ids = token_ids or [each.get("id", 0) for each in content]
     else:
         tops = told.get("top_logprobs") or [None] * len(told["tokens"])
         entries = [

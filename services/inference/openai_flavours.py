@@ -40,13 +40,18 @@ _VLLM: Final[Mapping[str, str]] = {
     "cache_salt": "cache_salt",
     "prompt_token_limit": "truncate_prompt_tokens",
 }
-_LLAMA_CPP: Final[Mapping[str, str]] = {
+_LLAMA_SAMPLERS: Final[Mapping[str, str]] = {
     **_OPENAI,
     "top_k": "top_k",
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
-    "min_tokens": "min_tokens",
 }
+_LLAMA_CPP: Final[Mapping[str, str]] = {
+    **_LLAMA_SAMPLERS,
+    "ignore_eos": "ignore_eos",
+    "template_arguments": "chat_template_kwargs",
+}
+_LLAMA_CPP_PYTHON: Final[Mapping[str, str]] = {**_LLAMA_SAMPLERS, "min_tokens": "min_tokens"}
 
 _PLAIN: Final = frozenset({Capability.GENERATE, Capability.CHAT})
 _FULL: Final = _PLAIN | {Capability.LOGPROBS, Capability.STRUCTURED_OUTPUT}
@@ -107,6 +112,19 @@ _FLAVOURS: Final = {
     "llama_cpp": Flavour(
         name="llama_cpp",
         parameters=_LLAMA_CPP,
+        capabilities=_FULL,
+        chat_forms=frozenset({"json_schema", "json_object"}),
+        # It takes a response_format there, too, and does not keep to it.
+        text_forms=frozenset({"json_schema"}),
+        token_prompts=True,
+        # It takes `n`, but its usage tells of one choice alone.
+        choices=False,
+        open_ended=True,
+        health="/health",
+    ),
+    "llama_cpp_python": Flavour(
+        name="llama_cpp_python",
+        parameters=_LLAMA_CPP_PYTHON,
         capabilities=_FULL,
         chat_forms=frozenset({"json_schema", "json_object"}),
         choices=False,

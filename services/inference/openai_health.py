@@ -40,9 +40,22 @@ class Seen:
     prefix_hits: int = 0
 
 
+class _ModelMeta(msgspec.Struct):
+    n_ctx: int | None = None
+    n_vocab: int = 0
+
+
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    """As vLLM and others tell it."""
+    meta: _ModelMeta | None = None
+    """What llama.cpp's server tells."""
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence, in tokens."""
+        return self.max_model_len or (self.meta.n_ctx if self.meta is not None else None)
 
 
 class _Models(msgspec.Struct):
@@ -113,7 +126,7 @@ class Health:
 
     async def watch(self, is_busy: Callable[[], bool]) -> None:
         """Asks for as long as it runs; `is_busy` tells whether the worker has requests there."""
-        failures, well_at = 0, time.monotonic()
+        failures, well_at, ill_at = 0, time.monotonic(), 0.0
         while True:
             await self._wait()
             begun = time.monotonic()
@@ -123,9 +136,11 @@ class Health:
                     await self._canary()
             except MeshError as error:
                 failures += 1
+                ill_at = begun if failures == 1 else ill_at
                 gone = error.reason is Reason.NO_READY_WORKER
                 if gone or failures >= _MOST_LATE:
-                    self._ill(error, well_at)
+                    # A server that is leaving takes nothing, but may still bring what it has.
+                    self._ill(error, ill_at if failures >= _MOST_LATE else well_at)
                 continue
             failures, well_at = 0, begun
             if self.trouble:
@@ -139,11 +154,11 @@ class Health:
             return
         self._soon.clear()
 
-    def _ill(self, error: MeshError, well_at: float) -> None:
+    def _ill(self, error: MeshError, silent_since: float) -> None:
         if not self.trouble:
             _log.error("the server is away", extra={"url": self._settings.url, "cause": error.message})
         self.trouble, self.seen = _AWAY, Seen()
-        self._lose_silent(well_at)
+        self._lose_silent(silent_since)
 
     def _well(self) -> None:
         self.starts += 1
@@ -203,7 +218,7 @@ class Health:
         if model is None:
             has = ", ".join(repr(model.id) for model in models[:16])
             raise ConfigError(f"upstream.model: the server has no model {self._model!r}, it has {has or 'none'}")
-        context = self._settings.max_context_tokens or model.max_model_len
+        context = self._settings.max_context_tokens or model.context
         if context is None:
             raise ConfigError(
                 "upstream.max_context_tokens: missing, and the server does not say how long its context is"
@@ -212,8 +227,8 @@ class Health:
         return EngineCard(
             kind="openai",
             model=self._name,
-            max_context_tokens=min(context, model.max_model_len or context),
-            vocabulary_size=0,
+            max_context_tokens=min(context, model.context or context),
+            vocabulary_size=model.meta.n_vocab if model.meta is not None else 0,
             capabilities=capabilities,
             max_running=self._settings.max_running,
             kv_cache_tokens=0,

@@ -20,7 +20,11 @@ _FIELDS: Final = (
     "ignore_eos", "logit_bias", "logprob_count", "prompt_logprob_count", "bad_words", "allowed_token_ids",
     "keep_special_tokens", "include_stop_string",
 )  # fmt: skip  # a table
-_SEED_BITS: Final[Mapping[str, int]] = {"vllm": (1 << 62) - 1, "llama_cpp": (1 << 31) - 1}
+_SEED_BITS: Final[Mapping[str, int]] = {
+    "vllm": (1 << 62) - 1,
+    "llama_cpp": (1 << 31) - 1,
+    "llama_cpp_python": (1 << 31) - 1,
+}
 _AUDIO_FORMATS: Final[Mapping[str, str]] = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/mpeg": "mp3"}
 
 
@@ -59,7 +63,7 @@ def request_of(generation: Generation, flavour: Flavour, model: str) -> Call:
         body[flavour.parameters["prompt_token_limit"]] = generation.prompt_token_limit
         body["truncation_side"] = "left"
     if generation.structured_output is not None:
-        body |= _form(generation.structured_output, flavour)
+        body |= _form(generation.structured_output, flavour, chat=chat)
     if chat:
         return Call("/chat/completions", body | _conversation(generation, flavour))
     prompt = generation.prompt
@@ -157,13 +161,15 @@ def _plain(field: str, value: Any, flavour: Flavour) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _form(form: StructuredOutput, flavour: Flavour) -> dict[str, Any]:
+def _form(form: StructuredOutput, flavour: Flavour, *, chat: bool) -> dict[str, Any]:
     match form.kind:
         case "json_object":
             return {"response_format": {"type": "json_object"}}
         case "json_schema":
             schema = json.loads(form.value)
-            if flavour.name == "llama_cpp":
+            if flavour.name == "llama_cpp" and not chat:
+                return {"json_schema": schema}
+            if flavour.name == "llama_cpp_python":
                 return {"response_format": {"type": "json_object", "schema": schema}}
             named = {"name": "output", "schema": schema, "strict": True}
             return {"response_format": {"type": "json_schema", "json_schema": named}}

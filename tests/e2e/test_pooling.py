@@ -24,6 +24,7 @@ models:
   - {{name: talk}}
   - {{name: sim-embed}}
   - {{name: demo, path: {model}}}
+  - {{name: far}}
 pools:
   - name: talk
     serves: [talk]
@@ -37,6 +38,12 @@ pools:
     serves: [demo]
     workers:
       - {{name: vllm-0, engine_args: {{runner: pooling, convert: embed, max_model_len: 256}}}}
+  - name: far
+    serves: [far]
+    workers:
+      - name: far-0
+        engine: openai
+        upstream: {{url: "{url}/v1", model: demo, flavour: vllm, capabilities: [embed]}}
 """
 
 
@@ -45,7 +52,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, server: VllmServer) -> Iterat
     """A mesh with a worker of each kind."""
     folder = tmp_path_factory.mktemp("pooling")
     config = folder / "mesh.yaml"
-    config.write_text(CONFIG.format(model=demo_model()))
+    config.write_text(CONFIG.format(model=demo_model(), url=server.url))
     with running_mesh(folder / "state", "--config", str(config), within=180) as running:
         server.wait(within=120)
         yield running
@@ -124,6 +131,17 @@ def test_embeddings_are_those_of_vllms_own_server(mesh: Mesh, server: VllmServer
             assert entry["index"] == expected["index"]
 
 
+def test_a_worker_before_that_server_says_what_it_says(mesh: Mesh, server: VllmServer) -> None:
+    for given in (TEXTS, "hello world", [74, 467, 81]):
+        wanted = theirs(server, "/v1/embeddings", {"model": "demo", "input": given})
+        answer = post(mesh, "/v1/embeddings", {"model": "far", "input": given})
+        assert answer["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
+        for entry, expected in zip(answer["data"], wanted["data"], strict=True):
+            assert entry["embedding"] == pytest.approx(expected["embedding"], abs=1e-6)
+    wanted = theirs(server, "/tokenize", {"model": "demo", "prompt": "a quiet gärden"})
+    assert post(mesh, "/v1/tokenize", {"model": "far", "prompt": "a quiet gärden"})["tokens"] == wanted["tokens"]
+
+
 def test_reranking_and_scores_are_those_of_vllms_own_server(mesh: Mesh, server: VllmServer) -> None:
     rerank = {"model": "demo", "query": "hello garden", "documents": TEXTS, "top_n": 2}
     wanted, answer = theirs(server, "/v1/rerank", rerank), post(mesh, "/v1/rerank", rerank)
@@ -177,4 +195,4 @@ def test_embedding_goes_on_while_a_worker_is_killed_and_comes_back(mesh: Mesh) -
 
 def test_models_say_what_they_are(mesh: Mesh) -> None:
     names = {model.id for model in mesh.sdk().models.list()}
-    assert names == {"talk", "sim-embed", "demo"}
+    assert names == {"talk", "sim-embed", "demo", "far"}

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.gateway.pieces import Ending, Piece
+from services.gateway.pieces import CallPiece, Ending, Piece
 from services.gateway.stream import Stream, WorkerLostError
 
 ENDING = Ending(finish_reason="stop", prompt_tokens=1, cached_tokens=0, output_tokens=2)
@@ -120,3 +120,32 @@ async def test_a_stream_that_keeps_ids_gives_each_piece_its_tokens() -> None:
     stream.push("bc", [2, 3])
     assert await stream.take() == [Piece(text="a", token_ids=(1,)), Piece(text="bc", token_ids=[2, 3])]
     assert stream.token_ids == [1, 2, 3]
+
+
+LACKING = [
+    ("text without its tokens", [("a", [])], True),
+    ("thoughts without their tokens", [Piece(reasoning="hm")], True),
+    ("a call without its tokens", [Piece(calls=[CallPiece(index=0, name="f")])], True),
+    ("text after its tokens", [("", [1]), ("a", [])], False),
+    ("text with its tokens", [("a", [1])], False),
+    ("an end alone", [Piece(finish_reason="stop")], False),
+    ("another choice", [Piece(text="a", choice=1)], False),
+]
+
+
+@pytest.mark.parametrize(("given", "lacks"), [each[1:] for each in LACKING], ids=[each[0] for each in LACKING])
+@pytest.mark.parametrize("is_written", [False, True], ids=["taken", "written"])
+async def test_output_whose_tokens_nobody_knows_can_not_go_on(
+    given: list[Piece | tuple[str, list[int]]], lacks: bool, is_written: bool
+) -> None:
+    stream = Stream()
+    if is_written:
+        stream.writer = lambda _: True
+    for each in given:
+        if isinstance(each, Piece):
+            stream.push_piece(each)
+        else:
+            stream.push(*each)
+    assert stream.lacks_ids is lacks
+    stream.restart()
+    assert not stream.lacks_ids

@@ -88,6 +88,16 @@ WRONG: list[tuple[str, str, list[str]]] = [
     ("kv_blocks: 4096", "kv_blocks: many", ["pools[1].workers[0].sim.kv_blocks", "many"]),
     ("engine: sim, sim:", "engine: vllm, sim:", ["pools[1].workers[0]", "sim", "vllm"]),
     ("engine: sim, sim: {", "engine: sim, engine_args: {", ["engine_args", "sim"]),
+    ("engine: sim, sim:", "engine: openai, sim:", ["pools[1].workers[0].sim", "'openai'"]),
+    ("engine: sim, sim: {", "engine: openai, upstream: {url: http://far/v1, ", ["pools[1].workers[0].upstream"]),
+    ("engine: sim, sim: {", "engine: openai, upstream: {url: far, ", ["pools[1].workers[0].upstream"]),
+    ("engine_args: {max_model_len: 8192}", "upstream: {url: http://far/v1}", ["pools[0].workers[0].upstream", "vllm"]),
+    (
+        "engine: vllm, gpu: 0, gpu_memory_utilization: 0.8, engine_args: {max_model_len: 8192}",
+        "engine: openai",
+        ["pools[0].workers[0].upstream: missing", "url"],
+    ),
+    ("engine: vllm, gpu: 0", "engine: openai, gpu: 0", ["pools[0].workers[0].engine_args", "OpenAI"]),
     ("{max_model_len: 8192}", "{max_model_length: 1}", ["pools[0].workers[0].engine_args.max_model_length", "did you"]),
     ("{max_model_len: 8192}", "{kv_cache_dtype: fp9}", ["engine_args.kv_cache_dtype", "fp9", "'fp8_e4m3'"]),
     (
@@ -133,6 +143,16 @@ def test_what_is_said_of_a_model_reaches_its_workers(tmp_path: Path) -> None:
     assert (model.adapters_dir, model.adapters[0].name) == (str(tmp_path / "a"), "poet")
     volumes = compose_file(mesh)["services"]["l40-0"]["volumes"]
     assert f"{tmp_path / 'a'}:{tmp_path / 'a'}:ro" in volumes
+
+
+def test_a_worker_before_somebody_elses_server_is_told_of_it(tmp_path: Path) -> None:
+    far = "engine: openai, upstream: {url: 'http://far:8000/v1', model: llama, flavour: vllm}}"
+    start = EXAMPLE.index("engine: sim")
+    mesh = load(tmp_path, EXAMPLE[:start] + far)
+    (plan,) = (plan for plan in plan_processes(mesh, State(tmp_path / "state")) if plan.name == "sim-0")
+    upstream = msgspec.json.decode(plan.config, type=WorkerSettings).upstream
+    assert upstream is not None
+    assert (upstream.url, upstream.model, upstream.flavour) == ("http://far:8000/v1", "llama", "vllm")
 
 
 def test_vllm_needs_the_path_of_its_model(tmp_path: Path) -> None:

@@ -88,12 +88,14 @@ PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["vllm", "llama_cpp", "openai"])
-@pytest.mark.parametrize(("field", "fields", "vllm", "llama_cpp", "openai"), PARAMETERS, ids=[p[0] for p in PARAMETERS])
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["vllm", "llama_cpp_python", "openai"])
+@pytest.mark.parametrize(
+    ("field", "fields", "vllm", "llama_cpp_python", "openai"), PARAMETERS, ids=[p[0] for p in PARAMETERS]
+)
 def test_each_parameter_is_told_by_its_name_there_or_refused_by_its_name_here(
-    field: str, fields: dict[str, Any], vllm: Any, llama_cpp: Any, openai: Any, index: int
+    field: str, fields: dict[str, Any], vllm: Any, llama_cpp_python: Any, openai: Any, index: int
 ) -> None:
-    expected, known = (vllm, llama_cpp, openai)[index], flavour(("vllm", "llama_cpp", "openai")[index])
+    expected, known = (vllm, llama_cpp_python, openai)[index], flavour(("vllm", "llama_cpp_python", "openai")[index])
     if expected is None:
         with pytest.raises(MeshError, match=field.replace(".", r"\.")) as caught:
             check_possible(generation(**fields), known)
@@ -111,7 +113,7 @@ def test_an_operator_may_say_that_a_server_takes_more() -> None:
 
 
 def test_our_defaults_are_said_where_a_server_has_its_own() -> None:
-    body = request_of(generation(), flavour("llama_cpp"), "m").body
+    body = request_of(generation(), flavour("llama_cpp_python"), "m").body
     said = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
     assert said.items() <= body.items()
 
@@ -177,7 +179,7 @@ def test_forms_are_told_to_servers_that_know_them(form: StructuredOutput, expect
     assert expected.items() <= request_of(generation(SAID, structured_output=form), flavour("vllm"), "m").body.items()
     asked = generation(SAID, structured_output=form)
     if form.kind.startswith("json"):
-        assert "response_format" in request_of(asked, flavour("llama_cpp"), "m").body
+        assert "response_format" in request_of(asked, flavour("llama_cpp_python"), "m").body
     else:
         with pytest.raises(MeshError, match="structured_output"):
             check_possible(asked, flavour())

@@ -1,6 +1,8 @@
-"""The engine that is a server with OpenAI's API, before a real `vllm serve`."""
+"""The engine that is a server with OpenAI's API, before a real `vllm serve`: `python -m pytest bench/upstream_vllm.py`.
 
-import asyncio
+What starts half a minute and is asked beside it, over every parameter; tests/e2e/test_pooling.py has the same server.
+"""
+
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,7 +13,7 @@ import msgspec
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import ModelSettings, UpstreamSettings, WorkerSettings
+from services.common.settings import WorkerSettings
 from services.inference.engine import (
     Capability,
     ChatMessage,
@@ -24,7 +26,9 @@ from services.inference.engine import (
 )
 from services.inference.openai_engine import OpenAIEngine
 from tests.support.sinks import Kept
+from tests.support.upstreams import generation, run, settings_for
 from tests.support.vllm_server import vllm_server
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 GREEDY = Sampling(temperature=0, max_tokens=12, ignore_eos=True)
@@ -39,40 +43,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.wait(within=200).url
 
 
-def settings_for(url: str, **upstream: Any) -> WorkerSettings:
-    given = {"flavour": "vllm", "probe_seconds": 0.1, **upstream}
-    return WorkerSettings(
-        name="worker-0",
-        listen="127.0.0.1:0",
-        metrics="127.0.0.1:0",
-        advertise="127.0.0.1:0",
-        routers=[],
-        model=ModelSettings(name="here"),
-        engine="openai",
-        upstream=UpstreamSettings(url=f"{url}/v1", model="demo", **given),
-        start_seconds=30,
-    )
-
-
 @asynccontextmanager
 async def engine_on(url: str, **upstream: Any) -> AsyncIterator[OpenAIEngine]:
-    async with OpenAIEngine(settings_for(url, **upstream), {}) as engine:
+    async with OpenAIEngine(settings_for(url, flavour="vllm", **upstream), {}) as engine:
         yield engine
-
-
-def generation(prompt: Any = "Once upon a time", **fields: Any) -> Generation:
-    kind = "text" if isinstance(prompt, str) else "chat" if isinstance(prompt[0], ChatMessage) else "tokens"
-    return Generation(**{"id": "one", "model": "here", "prompt": prompt, "kind": kind, "sampling": GREEDY, **fields})
-
-
-async def run(engine: OpenAIEngine, asked: Generation) -> Kept:
-    kept = Kept()
-    await engine.submit(asked, kept)
-    async with asyncio.timeout(60):
-        await kept.ended.wait()
-    if kept.error is not None:
-        raise kept.error
-    return kept
 
 
 def ask(server: str, path: str, **body: Any) -> Any:
@@ -196,13 +170,10 @@ async def test_an_abort_stops_the_server(server: str) -> None:
     async with engine_on(server) as engine:
         kept = Kept()
         await engine.submit(generation(sampling=Sampling(temperature=0, max_tokens=1900, ignore_eos=True)), kept)
-        while not kept.token_ids:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: bool(kept.token_ids), within=10)
         engine.abort("one")
         came = len(kept.token_ids)
-        async with asyncio.timeout(10):
-            while _running(server):
-                await asyncio.sleep(0.05)
+        await eventually(lambda: not _running(server), within=10)
         assert len(kept.token_ids) == came
         assert not kept.ended.is_set()
         assert engine.load.running == 0
