@@ -1,7 +1,7 @@
 """Workers before servers with OpenAI's API that each do it in their own way, as they do it over a socket."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ WHOLE = (piece(""), piece("Hi "), piece("you"), piece(None, "stop"))
 
 @asynccontextmanager
 async def engine_before(
-    answers: dict[str, Answer | Ask], environment: dict[str, str] | None = None, max_queued: int = 8, **upstream: Any
+    answers: Mapping[str, Answer | Ask], environment: dict[str, str] | None = None, max_queued: int = 8, **upstream: Any
 ) -> AsyncIterator[tuple[OpenAIEngine, FarServer]]:
     async with far_server({"/v1/models": MODELS, TEXT: CANARY, CHAT: CANARY, **answers}) as far:
         settings = settings_for(far.url, max_queued=max_queued, **{"max_context_tokens": 64, **upstream})
