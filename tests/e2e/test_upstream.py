@@ -25,12 +25,13 @@ pools:
         upstream: {{url: "{url}/v1", model: demo, flavour: llama_cpp, probe_seconds: 0.1}}
 """
 SAID: Any = [{"role": "user", "content": "Tell me a story."}]
-LONG: dict[str, Any] = {"model": "far", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 900}
+# More than it says within a second.
+LONG: dict[str, Any] = {"model": "far", "prompt": "Once upon a time", "temperature": 0, "max_tokens": 16_000}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
-    with llama_server(tmp_path_factory.mktemp("llama")) as running:
+    with llama_server(tmp_path_factory.mktemp("llama"), context=16_384) as running:
         yield running
 
 

@@ -27,11 +27,12 @@ _NAMES = {
 }
 
 
-def demo_gguf(path: Path) -> Path:
-    """Writes it to `path`, which is returned."""
+def demo_gguf(path: Path, context: int) -> Path:
+    """Writes it to `path`, which is returned, as a model of so long a context as anybody asks for."""
     folder = demo_model()
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(context)
     _add_shape(writer, config)
     _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), config)
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
@@ -53,7 +54,6 @@ def demo_gguf(path: Path) -> Path:
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])

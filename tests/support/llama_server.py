@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server on the demo model: `python -m tests.support.llama_server MODEL PORT` runs it."""
+"""llama.cpp's own HTTP server on the demo model: `python -m tests.support.llama_server MODEL PORT CONTEXT` runs it."""
 
 import os
 import signal
@@ -18,23 +18,23 @@ __all__ = ["LlamaServer", "llama_server"]
 
 _ROOT = Path(__file__).parents[2]
 _SLOTS = 4
-_CONTEXT = 1024
-"""Tokens of each slot."""
 
 
 class LlamaServer:
     """A server that can be killed and started again, on the same port."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model = demo_gguf(folder / "demo.gguf")
+    def __init__(self, folder: Path, context: int) -> None:
+        self._model = demo_gguf(folder / "demo.gguf", context)
         self._log = folder / "llama.log"
         self._port = free_port()
+        self._context = context
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Starts it; returns when it answers."""
         command = [sys.executable, "-m", "tests.support.llama_server", str(self._model), str(self._port)]
+        command += [str(self._context)]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=log)
         wait_until(self._answers, within=20)
@@ -69,9 +69,9 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(folder: Path) -> Iterator[LlamaServer]:
-    """One that runs."""
-    server = LlamaServer(folder)
+def llama_server(folder: Path, *, context: int = 1024) -> Iterator[LlamaServer]:
+    """One that runs; `context` tokens are the longest sequence."""
+    server = LlamaServer(folder, context)
     try:
         server.start()
         yield server
@@ -79,7 +79,7 @@ def llama_server(folder: Path) -> Iterator[LlamaServer]:
         server.kill()
 
 
-def _serve(model: str, port: int) -> None:
+def _serve(model: str, port: int, context: int) -> None:
     import xllamacpp  # noqa: PLC0415  # only this process needs it
 
     parameters = xllamacpp.CommonParams()
@@ -87,7 +87,7 @@ def _serve(model: str, port: int) -> None:
     parameters.model_alias = {"demo"}
     parameters.port = port
     parameters.n_parallel = _SLOTS
-    parameters.n_ctx = _SLOTS * _CONTEXT
+    parameters.n_ctx = _SLOTS * context
     parameters.cpuparams.n_threads = 1
     parameters.use_jinja = True
     # It ends when it is collected.
@@ -97,4 +97,4 @@ def _serve(model: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]))
+    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
