@@ -1,13 +1,16 @@
-"""CPU of the gateway for each streamed token, beside smg's in the same run.
+"""CPU of the gateway for each streamed token, or for each request of one token, beside other proxies' in the same run.
 
-    python -m bench.gateway_cpu [--smg PATH] [--streams 64] [--tokens-per-second 100] [--seconds 20]
+    python -m bench.gateway_cpu [--smg PATH] [--litellm PATH] [--streams 64] [--tokens-per-second 100] [--seconds 20]
+    python -m bench.gateway_cpu --requests 2000 [--smg PATH] [--litellm PATH] [--streams 16]
 
-`--smg` is the program of `pip install smg==1.13.0` in an environment of its own. Both proxies get the same schedule of
-tokens from an engine that does nothing else, and the same client; the CPU is user + system of the proxy alone.
+`--smg` and `--litellm` are the programs of `pip install smg==1.13.0` and of `pip install 'litellm[proxy]'`, each in an
+environment of its own. All proxies get the same schedule of tokens from an engine that does nothing else, and the same
+client; the CPU is user + system of the proxy alone; of ours, it is the gateway's and, for requests, the router's.
 """
 
 import argparse
 import json
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -27,7 +30,7 @@ class Proxy:
     """What is measured."""
 
     name: str
-    pid: int
+    pids: tuple[int, ...]
     target: str
     key: str
 
@@ -63,12 +66,12 @@ def tokenloom(folder: Path, streams: int, tokens_per_second: float) -> Iterator[
     with KeyStore(str(keys)) as store:
         _, key = store.create("bench")
     with (
-        service("router", router, folder),
+        service("router", router, folder) as router_pid,
         service("inference", worker, folder),
         service("gateway", gateway, folder) as pid,
     ):
         wait_for_http(f"http://{ports[6]}/readyz")
-        yield Proxy(name="tokenloom gateway", pid=pid, target=ports[6], key=key)
+        yield Proxy(name="tokenloom gateway and router", pids=(pid, router_pid), target=ports[6], key=key)
 
 
 @contextmanager
@@ -81,16 +84,53 @@ def smg(folder: Path, path: str, tokens_per_second: float) -> Iterator[Proxy]:
     launch += ["--prometheus-port", str(free_port())]
     with program(server, folder / "backend.log"), program(launch, folder / "smg.log") as pid:
         wait_for_http(f"http://127.0.0.1:{port}/readiness")
-        yield Proxy(name="smg", pid=pid, target=f"127.0.0.1:{port}", key="none")
+        yield Proxy(name="smg", pids=(pid,), target=f"127.0.0.1:{port}", key="none")
+
+
+@contextmanager
+def litellm(folder: Path, path: str, tokens_per_second: float) -> Iterator[Proxy]:
+    """litellm's proxy in front of the same server."""
+    backend, port = free_port(), free_port()
+    server = [sys.executable, "-m", "bench.sse_backend", str(backend), str(tokens_per_second)]
+    parameters = {"model": "openai/sim", "api_base": f"http://127.0.0.1:{backend}/v1", "api_key": "none"}
+    config = folder / "litellm.yaml"
+    key = f"sk-{secrets.token_hex(16)}"
+    models = [{"model_name": "sim", "litellm_params": parameters}]
+    config.write_text(json.dumps({"model_list": models, "general_settings": {"master_key": key}}))
+    launch = [path, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"]
+    with program(server, folder / "backend.log"), program(launch, folder / "litellm.log") as pid:
+        wait_for_http(f"http://127.0.0.1:{port}/health/liveliness", within=90)
+        yield Proxy(name="litellm", pids=(pid,), target=f"127.0.0.1:{port}", key=key)
+
+
+def cpu_of(proxy: Proxy) -> float:
+    """User and system seconds of its processes so far."""
+    return sum(cpu_seconds(pid) for pid in proxy.pids)
+
+
+def measure_requests(proxy: Proxy, connections: int, requests: int) -> dict[str, float]:
+    """One run of many requests for one token."""
+    client = [sys.executable, "-m", "bench.request_client", proxy.target, proxy.key, str(connections)]
+    subprocess.run([*client, "200"], check=True, capture_output=True)  # warms connections and code
+    before = cpu_of(proxy)
+    run = subprocess.run([*client, str(requests)], check=True, capture_output=True, text=True)
+    cpu = cpu_of(proxy) - before
+    result = json.loads(run.stdout)
+    took = result["request_seconds"]
+    return {
+        "us_cpu_per_request": 1e6 * cpu / requests,
+        "requests_per_second": requests / result["seconds"],
+        "ms_p50": 1000 * took[len(took) // 2],
+    }
 
 
 def measure(proxy: Proxy, streams: int, max_tokens: int) -> dict[str, float]:
     """One run of the client against a proxy."""
     client = [sys.executable, "-m", "bench.sse_client", proxy.target, proxy.key, str(streams)]
     subprocess.run([*client, "20"], check=True, capture_output=True)  # warms connections and code
-    before = cpu_seconds(proxy.pid)
+    before = cpu_seconds(proxy.pids[0])
     run = subprocess.run([*client, str(max_tokens)], check=True, capture_output=True, text=True)
-    cpu = cpu_seconds(proxy.pid) - before
+    cpu = cpu_seconds(proxy.pids[0]) - before
     result = json.loads(run.stdout)
     firsts = result["first_event_seconds"]
     return {
@@ -107,6 +147,8 @@ def main() -> None:
     """Measures each proxy in turn and prints one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smg", help="path of the smg program")
+    parser.add_argument("--litellm", help="path of the litellm program")
+    parser.add_argument("--requests", type=int, default=0, help="so many of one token each, instead of long streams")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument(
         "--tokens-per-second", type=float, default=100.0, help="of each stream; large: as fast as it goes"
@@ -121,9 +163,15 @@ def main() -> None:
             runs = [tokenloom(folder, options.streams, options.tokens_per_second)]
             if options.smg:
                 runs.append(smg(folder, options.smg, options.tokens_per_second))
+            if options.litellm:
+                runs.append(litellm(folder, options.litellm, options.tokens_per_second))
             for run in runs:
                 with run as proxy:
-                    print(proxy.name, json.dumps(measure(proxy, options.streams, max_tokens)), flush=True)
+                    if options.requests:
+                        measured = measure_requests(proxy, options.streams, options.requests)
+                    else:
+                        measured = measure(proxy, options.streams, max_tokens)
+                    print(proxy.name, json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,9 +33,9 @@ def test_a_record_is_one_object() -> None:
 
 
 def test_what_is_passed_as_extra_becomes_keys() -> None:
-    line = line_of("it", exc_info=None, extra={"worker": "w-0", "seconds": 1.5, "odd": {1}})
+    line = line_of("it", exc_info=None, extra={"worker": "w-0", "seconds": 1.5, "odd": Path("a")})
 
-    assert (line["worker"], line["seconds"], line["odd"]) == ("w-0", 1.5, "{1}")
+    assert (line["worker"], line["seconds"], line["odd"]) == ("w-0", 1.5, "a")
 
 
 def test_an_exception_is_told_in_the_same_line() -> None:
@@ -49,6 +50,10 @@ def test_line_breaks_and_other_alphabets_stay_in_one_line() -> None:
     assert line_of("a\nb\r日本", exc_info=None)["message"] == "a\nb\r日本"
 
 
+def test_half_a_surrogate_pair_is_no_reason_to_lose_a_line() -> None:
+    assert line_of("\ud83d", exc_info=None)["message"] == "\ud83d"
+
+
 def test_a_record_inside_a_span_carries_its_trace() -> None:
     context = SpanContext(0x1234, 0x56, is_remote=False, trace_flags=TraceFlags(1))
 
@@ -60,7 +65,9 @@ def test_a_record_inside_a_span_carries_its_trace() -> None:
 
 
 @pytest.fixture
-def root() -> Iterator[logging.Logger]:
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
+    for name in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing"):
+        monkeypatch.setattr(logging, name, getattr(logging, name))
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield root
