@@ -52,7 +52,7 @@ class JsonFormatter(logging.Formatter):
 def setup(service: str, *, level: str = "info") -> None:
     """Sends every log record of this process to standard output as JSON lines."""
     # What no line tells need not be found out for each: half of what a line costs.
-    logging._srcfile = None  # type: ignore[attr-defined]  # as the documentation of logging advises
+    logging._srcfile = None  # as the documentation of logging advises
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter(service))
