@@ -1,4 +1,4 @@
-.PHONY: install up test check format proto proto-release lock clean
+.PHONY: install up test test-clients check format proto proto-release lock clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -26,6 +26,12 @@ else
 	$(BIN)/pytest tests/e2e tests/integration
 endif
 
+# The clients that `make test` leaves out where they are not installed; they come from PyPI and npm.
+test-clients: install
+	@scripts/system-packages
+	@scripts/client-venvs
+	$(BIN)/pytest tests/e2e/test_clients.py $(ARGS)
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,4 +58,4 @@ lock: install
 	PATH="$(PWD)/$(BIN):$$PATH" scripts/lock $(ARGS)
 
 clean:
-	rm -rf $(VENV) .tokenloom build dist
+	rm -rf $(VENV) .tokenloom .clients tests/clients/node/node_modules build dist
