@@ -10,9 +10,19 @@ from google.protobuf.duration_pb2 import Duration
 from tokenloom.router.v1 import admin_pb2, router_pb2
 from tokenloom.telemetry.v1 import telemetry_pb2
 
-__all__ = ["FleetView", "GpuView", "TenantView", "Trouble", "WorkerView", "plain", "view_of"]
+__all__ = ["FleetView", "GpuView", "MigView", "TenantView", "Trouble", "WorkerView", "plain", "view_of"]
 
 _LONGEST: Final = 128
+
+
+class MigView(msgspec.Struct, kw_only=True, frozen=True):
+    """An instance of a GPU that is split."""
+
+    uuid: str
+    name: str
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    workers: list[str]
 
 
 class GpuView(msgspec.Struct, kw_only=True, frozen=True):
@@ -33,7 +43,10 @@ class GpuView(msgspec.Struct, kw_only=True, frozen=True):
     power_limit_watts: float | None
     throttle_reasons: list[str]
     workers: list[str]
-    """Those that run on it."""
+    """Those that run on it, or on an instance of it."""
+    instances: list[MigView]
+    events: list[str]
+    """What happened to it lately, in words, the latest last."""
 
 
 class WorkerView(msgspec.Struct, kw_only=True, frozen=True):
@@ -109,6 +122,7 @@ def view_of(
     fleet: admin_pb2.WatchFleetResponse,
     gpus: Mapping[str, telemetry_pb2.Gpu],
     driver: telemetry_pb2.Driver | None,
+    nodes: Sequence[telemetry_pb2.Node] = (),
 ) -> FleetView:
     """Joins what the router and telemetry said; `gpus` are by UUID."""
     workers = [_worker(worker) for worker in fleet.workers]
@@ -125,7 +139,7 @@ def view_of(
         ],
         waiting=fleet.waiting_count,
         degradation=_name(admin_pb2.DegradationLevel, fleet.degradation_level, "DEGRADATION_LEVEL_"),
-        troubles=list(_troubles(fleet, workers, cards, driver)),
+        troubles=[*_of_fleet(fleet, workers), *_of_workers(workers, cards), *_of_gpus(cards, driver, nodes)],
     )
 
 
@@ -184,39 +198,65 @@ def _gpu(gpu: telemetry_pb2.Gpu, workers: Iterable[WorkerView]) -> GpuView:
         power_watts=gpu.power_watts if gpu.HasField("power_watts") else None,
         power_limit_watts=gpu.power_limit_watts if gpu.HasField("power_limit_watts") else None,
         throttle_reasons=[plain(reason) for reason in gpu.throttle_reasons],
-        workers=[worker.name for worker in workers if gpu.uuid in worker.gpus],
+        workers=_users(workers, gpu.uuid, *(instance.uuid for instance in gpu.mig_instances)),
+        instances=[
+            MigView(
+                uuid=one.uuid,
+                name=plain(one.name),
+                memory_used_bytes=one.memory_used_bytes if one.HasField("memory_used_bytes") else None,
+                memory_total_bytes=one.memory_total_bytes if one.HasField("memory_total_bytes") else None,
+                workers=_users(workers, one.uuid),
+            )
+            for one in gpu.mig_instances
+        ],
+        events=[_event(event) for event in gpu.recent_events],
     )
 
 
-def _troubles(
-    fleet: admin_pb2.WatchFleetResponse,
-    workers: Sequence[WorkerView],
-    gpus: Sequence[GpuView],
-    driver: telemetry_pb2.Driver | None,
-) -> Iterator[Trouble]:
+def _users(workers: Iterable[WorkerView], *uuids: str) -> list[str]:
+    return [worker.name for worker in workers if not set(uuids).isdisjoint(worker.gpus)]
+
+
+def _event(event: telemetry_pb2.GpuEvent) -> str:
+    at = event.time.ToDatetime().strftime("%H:%M:%S")
+    what = plain(event.message) or _name(telemetry_pb2.GpuEventKind, event.kind, "GPU_EVENT_KIND_")
+    return f"{at} UTC: {what}"
+
+
+def _of_fleet(fleet: admin_pb2.WatchFleetResponse, workers: Sequence[WorkerView]) -> Iterator[Trouble]:
     if not workers:
         yield Trouble("workers", "none is registered")
     if fleet.degradation_reason:
         yield Trouble("mesh", f"degraded: {plain(fleet.degradation_reason)}")
-    for worker in workers:
-        if not worker.is_ready:
-            yield Trouble(worker.name, f"takes no work: {worker.state}")
-        for reason in worker.slow_reasons:
-            yield Trouble(worker.name, f"slow: {reason}{_of_its_gpus(worker, gpus)}")
-    if driver is not None and driver.state == telemetry_pb2.DRIVER_STATE_FAILED:
-        yield Trouble("NVIDIA driver", plain(driver.message))
-    for gpu in gpus:
-        if gpu.health != "healthy":
-            yield Trouble(f"GPU {gpu.node}/{gpu.index}", f"{gpu.health}: {gpu.reason or 'for no known reason'}")
     if fleet.waiting_count:
         yield Trouble("queue", f"{fleet.waiting_count} requests wait for a worker with room")
 
 
-def _of_its_gpus(worker: WorkerView, gpus: Sequence[GpuView]) -> str:
-    causes = {
-        cause for gpu in gpus if gpu.uuid in worker.gpus for cause in (*gpu.throttle_reasons, gpu.reason) if cause
-    }
-    return f"; its GPU: {', '.join(sorted(causes))}" if causes else ""
+def _of_workers(workers: Iterable[WorkerView], gpus: Sequence[GpuView]) -> Iterator[Trouble]:
+    for worker in workers:
+        if not worker.is_ready:
+            yield Trouble(worker.name, f"takes no work: {worker.state}")
+        for reason in worker.slow_reasons:
+            own = [gpu for gpu in gpus if worker.name in gpu.workers]
+            causes = {cause for gpu in own for cause in (*gpu.throttle_reasons, gpu.reason) if cause}
+            of_gpu = f"; its GPU: {', '.join(sorted(causes))}" if causes else ""
+            yield Trouble(worker.name, f"slow: {reason}{of_gpu}")
+
+
+def _of_gpus(
+    gpus: Iterable[GpuView], driver: telemetry_pb2.Driver | None, nodes: Sequence[telemetry_pb2.Node]
+) -> Iterator[Trouble]:
+    drivers = [("NVIDIA driver", driver)] if driver is not None and not nodes else []
+    for node in nodes:
+        if node.away:
+            yield Trouble(f"machine {plain(node.name)}", "its telemetry does not answer")
+        drivers.append((f"NVIDIA driver of {plain(node.name)}", node.driver))
+    for subject, one in drivers:
+        if one.state == telemetry_pb2.DRIVER_STATE_FAILED:
+            yield Trouble(subject, plain(one.message))
+    for gpu in gpus:
+        if gpu.health != "healthy":
+            yield Trouble(f"GPU {gpu.node}/{gpu.index}", f"{gpu.health}: {gpu.reason or 'for no known reason'}")
 
 
 def _name(enum: object, value: int, prefix: str) -> str:

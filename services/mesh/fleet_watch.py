@@ -31,6 +31,7 @@ class FleetWatch:
         self._fleet: admin_pb2.WatchFleetResponse | None = None
         self._gpus: dict[str, telemetry_pb2.Gpu] = {}
         self._driver: telemetry_pb2.Driver | None = None
+        self._nodes: list[telemetry_pb2.Node] = []
         self._knows_gpus = asyncio.Event()
         self.changed = asyncio.Event()
         self.error: MeshError | None = None
@@ -41,7 +42,7 @@ class FleetWatch:
         """The fleet as it was said last; None while nothing was."""
         if self._fleet is None:
             return None
-        return view_of(self._door.url, self._fleet, self._gpus, self._driver)
+        return view_of(self._door.url, self._fleet, self._gpus, self._driver, self._nodes)
 
     async def first(self) -> FleetView:
         """The first whole view.
@@ -81,7 +82,7 @@ class FleetWatch:
             if everything:
                 self._gpus.clear()
                 everything = False
-            self._driver = message.driver
+            self._driver, self._nodes = message.driver, list(message.nodes)
             self._gpus.update((gpu.uuid, gpu) for gpu in message.gpus)
             for uuid in message.removed_uuids:
                 self._gpus.pop(uuid, None)

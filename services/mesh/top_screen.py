@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.common.errors import MeshError
-from services.mesh.fleet_view import FleetView, GpuView, TenantView, Trouble, WorkerView
+from services.mesh.fleet_view import FleetView, GpuView, MigView, TenantView, Trouble, WorkerView
 
 __all__ = ["Screen", "print_view", "rendered"]
 
@@ -82,7 +82,7 @@ def rendered(
     gpus = view.gpus[: most or _MOST_GPUS]
     tenants = view.tenants[: most or _MOST_TENANTS]
     used = sum(1 + len(line) // width for line in troubles)
-    used += (len(gpus) + 1 if gpus else 0) + (len(tenants) + 1 if tenants else 0)
+    used += (sum(1 + len(gpu.instances) for gpu in gpus) + 1 if gpus else 0) + (len(tenants) + 1 if tenants else 0)
     rows = max(_FEWEST_ROWS, height - used - _HEADINGS)
     if gpus:
         parts.append(_gpu_table(gpus, width))
@@ -148,10 +148,12 @@ def _gpu_table(gpus: Iterable[GpuView], width: int) -> Table:
             f"{_said(gpu.power_watts, '{:.0f}')}/{_said(gpu.power_limit_watts, '{:.0f} W')}",
             Text(state, "green" if gpu.health == "healthy" else "bold red"),
         )
+        for one in gpu.instances:
+            table.add_row(Text(f"  {one.name}"), "", _memory(one), "", "", Text(", ".join(one.workers)))
     return table
 
 
-def _memory(gpu: GpuView) -> str:
+def _memory(gpu: GpuView | MigView) -> str:
     if gpu.memory_used_bytes is None or gpu.memory_total_bytes is None:
         return "-"
     return f"{gpu.memory_used_bytes / 2**30:.1f}/{gpu.memory_total_bytes / 2**30:.0f} GiB"

@@ -79,6 +79,18 @@ def test_workers_and_gpus_are_joined_and_what_a_card_does_not_report_is_absent()
             {},
             [("GPU n1/0", "lost: it fell off the bus")],
         ),
+        (
+            [worker("w0", slow=("heat",))],
+            [
+                gpu(
+                    "split",
+                    mig_instances=[telemetry_pb2.MigInstance(uuid="GPU-w0", name="1g.10gb")],
+                    throttle_reasons=["sw_power_cap"],
+                )
+            ],
+            {},
+            [("w0", "slow: heat; its GPU: sw_power_cap")],
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_words(
@@ -89,6 +101,16 @@ def test_what_is_wrong_is_said_in_words(
 ) -> None:
     found = view(*workers, gpus=tuple(gpus), **fleet).troubles
     assert [(one.subject, one.what) for one in found] == said
+
+
+def test_machines_whose_telemetry_or_driver_fails_are_named() -> None:
+    failed = telemetry_pb2.Driver(state=telemetry_pb2.DRIVER_STATE_FAILED, message="NVML: unknown error")
+    nodes = [telemetry_pb2.Node(name="n1", driver=READY, away=True), telemetry_pb2.Node(name="n2", driver=failed)]
+    found = view_of("http://edge", admin_pb2.WatchFleetResponse(workers=[worker("w0")]), {}, failed, nodes).troubles
+    assert [(one.subject, one.what) for one in found] == [
+        ("machine n1", "its telemetry does not answer"),
+        ("NVIDIA driver of n2", "NVML: unknown error"),
+    ]
 
 
 def test_names_that_others_chose_can_not_steer_a_terminal() -> None:

@@ -3,7 +3,7 @@ import { $, fill, gib, h, meter, notice, number, pill, round, seconds, share, sp
 import { follow } from "./api.js";
 
 const HISTORY = 120, rates = [];
-let stop = null, fleet = null, gpus = new Map(), driver = null, drawn = 0;
+let stop = null, fleet = null, gpus = new Map(), driver = null, nodes = [], drawn = 0;
 
 /** Why workers are slow at present, by name. */
 export const slow = () => new Map((fleet?.workers ?? []).map(one => [one.registration.worker_id, one.slow_reasons ?? []]));
@@ -27,6 +27,7 @@ export function start(linked) {
     heard: (message, first) => {
       if (first) gpus.clear();
       driver = message.driver ?? driver;
+      nodes = message.nodes ?? nodes;
       for (const gpu of message.gpus ?? []) gpus.set(gpu.uuid, gpu);
       for (const uuid of message.removed_uuids ?? []) gpus.delete(uuid);
       draw();
@@ -96,12 +97,15 @@ function troubles(workers, cards) {
   if (fleet.degradation_reason) found.push([true, "The mesh is degraded:", fleet.degradation_reason]);
   for (const one of workers) {
     if (one.out) found.push([true, one.name, `takes no work: ${one.out}${one.why ? ` (${one.why})` : ""}`]);
-    const causes = cards.filter(gpu => one.gpus.includes(gpu.uuid)).flatMap(gpu => gpu.throttle_reasons ?? []);
+    const causes = cards.filter(gpu => uses(one, gpu)).flatMap(gpu => [...gpu.throttle_reasons ?? [], gpu.health_reason].filter(Boolean));
     for (const reason of one.slow) {
       found.push([false, one.name, `is slow: ${reason}${causes.length ? `; its GPU: ${causes.join(", ")}` : ""}`]);
     }
   }
-  if (driver?.state === "DRIVER_STATE_FAILED") found.push([true, "NVIDIA driver:", driver.message ?? "it fails"]);
+  for (const node of nodes.length ? nodes : [{ driver }]) {
+    if (node.away) found.push([true, `Machine ${node.name}:`, "its telemetry does not answer"]);
+    if (node.driver?.state === "DRIVER_STATE_FAILED") found.push([true, `NVIDIA driver${node.name ? ` of ${node.name}` : ""}:`, node.driver.message ?? "it fails"]);
+  }
   for (const gpu of cards) {
     if (health(gpu) !== "healthy") found.push([health(gpu) !== "degraded", label(gpu), `is ${health(gpu)}: ${gpu.health_reason ?? ""}`]);
   }
@@ -119,11 +123,12 @@ function row(one) {
       meter(one.leases / (one.slots || 1), `${one.running}/${one.slots}${one.waiting ? ` +${one.waiting}` : ""}`, "slots in use"),
       meter(one.kv, share(one.kv), "KV cache in use"), number(round(one.rate)), number(time(one.step)),
       number(one.prefill ? `${round(one.prefill)}/s` : "–"), number(one.cached === null ? "–" : share(one.cached)),
-      one.gpus.map(uuid => gpus.has(uuid) ? label(gpus.get(uuid)) : uuid.slice(0, 12)).join(", ") || "–",
+      [...gpus.values()].filter(gpu => uses(one, gpu)).map(label).join(", ") || one.gpus.map(uuid => uuid.slice(0, 12)).join(", ") || "–",
     ],
   };
 }
 
+const uses = (worker, gpu) => [gpu, ...gpu.mig_instances ?? []].some(part => worker.gpus.includes(part.uuid));
 const health = gpu => (gpu.health ?? "").replace("GPU_HEALTH_", "").toLowerCase() || "unknown";
 const label = gpu => `GPU ${gpu.node ? `${gpu.node}/` : ""}${gpu.index ?? 0}`;
 
@@ -134,7 +139,7 @@ function drawGpus(cards, workers) {
     return;
   }
   $("gpus").replaceChildren(...cards.map(gpu => {
-    const users = workers.filter(one => one.gpus.includes(gpu.uuid)).map(one => one.name), well = health(gpu) === "healthy";
+    const users = workers.filter(one => uses(one, gpu)).map(one => one.name), well = health(gpu) === "healthy";
     const lines = [];
     const tell = (name, value) => lines.push(h("dt", "", name), h("dd", "", value));
     if (gpu.utilization_percent !== undefined) tell("Busy", meter(gpu.utilization_percent / 100, `${gpu.utilization_percent} %`, "busy"));
@@ -144,6 +149,12 @@ function drawGpus(cards, workers) {
     if (gpu.temperature_celsius !== undefined) tell("Temperature", `${gpu.temperature_celsius} °C`);
     if (gpu.power_watts !== undefined) tell("Power", `${round(gpu.power_watts)}${gpu.power_limit_watts ? ` of ${round(gpu.power_limit_watts)}` : ""} W`);
     if (gpu.throttle_reasons?.length) tell("Held down by", gpu.throttle_reasons.join(", "));
+    for (const part of gpu.mig_instances ?? []) {
+      const used = part.memory_total_bytes ? `${gib(part.memory_used_bytes ?? 0)}/${gib(part.memory_total_bytes)} GiB` : "";
+      tell(part.name || "Instance", used);
+    }
+    const event = gpu.recent_events?.at(-1);
+    if (event) tell("Last event", `${new Date(event.time).toLocaleTimeString("en-GB")} ${event.message ?? ""}`);
     if (users.length) tell("Workers", users.join(", "));
     return h("div", "gpu", [h("p", "", [h("strong", "", `${label(gpu)} `), pill(health(gpu), well ? "good" : "bad")]),
       h("p", "quiet", gpu.name ?? ""), h("dl", "", lines)]);
