@@ -45,7 +45,7 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
         return
     state = State(arguments.state_dir)
     runs = state.running_pid() is not None
-    yield from machine_findings(state.folder, thorough=arguments.thorough)
+    yield from machine_findings(state.folder, thorough=arguments.thorough, runs=runs)
     if arguments.config is not None:
         yield from config_findings(arguments.config, runs=runs)
     elif not runs:

@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
@@ -85,6 +85,7 @@ class TenantView(msgspec.Struct, kw_only=True, frozen=True):
 class Trouble(msgspec.Struct, frozen=True):
     """Something that is wrong."""
 
+    kind: Literal["no_workers", "degraded", "waiting", "worker_out", "worker_slow", "machine", "driver", "gpu"]
     subject: str
     what: str
 
@@ -225,22 +226,23 @@ def _event(event: telemetry_pb2.GpuEvent) -> str:
 
 def _of_fleet(fleet: admin_pb2.WatchFleetResponse, workers: Sequence[WorkerView]) -> Iterator[Trouble]:
     if not workers:
-        yield Trouble("workers", "none is registered")
+        yield Trouble("no_workers", "workers", "none is registered")
     if fleet.degradation_reason:
-        yield Trouble("mesh", f"degraded: {plain(fleet.degradation_reason)}")
+        yield Trouble("degraded", "mesh", f"degraded: {plain(fleet.degradation_reason)}")
     if fleet.waiting_count:
-        yield Trouble("queue", f"{fleet.waiting_count} requests wait for a worker with room")
+        yield Trouble("waiting", "queue", f"{fleet.waiting_count} requests wait for a worker with room")
 
 
 def _of_workers(workers: Iterable[WorkerView], gpus: Sequence[GpuView]) -> Iterator[Trouble]:
     for worker in workers:
+        own = [gpu for gpu in gpus if worker.name in gpu.workers]
+        causes = {gpu.reason or ", ".join(gpu.throttle_reasons) for gpu in own} - {""}
+        of_gpu = f"; its GPU: {'; '.join(sorted(causes))}" if causes else ""
         if not worker.is_ready:
-            yield Trouble(worker.name, f"takes no work: {worker.state}")
+            yield Trouble("worker_out", worker.name, f"takes no work: {worker.state}{of_gpu}")
+            continue
         for reason in worker.slow_reasons:
-            own = [gpu for gpu in gpus if worker.name in gpu.workers]
-            causes = {cause for gpu in own for cause in (*gpu.throttle_reasons, gpu.reason) if cause}
-            of_gpu = f"; its GPU: {', '.join(sorted(causes))}" if causes else ""
-            yield Trouble(worker.name, f"slow: {reason}{of_gpu}")
+            yield Trouble("worker_slow", worker.name, f"slow: {reason}{of_gpu}")
 
 
 def _of_gpus(
@@ -249,14 +251,14 @@ def _of_gpus(
     drivers = [("NVIDIA driver", driver)] if driver is not None and not nodes else []
     for node in nodes:
         if node.away:
-            yield Trouble(f"machine {plain(node.name)}", "its telemetry does not answer")
+            yield Trouble("machine", f"machine {plain(node.name)}", "its telemetry does not answer")
         drivers.append((f"NVIDIA driver of {plain(node.name)}", node.driver))
     for subject, one in drivers:
         if one.state == telemetry_pb2.DRIVER_STATE_FAILED:
-            yield Trouble(subject, plain(one.message))
+            yield Trouble("driver", subject, plain(one.message))
     for gpu in gpus:
         if gpu.health != "healthy":
-            yield Trouble(f"GPU {gpu.node}/{gpu.index}", f"{gpu.health}: {gpu.reason or 'for no known reason'}")
+            yield Trouble("gpu", f"GPU {gpu.node}/{gpu.index}", f"{gpu.health}: {gpu.reason or 'for no known reason'}")
 
 
 def _name(enum: object, value: int, prefix: str) -> str:

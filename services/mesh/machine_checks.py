@@ -32,15 +32,18 @@ _TIMEX_BYTES: Final = 512
 _DEVICES: Final = Path("/dev/nvidiactl")
 
 
-def machine_findings(folder: Path, *, thorough: bool) -> Iterator[Finding]:
-    """Looks at the machine; `folder` is where the mesh keeps its state. `thorough` loads vLLM, which takes a while."""
+def machine_findings(folder: Path, *, thorough: bool, runs: bool = False) -> Iterator[Finding]:
+    """Looks at the machine; `folder` is where the mesh keeps its state.
+
+    `thorough` loads vLLM, which takes a while. `runs`: a mesh does, so that memory of GPUs is rightly used.
+    """
     yield _python()
     yield _memory()
     yield _disk(folder)
     yield _files()
     yield _clock()
     yield _envoy()
-    yield from _gpus()
+    yield from _gpus(runs=runs)
     yield _vllm()
     if thorough:
         yield _vllm_loads()
@@ -139,7 +142,7 @@ def _envoy() -> Finding:
     return Finding(Level.OK, "Envoy", parts[1] if len(parts) > 1 else said.strip()[:80])
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus(*, runs: bool) -> Iterator[Finding]:
     import pynvml  # noqa: PLC0415  # needed nowhere else here
 
     try:
@@ -152,7 +155,7 @@ def _gpus() -> Iterator[Finding]:
         count = int(pynvml.nvmlDeviceGetCount())
         yield Finding(Level.OK, "NVIDIA driver", f"{driver}, {count} GPU{'' if count == 1 else 's'}")
         for index in range(count):
-            yield _gpu(index)
+            yield _gpu(index, runs=runs)
     except pynvml.NVMLError as error:
         advice = "nvidia-smi should work first; after an update of the driver, restart the machine"
         yield Finding(Level.TROUBLE, "NVIDIA driver", f"it fails: {error}", advice)
@@ -167,7 +170,7 @@ def _no_nvml(error: str) -> Finding:
     return Finding(Level.NOTE, "NVIDIA driver", "there is none: vLLM runs on the CPU, or the simulated engine does")
 
 
-def _gpu(index: int) -> Finding:
+def _gpu(index: int, *, runs: bool) -> Finding:
     import pynvml  # noqa: PLC0415  # as above
 
     subject = f"GPU {index}"
@@ -179,7 +182,7 @@ def _gpu(index: int) -> Finding:
         return Finding(Level.TROUBLE, subject, f"it does not answer: {error}", advice)
     free, total = int(memory.free), int(memory.total)
     said = f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-    if free < total / 5:
+    if free < total / 5 and not runs:
         advice = "nvidia-smi shows who has it; give workers a smaller gpu_memory_utilization"
         return Finding(Level.NOTE, subject, said, advice)
     return Finding(Level.OK, subject, said)

@@ -16,7 +16,7 @@ from services.common.errors import MeshError, Reason
 from services.mesh.config_checks import database_finding, redis_finding
 from services.mesh.edge_client import Door, ask_gateway, ask_router
 from services.mesh.finding import Finding, Level
-from services.mesh.fleet_view import FleetView
+from services.mesh.fleet_view import FleetView, Trouble
 from services.mesh.fleet_watch import watch_fleet
 from services.mesh.request_story import told
 from services.mesh.state import State
@@ -138,32 +138,45 @@ def _fleet(view: FleetView) -> Iterator[Finding]:
         elif worker.is_ready and not worker.slow_reasons:
             yield Finding(Level.OK, worker.name, f"ready, {worker.running} of {worker.slots} slots busy")
     for trouble in view.troubles:
-        level = Level.NOTE if trouble.subject == "queue" or trouble.what.startswith("slow") else Level.TROUBLE
-        yield Finding(level, trouble.subject, trouble.what, _advice(trouble.what))
+        level = Level.NOTE if trouble.kind in _NOTES else Level.TROUBLE
+        yield Finding(level, trouble.subject, trouble.what, _advice(trouble))
     for gpu in view.gpus:
         if gpu.health == "healthy":
             yield Finding(Level.OK, f"GPU {gpu.node}/{gpu.index}", f"{gpu.name}, healthy")
 
 
-def _advice(what: str) -> str:
-    for beginning, advice in _ADVICE.items():
-        if what.startswith(beginning):
-            return advice
-    return ""
+def _advice(trouble: Trouble) -> str:
+    if trouble.kind == "worker_out":
+        return next((advice for why, advice in _OUT.items() if why in trouble.what), _ADVICE["worker_out"])
+    if trouble.kind == "worker_slow":
+        return next((advice for why, advice in _SLOW.items() if why in trouble.what), "")
+    return _ADVICE[trouble.kind]
 
 
 _ADVICE: Final = {
-    "slow: the state of its GPU": "see the card's temperature and power: tokenloom top; airflow or a power limit",
-    "slow: a decode step": "see what else uses its card or its CPU; tokenloom workers drain takes it out of service",
-    "slow: it prefills": "see what else uses its card or its CPU; tokenloom workers drain takes it out of service",
-    "slow: its KV cache": "give it more memory (gpu_memory_utilization), shorter contexts, or another worker beside it",
-    "slow: it failed": "its log says what failed",
-    "takes no work: drained": "tokenloom workers undrain gives it work again",
-    "takes no work: cordoned": "tokenloom workers undrain gives it work again",
-    "takes no work": "its log says why; it is started again where its process is gone",
-    "none is registered": "the workers' logs say why they don't reach the router",
+    "no_workers": "the workers' logs say why they don't reach the router",
     "degraded": "bring back the workers that are missing, or change the policy's degradation",
+    "waiting": "tokenloom top shows who is busy; more workers, or limits for whoever asks for so much",
+    "worker_out": "its log says why; it is started again where its process is gone",
+    "machine": "start its telemetry again, or see why this machine can't reach it",
+    "driver": "nvidia-smi should work first; after an update of the driver, restart the machine",
+    "gpu": "dmesg and nvidia-smi say more; heat: airflow or a power limit; errors: reset the card, then replace it",
 }
+_OUT: Final = {
+    "drained": "tokenloom workers undrain gives it work again",
+    "cordoned": "tokenloom workers undrain gives it work again",
+    "asleep": "Wake of its WorkerService brings it back",
+    "gpu lost": "see what is said of its card; it takes work again once the card is well",
+}
+_SLOW: Final = {
+    "the state of its GPU": "see the card's temperature and power: tokenloom top; airflow or a power limit",
+    "a decode step": "see what else uses its card or its CPU; tokenloom workers drain takes it out of service",
+    "it prefills": "see what else uses its card or its CPU; tokenloom workers drain takes it out of service",
+    "its KV cache": "give it more memory (gpu_memory_utilization), shorter contexts, or another worker beside it",
+    "it failed": "its log says what failed",
+}
+# What slows the mesh down and does not stop it.
+_NOTES: Final = ("waiting", "worker_slow")
 
 
 def _requests(door: Door) -> Iterator[Finding]:

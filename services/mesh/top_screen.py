@@ -138,7 +138,11 @@ def _gpu_table(gpus: Iterable[GpuView], width: int) -> Table:
     )
     for gpu in gpus:
         hot = (gpu.temperature_celsius or 0) >= 85
-        state = gpu.health if not gpu.throttle_reasons else f"{gpu.health}, {', '.join(gpu.throttle_reasons)}"
+        state = (
+            gpu.health
+            if not gpu.throttle_reasons
+            else f"{gpu.health}, {', '.join(gpu.throttle_reasons)}".replace("_", " ")
+        )
         name = f"{gpu.node}/{gpu.index} {gpu.name}" if width >= _WIDE else f"{gpu.index} {gpu.name}"
         table.add_row(
             Text(name),

@@ -64,7 +64,12 @@ def test_workers_and_gpus_are_joined_and_what_a_card_does_not_report_is_absent()
     ("workers", "gpus", "fleet", "said"),
     [
         ([], [], {}, [("workers", "none is registered")]),
-        ([worker("w0", excluded="silent for 3.0 s")], [], {}, [("w0", "takes no work: silent for 3.0 s")]),
+        (
+            [worker("w0", excluded="silent for 3.0 s", slow=("heat",))],
+            [],
+            {},
+            [("w0", "takes no work: silent for 3.0 s")],
+        ),
         ([worker("w0")], [], {"waiting_count": 2}, [("queue", "2 requests wait for a worker with room")]),
         ([worker("w0")], [], {"degradation_reason": "few workers"}, [("mesh", "degraded: few workers")]),
         (
@@ -74,10 +79,13 @@ def test_workers_and_gpus_are_joined_and_what_a_card_does_not_report_is_absent()
             [("w0", "slow: a decode step takes long; its GPU: hw_thermal_slowdown")],
         ),
         (
-            [worker("w0")],
+            [worker("w0", excluded="gpu lost")],
             [gpu("w0", health=telemetry_pb2.GPU_HEALTH_LOST, health_reason="it fell off the bus")],
             {},
-            [("GPU n1/0", "lost: it fell off the bus")],
+            [
+                ("w0", "takes no work: gpu lost; its GPU: it fell off the bus"),
+                ("GPU n1/0", "lost: it fell off the bus"),
+            ],
         ),
         (
             [worker("w0", slow=("heat",))],

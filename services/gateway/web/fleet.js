@@ -57,7 +57,8 @@ function draw() {
     tiles(workers);
     $("troubles").replaceChildren(...troubles(workers, cards).map(([bad, who, what]) =>
       h("li", bad ? "bad" : "", [h("strong", "", who), ` ${what}`])));
-    fill($("workers").tBodies[0], workers.map(row));
+    const rank = one => one.out ? 0 : one.slow.length ? 1 : 2;
+    fill($("workers").tBodies[0], [...workers].sort((one, other) => rank(one) - rank(other)).map(row));
     drawGpus(cards, workers);
     fill($("tenants").tBodies[0], (fleet.tenants ?? []).map(one => ({
       key: one.tenant_id, cells: [one.tenant_id, number(one.running_count ?? 0), number(one.waiting_count ?? 0)],
@@ -96,18 +97,20 @@ function troubles(workers, cards) {
   if (!workers.length) found.push([true, "Workers:", "none is registered"]);
   if (fleet.degradation_reason) found.push([true, "The mesh is degraded:", fleet.degradation_reason]);
   for (const one of workers) {
-    if (one.out) found.push([true, one.name, `takes no work: ${one.out}${one.why ? ` (${one.why})` : ""}`]);
-    const causes = cards.filter(gpu => uses(one, gpu)).flatMap(gpu => [...gpu.throttle_reasons ?? [], gpu.health_reason].filter(Boolean));
-    for (const reason of one.slow) {
-      found.push([false, one.name, `is slow: ${reason}${causes.length ? `; its GPU: ${causes.join(", ")}` : ""}`]);
+    const causes = cards.filter(gpu => uses(one, gpu)).map(gpu => gpu.health_reason || words(gpu.throttle_reasons)).filter(Boolean);
+    const ofGpu = causes.length ? `; its GPU: ${causes.join("; ")}` : "";
+    if (one.out) {
+      found.push([true, one.name, `takes no work: ${one.out}${one.why ? ` (${one.why})` : ""}${ofGpu}`]);
+      continue;
     }
+    for (const reason of one.slow) found.push([false, one.name, `is slow: ${reason}${ofGpu}`]);
   }
   for (const node of nodes.length ? nodes : [{ driver }]) {
     if (node.away) found.push([true, `Machine ${node.name}:`, "its telemetry does not answer"]);
     if (node.driver?.state === "DRIVER_STATE_FAILED") found.push([true, `NVIDIA driver${node.name ? ` of ${node.name}` : ""}:`, node.driver.message ?? "it fails"]);
   }
   for (const gpu of cards) {
-    if (health(gpu) !== "healthy") found.push([health(gpu) !== "degraded", label(gpu), `is ${health(gpu)}: ${gpu.health_reason ?? ""}`]);
+    if (health(gpu) !== "healthy") found.push([health(gpu) !== "degraded", `${label(gpu)}:`, `${health(gpu)}: ${gpu.health_reason ?? "for no known reason"}`]);
   }
   if (fleet.waiting_count) found.push([false, "Queue:", `${fleet.waiting_count} requests wait for a worker with room`]);
   return found;
@@ -129,6 +132,7 @@ function row(one) {
 }
 
 const uses = (worker, gpu) => [gpu, ...gpu.mig_instances ?? []].some(part => worker.gpus.includes(part.uuid));
+const words = reasons => (reasons ?? []).join(", ").replaceAll("_", " ");
 const health = gpu => (gpu.health ?? "").replace("GPU_HEALTH_", "").toLowerCase() || "unknown";
 const label = gpu => `GPU ${gpu.node ? `${gpu.node}/` : ""}${gpu.index ?? 0}`;
 
@@ -148,7 +152,7 @@ function drawGpus(cards, workers) {
     }
     if (gpu.temperature_celsius !== undefined) tell("Temperature", `${gpu.temperature_celsius} °C`);
     if (gpu.power_watts !== undefined) tell("Power", `${round(gpu.power_watts)}${gpu.power_limit_watts ? ` of ${round(gpu.power_limit_watts)}` : ""} W`);
-    if (gpu.throttle_reasons?.length) tell("Held down by", gpu.throttle_reasons.join(", "));
+    if (gpu.throttle_reasons?.length) tell("Held down by", words(gpu.throttle_reasons));
     for (const part of gpu.mig_instances ?? []) {
       const used = part.memory_total_bytes ? `${gib(part.memory_used_bytes ?? 0)}/${gib(part.memory_total_bytes)} GiB` : "";
       tell(part.name || "Instance", used);
