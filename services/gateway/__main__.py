@@ -16,6 +16,7 @@ from services.common.rpc import serve
 from services.common.settings import GatewaySettings
 from services.gateway.access_log import AccessLogServicer
 from services.gateway.admin_api import AdminApi
+from services.gateway.answers import ChatCompletion, Completion
 from services.gateway.app import App
 from services.gateway.audit_trail import AuditTrail
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
@@ -135,13 +136,19 @@ def _routes(
     limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
     return Routes(
         Route(
-            "POST", "/v1/chat/completions", Endpoint(CHAT, generator, metrics, limits), body=CHAT.shape, streams=True
+            "POST",
+            "/v1/chat/completions",
+            Endpoint(CHAT, generator, metrics, limits),
+            body=CHAT.shape,
+            answer=ChatCompletion,
+            streams=True,
         ),
         Route(
             "POST",
             "/v1/completions",
             Endpoint(COMPLETIONS, generator, metrics, limits),
             body=COMPLETIONS.shape,
+            answer=Completion,
             streams=True,
         ),
         *Responses(generator, metrics, limits, conversations).routes,

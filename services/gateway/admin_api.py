@@ -14,6 +14,7 @@ from services.common.database import Database
 from services.common.errors import MeshError, Reason
 from services.common.keystore import KeyStore
 from services.common.quota import KeyLimits
+from services.gateway import answers
 from services.gateway.decoding import decode, invalid
 from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
@@ -72,12 +73,25 @@ class AdminApi:
         """What is served."""
         text = {"type": "string"}
         return [
-            Route("POST", "/v1/admin/keys", self.create_key, body=KeyRequest),
-            Route("GET", "/v1/admin/keys", self.list_keys),
-            Route("DELETE", "/v1/admin/keys/{key_id}", self.revoke_key),
-            Route("POST", "/v1/admin/keys/{key_id}/rotate", self.rotate_key, body=RotateRequest),
-            Route("GET", "/v1/admin/usage", self.usage, query={"tenant": text, "model": text, "month": text}),
-            Route("DELETE", "/v1/admin/usage", self.erase_usage, query={"tenant": text}),
+            Route("POST", "/v1/admin/keys", self.create_key, body=KeyRequest, answer=answers.NewKey),
+            Route("GET", "/v1/admin/keys", self.list_keys, answer=answers.KeyList),
+            Route("DELETE", "/v1/admin/keys/{key_id}", self.revoke_key, answer=answers.Revoked),
+            Route("POST", "/v1/admin/keys/{key_id}/rotate", self.rotate_key, body=RotateRequest, answer=answers.NewKey),
+            Route(
+                "GET",
+                "/v1/admin/usage",
+                self.usage,
+                query={"tenant": text, "model": text, "month": text},
+                answer=answers.UsageReport,
+            ),
+            Route(
+                "DELETE",
+                "/v1/admin/usage",
+                self.erase_usage,
+                query={"tenant": {**text, "minLength": 1}},
+                needs=["tenant"],
+                answer=answers.Erased,
+            ),
             Route(
                 "GET",
                 "/v1/admin/requests",
@@ -86,9 +100,16 @@ class AdminApi:
                     **dict.fromkeys(_REQUEST_FILTERS, text),
                     "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_REQUESTS},
                 },
+                answer=answers.RequestList,
             ),
-            Route("GET", "/v1/admin/requests/{request_id}", self.one_request),
-            Route("GET", "/v1/admin/audit", self.audit_trail, query={"limit": {"type": "integer", "minimum": 1}}),
+            Route("GET", "/v1/admin/requests/{request_id}", self.one_request, answer=answers.RequestRow),
+            Route(
+                "GET",
+                "/v1/admin/audit",
+                self.audit_trail,
+                query={"limit": {"type": "integer", "minimum": 1, "maximum": _MAX_ENTRIES}},
+                answer=answers.AuditTrail,
+            ),
         ]
 
     async def create_key(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:

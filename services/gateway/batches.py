@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from services.common.errors import MeshError, Reason
+from services.gateway.answers import Batch, BatchList
 from services.gateway.batch_store import BatchRecord, BatchStore
 from services.gateway.decoding import decode, invalid
 from services.gateway.file_store import FileStore
@@ -44,10 +45,10 @@ class Batches:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/batches", self.create, body=BatchRequest),
-            Route("GET", "/v1/batches", self.list, query=PAGE_QUERY),
-            Route("GET", "/v1/batches/{batch_id}", self.retrieve),
-            Route("POST", "/v1/batches/{batch_id}/cancel", self.cancel),
+            Route("POST", "/v1/batches", self.create, body=BatchRequest, answer=Batch),
+            Route("GET", "/v1/batches", self.list, query=PAGE_QUERY, answer=BatchList),
+            Route("GET", "/v1/batches/{batch_id}", self.retrieve, answer=Batch),
+            Route("POST", "/v1/batches/{batch_id}/cancel", self.cancel, answer=Batch),
         ]
 
     async def create(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:

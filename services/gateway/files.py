@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
+from services.gateway.answers import Deleted, File, FileList
 from services.gateway.decoding import invalid
 from services.gateway.file_store import CHUNK_BYTES, FileRecord, FileStore
 from services.gateway.generation import Caller
@@ -26,7 +27,12 @@ _FORM: Final = {
     "type": "object",
     "required": ["file", "purpose"],
     "additionalProperties": False,
-    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": list(_PURPOSES)}},
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"enum": list(_PURPOSES)},
+        "expires_after[anchor]": {"enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": _MIN_EXPIRY_SECONDS, "maximum": _MAX_EXPIRY_SECONDS},
+    },
 }
 
 
@@ -42,10 +48,10 @@ class Files:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/files", self.create, form=_FORM),
-            Route("GET", "/v1/files", self.list, query={**PAGE_QUERY, "purpose": {"type": "string"}}),
-            Route("GET", "/v1/files/{file_id}", self.retrieve),
-            Route("DELETE", "/v1/files/{file_id}", self.delete),
+            Route("POST", "/v1/files", self.create, form=_FORM, answer=File),
+            Route("GET", "/v1/files", self.list, query={**PAGE_QUERY, "purpose": {"type": "string"}}, answer=FileList),
+            Route("GET", "/v1/files/{file_id}", self.retrieve, answer=File),
+            Route("DELETE", "/v1/files/{file_id}", self.delete, answer=Deleted),
             Route("GET", "/v1/files/{file_id}/content", self.content),
         ]
 

@@ -17,6 +17,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 _JSON = (b"content-type", b"application/json")
+_MOST_PARAMETERS: Final = 64
 _NOT_MODIFIED: Final = 304
 QUEUE_HEADER: Final = b"x-queue-status"
 """With "1": say in comments where a stream's request stands in the queue, from the moment that it does."""
@@ -48,8 +49,20 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        """The query's parameters; of a repeated one the last value."""
-        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=64))
+        """The query's parameters; of a repeated one the last value.
+
+        Raises:
+            MeshError: too many of them, or a NUL, which databases don't take.
+        """
+        try:
+            pairs = parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MOST_PARAMETERS)
+        except ValueError:
+            message = f"the query has more than {_MOST_PARAMETERS} parameters"
+            raise MeshError(Reason.INVALID_REQUEST, message) from None
+        for name, value in pairs:
+            if "\0" in name + value:
+                raise MeshError(Reason.INVALID_REQUEST, f"{name[:64]!r}: a NUL in the query", field=name[:64])
+        return dict(pairs)
 
     async def json_body(self, limit: int) -> bytes:
         """The body, which must say that it is JSON.
@@ -122,9 +135,11 @@ class Response:
         self.facts: dict[str, object] = {}
         """What the request's log line tells beside its outcome."""
 
-    def add_header(self, name: str, value: str) -> None:
-        """Adds a header; before anything is sent."""
-        self._headers.append((name.encode(), value.encode("latin-1", "replace")))
+    def add_header(self, name: str, value: str, *, once: bool = False) -> None:
+        """Adds a header; before anything is sent. `once`: unless it is there."""
+        key = name.encode()
+        if not (once and any(there == key for there, _ in self._headers)):
+            self._headers.append((key, value.encode("latin-1", "replace")))
 
     async def send_json(self, status: int, body: object, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Sends a whole JSON answer."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from services.common.errors import MeshError, Reason
+from services.gateway import answers
 from services.gateway.fleet import FleetWatch, Model
 from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
@@ -21,7 +22,10 @@ class Models:
     @property
     def routes(self) -> list[Route]:
         """What is served."""
-        return [Route("GET", "/v1/models", self.list), Route("GET", "/v1/models/{model:path}", self.retrieve)]
+        return [
+            Route("GET", "/v1/models", self.list, answer=answers.ModelList),
+            Route("GET", "/v1/models/{model:path}", self.retrieve, answer=answers.Model),
+        ]
 
     async def list(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
         """All models."""

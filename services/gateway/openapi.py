@@ -45,19 +45,28 @@ _ERROR: Final = {
         }
     },
 }
+_EVENT: Final = {
+    "type": "object",
+    "description": "Each event; the data is JSON, or [DONE].",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "minLength": 1}},
+}
 _JSON: Final = "application/json"
 
 
 def document(routes: Iterable[Route], *, version: str) -> bytes:
     """The document, as JSON."""
     routes = list(routes)
-    bodies = [route.body for route in routes if route.body is not None]
-    schemas, components = msgspec.json.schema_components(bodies, ref_template=_REFERENCE)
-    by_body = dict(zip(bodies, schemas, strict=True))
+    shapes = list(dict.fromkeys(filter(None, (shape for route in routes for shape in (route.body, route.answer)))))
+    schemas, components = msgspec.json.schema_components(shapes, ref_template=_REFERENCE)
+    by_shape = dict(zip(shapes, schemas, strict=True))
+    for shape, schema in by_shape.items():
+        # What types can't say.
+        components[schema["$ref"].rpartition("/")[2]] |= getattr(shape, "MORE_SCHEMA", {})
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(route, by_body)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, by_shape)
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -78,8 +87,11 @@ def _operation(route: Route, schemas: dict[type, dict[str, Any]]) -> dict[str, A
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         for name in _PARAMETER.findall(route.path)
     ]
-    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
-    operation: dict[str, Any] = {"summary": summary, "parameters": parameters, "responses": _responses(route)}
+    parameters += [
+        {"name": name, "in": "query", "required": name in route.needs, "schema": schema}
+        for name, schema in route.query.items()
+    ]
+    operation: dict[str, Any] = {"summary": summary, "parameters": parameters, "responses": _responses(route, schemas)}
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schemas[route.body]}}}
     elif route.form is not None:
@@ -87,12 +99,13 @@ def _operation(route: Route, schemas: dict[type, dict[str, Any]]) -> dict[str, A
     return operation
 
 
-def _responses(route: Route) -> dict[str, Any]:
-    answers: dict[str, Any] = {_JSON: {"schema": {"type": "object"}}}
-    if route.path.endswith("/content"):
-        answers = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    elif route.streams:
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+def _responses(route: Route, schemas: dict[type, dict[str, Any]]) -> dict[str, Any]:
+    if route.answer is None:
+        answers: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    else:
+        answers = {_JSON: {"schema": schemas[route.answer]}}
+        if route.streams:
+            answers["text/event-stream"] = {"schema": _EVENT}
     error = {_JSON: {"schema": {"$ref": _REFERENCE.format(name="Error")}}}
     refusals = {str(TABLE[reason].http): {"description": TABLE[reason].code, "content": error} for reason in _REFUSALS}
     return {"200": {"description": "the answer", "content": answers}, **refusals}

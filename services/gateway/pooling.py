@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from services.gateway.answers import Detokenized, Embeddings, Reranking, Scores, Tokenized
 from services.gateway.embeddings import EMBEDDINGS
 from services.gateway.endpoint import Limits
 from services.gateway.metrics import GatewayMetrics
@@ -16,14 +17,14 @@ __all__ = ["pooling_routes"]
 
 def pooling_routes(calls: WorkerCalls, metrics: GatewayMetrics, limits: Limits) -> list[Route]:
     """One route an endpoint."""
-    kinds: dict[str, UnaryKind[Any]] = {
-        "/v1/embeddings": EMBEDDINGS,
-        "/v1/rerank": RERANK,
-        "/v1/score": SCORE,
-        "/v1/tokenize": TOKENIZE,
-        "/v1/detokenize": DETOKENIZE,
+    kinds: dict[str, tuple[UnaryKind[Any], type]] = {
+        "/v1/embeddings": (EMBEDDINGS, Embeddings),
+        "/v1/rerank": (RERANK, Reranking),
+        "/v1/score": (SCORE, Scores),
+        "/v1/tokenize": (TOKENIZE, Tokenized),
+        "/v1/detokenize": (DETOKENIZE, Detokenized),
     }
     return [
-        Route("POST", path, UnaryEndpoint(kind, calls, metrics, limits), body=kind.shape)
-        for path, kind in kinds.items()
+        Route("POST", path, UnaryEndpoint(kind, calls, metrics, limits), body=kind.shape, answer=shape)
+        for path, (kind, shape) in kinds.items()
     ]

@@ -33,14 +33,18 @@ def describe(operation: str, body: GenerationRequest) -> None:
 
 
 def show_route(generation: Generation, response: Response, identity: Identity) -> None:
-    """Says in headers who answers, as far as the caller may know it; too late once the answer has begun."""
+    """Says in headers who answers, as far as the caller may know it; too late once the answer has begun.
+
+    Of a request with many prompts the first to be answered is told of: with one header each, an answer would have more
+    headers than HTTP's parsers take.
+    """
     if response.started:
         return
     if generation.degraded:
-        response.add_header("x-tokenloom-degraded", generation.model)
+        response.add_header("x-tokenloom-degraded", generation.model, once=True)
     if identity.debug:
-        response.add_header("x-tokenloom-worker", generation.worker_id)
-        response.add_header("x-tokenloom-route", generation.route)
+        response.add_header("x-tokenloom-worker", generation.worker_id, once=True)
+        response.add_header("x-tokenloom-route", generation.route, once=True)
 
 
 def record(generation: Generation, model: str, response: Response, metrics: GatewayMetrics) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from services.common.errors import MeshError, Reason
+from services.gateway.answers import Deleted, ItemList, ResponseObject
 from services.gateway.conversations import Conversations, Turn
 from services.gateway.convert import in_openai_terms
 from services.gateway.convert_chat import from_chat
@@ -41,11 +42,11 @@ class Responses:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/responses", self.create, body=ResponsesRequest, streams=True),
-            Route("GET", "/v1/responses/{response_id}", self.retrieve),
-            Route("DELETE", "/v1/responses/{response_id}", self.delete),
-            Route("POST", "/v1/responses/{response_id}/cancel", self.cancel),
-            Route("GET", "/v1/responses/{response_id}/input_items", self.list_input),
+            Route("POST", "/v1/responses", self.create, body=ResponsesRequest, answer=ResponseObject, streams=True),
+            Route("GET", "/v1/responses/{response_id}", self.retrieve, answer=ResponseObject),
+            Route("DELETE", "/v1/responses/{response_id}", self.delete, answer=Deleted),
+            Route("POST", "/v1/responses/{response_id}/cancel", self.cancel, answer=ResponseObject),
+            Route("GET", "/v1/responses/{response_id}/input_items", self.list_input, answer=ItemList),
         ]
 
     async def create(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:

@@ -1,7 +1,7 @@
 """Which handler answers which method and path."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,6 +32,10 @@ class Route:
     """The JSON Schema of the form that it takes."""
     query: Mapping[str, Any] = field(default_factory=dict)
     """The JSON Schema of each parameter that its query may have."""
+    needs: Collection[str] = ()
+    """Those of them that must be there."""
+    answer: type | None = None
+    """The shape of the JSON that it answers; None where it is no JSON."""
     streams: bool = False
     """Whether it answers with events when asked to."""
 

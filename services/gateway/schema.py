@@ -3,7 +3,7 @@
 Beyond OpenAI's fields these are vLLM's documented ones. A field that is not listed is refused by name, never ignored.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -146,6 +146,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions"""
+
+    MORE_SCHEMA: ClassVar[dict[str, Any]] = {"required": ["model", "prompt"]}
 
     prompt: Annotated[Any, Meta(extra_json_schema=_PROMPTS)] | UnsetType = UNSET
     """A text, a list of token ids, or a list of either; see `convert.prompts_of`."""

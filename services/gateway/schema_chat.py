@@ -99,7 +99,14 @@ class ToolCall(_Strict):
     type: Literal["function"] = "function"
 
 
-Texts = Annotated[list[TextPart], Meta(min_length=1, max_length=1024)]
+class LoneText(_Strict):
+    """Text, where nothing else may be. As a tag its type could be left out, for want of others to tell it from."""
+
+    text: str
+    type: Literal["text"]
+
+
+Texts = Annotated[list[LoneText], Meta(min_length=1, max_length=1024)]
 
 
 class SpokenMessage(_Strict, tag_field="role"):
@@ -253,14 +260,14 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
                 raise invalid(field, f"{field}: no message before this one made that call")
 
 
-def text_of(content: str | Sequence[TextPart | RefusalPart | ImagePart | AudioPart] | None) -> str:
+def text_of(content: str | Sequence[TextPart | LoneText | RefusalPart | ImagePart | AudioPart] | None) -> str:
     """The text of a content without media; parts follow each other without anything between."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(
-        part.text if isinstance(part, TextPart) else part.refusal
+        part.refusal if isinstance(part, RefusalPart) else part.text
         for part in content
-        if isinstance(part, TextPart | RefusalPart)
+        if isinstance(part, TextPart | LoneText | RefusalPart)
     )
 
 

@@ -1,6 +1,6 @@
 """The request bodies beside generation: embeddings as OpenAI has them, the rest as vLLM, Jina and Cohere do."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -48,6 +48,8 @@ class _Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class EmbeddingsRequest(_Request, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/embeddings"""
 
+    MORE_SCHEMA: ClassVar[dict[str, Any]] = {"required": ["model", "input"]}
+
     input: Annotated[Any, Meta(extra_json_schema=_INPUTS)] | UnsetType = UNSET
     """A text, texts, token ids, or lists of token ids; see inputs_of()."""
     encoding_format: Literal["float", "base64"] | None = None
@@ -84,6 +86,8 @@ _SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), 
 
 class ScoreRequest(_Request, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/score: a query with each text, or pairs; under any of the names that vLLM takes."""
+
+    MORE_SCHEMA: ClassVar[dict[str, Any]] = {"oneOf": [{"required": list(pair)} for pair in _SIDES]}
 
     queries: Side | None = None
     documents: Side | None = None

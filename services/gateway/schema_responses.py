@@ -49,6 +49,13 @@ class InputImage(_Strict, kw_only=True, tag="input_image", tag_field="type"):
     file_id: None = None
 
 
+class LoneText(_Strict):
+    """Text, where nothing else may be; see schema_chat.LoneText."""
+
+    text: str
+    type: Literal["input_text"]
+
+
 class OutputText(_Strict, kw_only=True, tag="output_text", tag_field="type"):
     """What the model said before."""
 
@@ -94,7 +101,7 @@ class OutputItem(_Strict, kw_only=True, tag="function_call_output", tag_field="t
     """What a function answered."""
 
     call_id: CallId
-    output: str | Annotated[list[InputText], Meta(min_length=1, max_length=1024)]
+    output: str | Annotated[list[LoneText], Meta(min_length=1, max_length=1024)]
     id: ItemId | None = None
     status: Status | None = None
 
@@ -161,7 +168,7 @@ class Reasoning(_Strict, kw_only=True):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class StreamOptions(_Strict, kw_only=True):
+class EventOptions(_Strict, kw_only=True):
     """How to stream."""
 
     include_obfuscation: Literal[False] | None = None
@@ -176,7 +183,7 @@ class ResponsesRequest(_Strict, kw_only=True):
     previous_response_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     store: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: EventOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None

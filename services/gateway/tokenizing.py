@@ -1,6 +1,6 @@
 """POST /v1/tokenize and /v1/detokenize, as `vllm serve` has them without the /v1."""
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +26,8 @@ _NAMES: Final = {
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A text, or a conversation to render with the model's chat template first."""
+
+    MORE_SCHEMA: ClassVar[dict[str, Any]] = {"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
 
     model: ModelName
     prompt: str | None = None

@@ -4,15 +4,19 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 
 from services.common.settings import SimSettings
+from services.gateway import answers
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.openai_lane import Lane, openai_lane
 
+USER = {"role": "user", "content": "hi"}
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 FAST = SimSettings(decode_step_ms=1, decode_step_ms_per_sequence=0, prefill_tokens_per_second=1e6, max_model_len=2048)
 
@@ -190,7 +194,59 @@ async def test_the_openapi_document_describes_what_is_served(lane: Lane) -> None
     chat = schemas[body["$ref"].rpartition("/")[2]]
     assert chat["additionalProperties"] is False
     assert {"model", "messages"} == set(chat["required"])
+    assert set(schemas["CompletionRequest"]["required"]) == {"model", "prompt"}
     assert "\\Z" not in json.dumps(described)
+
+
+ANSWERS: dict[str, tuple[type, list[dict[str, Any]]]] = {
+    "/v1/chat/completions": (
+        answers.ChatCompletion,
+        [{"messages": [USER]}, {"messages": [USER], "logprobs": True, "top_logprobs": 1, "return_token_ids": True}],
+    ),
+    "/v1/completions": (
+        answers.Completion,
+        [{"prompt": "a"}, {"prompt": ["a", "b"], "logprobs": 1, "echo": True, "return_token_ids": True}],
+    ),
+    "/v1/responses": (answers.ResponseObject, [{"input": "a", "top_logprobs": 1}, {"input": "b"}]),
+    "/v1/tokenize": (answers.Tokenized, [{"prompt": "a", "return_token_strs": True}]),
+    "/v1/detokenize": (answers.Detokenized, [{"tokens": [5]}]),
+}
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+async def test_answers_are_as_the_openapi_document_describes_them(client: httpx.AsyncClient, path: str) -> None:
+    shape, bodies = ANSWERS[path]
+    for body in bodies:
+        answer = await client.post(path, json={"model": "sim", **body})
+        assert answer.status_code == 200, answer.text
+        msgspec.json.decode(answer.content, type=shape)
+
+
+async def test_what_operators_are_told_is_as_the_openapi_document_describes_it(client: httpx.AsyncClient) -> None:
+    shapes = {
+        "keys": answers.KeyList,
+        "usage": answers.UsageReport,
+        "requests": answers.RequestList,
+        "audit": answers.AuditTrail,
+    }
+    for path, shape in shapes.items():
+        answer = await client.get(f"/v1/admin/{path}")
+        assert msgspec.json.decode(answer.content, type=shape).data, path
+    msgspec.json.decode((await client.get("/v1/models/sim")).content, type=answers.Model)
+
+
+async def test_an_answer_to_many_prompts_says_once_who_answered(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/completions", json={"model": "sim", "prompt": ["a"] * 64, "max_tokens": 1})
+    assert len(answer.json()["choices"]) == 64
+    assert len(answer.headers.get_list("x-tokenloom-worker")) == 1
+    assert len(answer.headers.get_list("x-tokenloom-route")) == 1
+
+
+@pytest.mark.parametrize("query", ["&".join(f"p{index}=1" for index in range(65)), "after=%00"])
+async def test_a_query_that_is_no_good_is_refused(client: httpx.AsyncClient, query: str) -> None:
+    answer = await client.get(f"/v1/files?{query}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_value"
 
 
 async def test_a_stream_that_waits_says_where_it_stands_when_it_is_asked_to(tmp_path: Path) -> None:
