@@ -1,8 +1,8 @@
 """Whether generations that are resumed are what they would have been in one piece: `python bench/resume.py`.
 
 On real vLLM, with a model made for this unless another is given: random prompts; bytes of Chinese, emoji and letters
-made likely, so that cuts fall inside of characters; stop strings taken from the output itself; bounds, penalties and
-log-probabilities. Each generation is resumed at every cut that a client can have seen.
+made likely, so that cuts fall inside of characters; stop strings and bad words taken from the output itself; bounds,
+penalties and log-probabilities. Each generation is resumed at every cut that a client can have seen.
 """
 
 import argparse
@@ -36,6 +36,8 @@ async def measure(model: Path, generations: int, tokens: int, seed: int) -> bool
             asked = _asked(draw, number, tokens, wide, engine.card.vocabulary_size)
             if number % 3 == 0:
                 asked = await _with_stop(engine, draw, asked)
+            if number % 3 == 1 or number % 5 == 0:
+                asked = await _with_bad_words(engine, draw, asked)
             results.append(await resume_everywhere(engine, asked))
         took = time.monotonic() - begun
     differences = [line for result in results for line in result.differences]
@@ -61,6 +63,9 @@ def _asked(draw: random.Random, number: int, tokens: int, wide: list[int], vocab
         values["logprob_count"] = draw.randint(0, 5)
     if draw.random() < 0.4:
         values["repetition_penalty"] = draw.uniform(1.05, 1.6)
+    for name in ("presence_penalty", "frequency_penalty"):
+        if draw.random() < 0.4:
+            values[name] = draw.uniform(-2, 2)
     if draw.random() < 0.3:
         values["min_tokens"] = draw.randint(1, tokens)
     values["keep_special_tokens"] = draw.random() < 0.3
@@ -74,6 +79,16 @@ async def _with_stop(engine: VllmEngine, draw: random.Random, asked: Generation)
     stops = [text[at : at + draw.randint(1, 8)] or "x", "never in it, but as long as this: much is held back"]
     sampling = replace(asked.sampling, stop=stops, include_stop_string=draw.random() < 0.4)
     return replace(asked, sampling=sampling)
+
+
+async def _with_bad_words(engine: VllmEngine, draw: random.Random, asked: Generation) -> Generation:
+    whole = await generate(engine, asked)
+    texts = [
+        (await engine.detokenize(whole.token_ids[at : at + draw.randint(1, 3)])).strip()
+        for at in (draw.randrange(len(whole.token_ids)) for _ in range(4))
+    ]
+    words = [text for text in texts if text and "\ufffd" not in text] or ["x"]
+    return replace(asked, sampling=replace(asked.sampling, bad_words=words))
 
 
 def main() -> None:

@@ -315,11 +315,9 @@ class Generation:
     def _resumes_exactly(self) -> bool:
         request, sampling = self._request, self._request.sampling
         greedy = sampling.HasField("temperature") and sampling.temperature == 0
-        # What the engine counts over its own output only would begin anew.
-        plain = not (sampling.presence_penalty or sampling.frequency_penalty or sampling.bad_words)
-        plain = plain and not sampling.HasField("prompt_logprob_count")
+        silent = not sampling.HasField("prompt_logprob_count")
         free = not request.HasField("structured_output") and not _forces_a_call(request.chat)
-        return greedy and plain and free and request.choice_count <= 1 and not self._stream.lacks_ids
+        return greedy and silent and free and request.choice_count <= 1 and not self._stream.lacks_ids
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""

@@ -29,6 +29,7 @@ from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Generation, StructuredOutput
 from services.inference.pooling import Jobs
 from services.inference.vllm_arguments import vllm_arguments
+from services.inference.vllm_emitted import emitted_processor
 from services.inference.vllm_environment import has_cuda
 from services.inference.vllm_form_params import form_checker, form_params, form_settings
 from services.inference.vllm_nursery import Nursery
@@ -321,6 +322,9 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_eve
     config = _vllm_config(settings, path, cuda=has_cuda())
     if config.kv_events_config is None and config.cache_config.enable_prefix_caching:
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=kv_events)
+    processor = emitted_processor(config)
+    if processor is not None:
+        config.model_config.logits_processors = [*(config.model_config.logits_processors or ()), processor]
     with nursery.lent_to(engine_utils):
         try:
             llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda _config, _index=0: stats])
@@ -454,4 +458,5 @@ def _limits(llm: Any) -> Limits:
         logprobs=llm.model_config.max_logprobs,
         end_ids=frozenset(ends | {llm.renderer.get_eos_token_id()} - {None}),
         end_id=llm.renderer.get_eos_token_id(),
+        counts_emitted=emitted_processor(llm.vllm_config) is not None,
     )

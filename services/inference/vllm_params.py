@@ -7,7 +7,11 @@ from typing import Any, Final
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Generation, Sampling
 
-__all__ = ["Limits", "Plan", "plan"]
+__all__ = ["EMITTED_ARGUMENT", "Limits", "Plan", "plan"]
+
+EMITTED_ARGUMENT: Final = "tokenloom_emitted"
+"""The extra argument that services.inference.vllm_emitted finds in the engine process: how many tokens of a request's
+prompt were emitted elsewhere, and the penalties that are to count them."""
 
 _SEED_BITS: Final = (1 << 62) - 1
 # Of log-probabilities of a prompt, the token itself counted: about a megabyte, which one message can carry.
@@ -28,6 +32,8 @@ class Limits:
     """The model's own end-of-sequence tokens."""
     end_id: int | None = None
     """The one of them that ends an output without being its stop cause."""
+    counts_emitted: bool = True
+    """The engine can count penalties and bad words over tokens that were emitted elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +72,6 @@ class Plan:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "repetition_penalty": sampling.repetition_penalty,
             "max_tokens": self.remaining_tokens,
             "min_tokens": max(0, sampling.min_tokens - len(self.emitted_token_ids)),
             "stop": list(sampling.stop),
@@ -83,7 +86,20 @@ class Plan:
             "allowed_token_ids": list(sampling.allowed_token_ids) or None,
             "skip_special_tokens": not sampling.keep_special_tokens,
             "include_stop_str_in_output": sampling.include_stop_string,
+            **self._penalties(),
         }
+
+    def _penalties(self) -> dict[str, Any]:
+        sampling = self.sampling
+        penalties = {
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "repetition_penalty": sampling.repetition_penalty,
+        }
+        if not self.emitted_token_ids or not _counted_over_output(sampling):
+            return penalties
+        # All three, since their order matters.
+        return {"extra_args": {EMITTED_ARGUMENT: {"count": len(self.emitted_token_ids), **penalties}}}
 
 
 def plan(generation: Generation, prompt: Sequence[int], limits: Limits) -> Plan:
@@ -104,7 +120,7 @@ def plan(generation: Generation, prompt: Sequence[int], limits: Limits) -> Plan:
     if sampling.min_tokens > max_tokens:
         raise _invalid("sampling.min_tokens", f"must be at most {max_tokens}, got {sampling.min_tokens}")
     _check_logprobs(sampling, len(prompt), limits)
-    _check_continuation(generation, max_tokens)
+    _check_continuation(generation, max_tokens, limits)
     last = generation.emitted_token_ids[-1] if generation.emitted_token_ids else None
     return Plan(
         prompt_token_ids=prompt,
@@ -157,7 +173,7 @@ def _check_logprobs(sampling: Sampling, prompt: int, limits: Limits) -> None:
         raise _invalid("sampling.prompt_logprob_count", f"{bound} for a prompt of {prompt} tokens")
 
 
-def _check_continuation(generation: Generation, max_tokens: int) -> None:
+def _check_continuation(generation: Generation, max_tokens: int, limits: Limits) -> None:
     emitted, sampling = len(generation.emitted_token_ids), generation.sampling
     if not emitted:
         return
@@ -168,14 +184,18 @@ def _check_continuation(generation: Generation, max_tokens: int) -> None:
         "log-probabilities of the prompt": sampling.prompt_logprob_count is not None,
         "a structured output": generation.structured_output is not None,
         "several choices": generation.choices > 1,
-        # The engine would count the emitted tokens as prompt, to which these don't apply.
-        "sampling.presence_penalty": sampling.presence_penalty != 0,
-        "sampling.frequency_penalty": sampling.frequency_penalty != 0,
-        "sampling.bad_words": bool(sampling.bad_words),
     }
+    if not limits.counts_emitted:
+        # This engine would count the emitted tokens as prompt, to which these don't apply.
+        inexact |= {f"sampling.{name}": True for name in _counted_over_output(sampling)}
     for what, asked in inexact.items():
         if asked:
             raise _invalid("emitted_token_ids", f"a generation with {what} can't be continued exactly")
+
+
+def _counted_over_output(sampling: Sampling) -> list[str]:
+    """What is asked for that vLLM counts over an output alone; it counts a repetition penalty over the prompt too."""
+    return [name for name in ("presence_penalty", "frequency_penalty", "bad_words") if getattr(sampling, name)]
 
 
 def _ended(last: int | None, sampling: Sampling, limits: Limits) -> bool:

@@ -340,3 +340,46 @@ async def test_a_continuation_is_exact_whatever_is_asked_for(engine: VllmEngine,
     result = await resume_everywhere(engine, request)
     assert not result.differences
     assert result.cuts > len(result.whole.token_ids) / 2
+
+
+# As likely as each other, so that what counts over the output decides.
+EVEN = dict.fromkeys(range(40, 60), 60.0)
+COUNTED: list[dict[str, Any]] = [
+    {"presence_penalty": 1.7, "frequency_penalty": 0.9, "repetition_penalty": 1.3, "logprob_count": 2},
+    {"frequency_penalty": -1.1, "min_tokens": 10, "stop": ["zz"], "ignore_eos": False},
+    {"bad_words": 3},
+    {"presence_penalty": 0.6, "bad_words": 3, "logprob_count": 0},
+]
+
+
+@pytest.mark.parametrize("counted", COUNTED)
+async def test_penalties_and_bad_words_count_what_was_emitted_elsewhere(
+    engine: VllmEngine, counted: dict[str, Any]
+) -> None:
+    sampling: dict[str, Any] = {"max_tokens": 24, "logit_bias": EVEN, **counted}
+    if "bad_words" in counted:
+        sampling["bad_words"] = await said_in_two_tokens(engine, sampling | {"bad_words": ()}, counted["bad_words"])
+    request = asked("counted", prompt=list(range(400, 430)), sampling=sampling)
+    result = await resume_everywhere(engine, request)
+    assert not result.differences
+    assert result.cuts > len(result.whole.token_ids) / 2
+    # Taken for prompt, the same tokens lead elsewhere.
+    said = result.whole.token_ids
+    for cut in range(4, 20):
+        sampled = {"max_tokens": 24 - cut}
+        taken = await generate(
+            engine, asked("taken", prompt=[*request.prompt, *said[:cut]], sampling=sampling | sampled)
+        )
+        if taken.token_ids != said[cut:]:
+            return
+    pytest.fail("nothing that was emitted counted")
+
+
+async def said_in_two_tokens(engine: VllmEngine, sampling: dict[str, Any], count: int) -> list[str]:
+    """Texts of two tokens each that a generation says."""
+    whole = await generate(engine, asked("said", prompt=list(range(400, 430)), sampling=sampling))
+    tokenizer = engine._backend.llm.get_tokenizer()
+    pairs = [list(pair) for pair in zip(whole.token_ids, whole.token_ids[1:], strict=False)]
+    texts = dict.fromkeys(tokenizer.decode(pair) for pair in pairs if tokenizer.encode(tokenizer.decode(pair)) == pair)
+    assert texts
+    return list(texts)[:count]

@@ -7,7 +7,7 @@ import pytest
 
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Generation, Sampling
-from services.inference.vllm_params import Limits, plan
+from services.inference.vllm_params import EMITTED_ARGUMENT, Limits, plan
 
 LIMITS = Limits(context_tokens=100, vocabulary=1000, logprobs=20, end_ids=frozenset({2}))
 PROMPT = [5, 6, 7, 8]
@@ -40,14 +40,6 @@ def generation(*, emitted: tuple[int, ...] = (), kind: Any = "tokens", **samplin
         (generation(emitted=(9,), temperature=0.5), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "temperature"),
         (generation(emitted=(9,), prompt_logprob_count=0), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "log-"),
         (generation(allowed_token_ids=[1000]), PROMPT, Reason.INVALID_REQUEST, "sampling.allowed_token_ids", "below"),
-        (generation(emitted=(9,), presence_penalty=1), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "presence"),
-        (
-            generation(emitted=(9,), frequency_penalty=-1),
-            PROMPT,
-            Reason.INVALID_REQUEST,
-            "emitted_token_ids",
-            "frequency",
-        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_by_field_and_bound(
@@ -80,8 +72,31 @@ def test_a_continuation_has_room_for_its_whole_output_only_once() -> None:
     assert todo.remaining_tokens == 6
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [{"presence_penalty": 1.0}, {"frequency_penalty": -1.0}, {"bad_words": ("no",)}],
+    ids=lambda it: next(iter(it)),
+)
+def test_what_counts_over_the_output_alone_is_counted_by_us_in_a_continuation_where_the_engine_can(
+    sampling: dict[str, Any],
+) -> None:
+    asked = generation(emitted=(11, 12), repetition_penalty=1.5, **sampling)
+    penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.5}
+    penalties |= {name: value for name, value in sampling.items() if name in penalties}
+    arguments = plan(asked, PROMPT, LIMITS).arguments()
+    assert arguments["extra_args"] == {EMITTED_ARGUMENT: {"count": 2, **penalties}}
+    assert not penalties.keys() & arguments.keys()
+    assert arguments["bad_words"] == (["no"] if "bad_words" in sampling else None)
+    with pytest.raises(MeshError, match=f"{next(iter(sampling))} can't be continued exactly"):
+        plan(asked, PROMPT, replace(LIMITS, counts_emitted=False))
+
+
 def test_a_repetition_penalty_can_be_continued_since_it_looks_at_prompt_and_output_alike() -> None:
-    assert plan(generation(emitted=(11,), repetition_penalty=1.5), PROMPT, LIMITS).remaining_tokens == 95
+    asked = generation(emitted=(11,), repetition_penalty=1.5)
+    for limits in (LIMITS, replace(LIMITS, counts_emitted=False)):
+        arguments = plan(asked, PROMPT, limits).arguments()
+        assert (arguments["max_tokens"], arguments["repetition_penalty"]) == (95, 1.5)
+        assert "extra_args" not in arguments
 
 
 @pytest.mark.parametrize(
