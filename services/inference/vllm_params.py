@@ -185,12 +185,13 @@ def _check_continuation(generation: Generation, max_tokens: int, limits: Limits)
         "a structured output": generation.structured_output is not None,
         "several choices": generation.choices > 1,
     }
-    if not limits.counts_emitted:
-        # This engine would count the emitted tokens as prompt, to which these don't apply.
-        inexact |= {f"sampling.{name}": True for name in _counted_over_output(sampling)}
     for what, asked in inexact.items():
         if asked:
             raise _invalid("emitted_token_ids", f"a generation with {what} can't be continued exactly")
+    if not limits.counts_emitted and (counted := _counted_over_output(sampling)):
+        # It would count the emitted tokens as prompt, to which these don't apply. Another worker may well count right.
+        message = f"a generation with sampling.{counted[0]} can't be continued exactly by this engine"
+        raise MeshError(Reason.NO_READY_WORKER, message, field="emitted_token_ids")
 
 
 def _counted_over_output(sampling: Sampling) -> list[str]:

@@ -87,8 +87,9 @@ def test_what_counts_over_the_output_alone_is_counted_by_us_in_a_continuation_wh
     assert arguments["extra_args"] == {EMITTED_ARGUMENT: {"count": 2, **penalties}}
     assert not penalties.keys() & arguments.keys()
     assert arguments["bad_words"] == (["no"] if "bad_words" in sampling else None)
-    with pytest.raises(MeshError, match=f"{next(iter(sampling))} can't be continued exactly"):
+    with pytest.raises(MeshError, match=f"{next(iter(sampling))} can't be continued exactly") as caught:
         plan(asked, PROMPT, replace(LIMITS, counts_emitted=False))
+    assert caught.value.reason is Reason.NO_READY_WORKER
 
 
 def test_a_repetition_penalty_can_be_continued_since_it_looks_at_prompt_and_output_alike() -> None:
