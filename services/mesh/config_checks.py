@@ -1,5 +1,6 @@
 """Does what a mesh.yaml names exist, and can it be reached?"""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,7 @@ def config_findings(path: Path, *, runs: bool) -> Iterator[Finding]:
     pools, workers = len(mesh.pools), mesh.worker_count
     yield Finding(Level.OK, "configuration", f"{path}: {pools} pools, {workers} workers")
     yield from _models(mesh)
+    yield from _upstreams(mesh)
     if not runs:
         yield port_finding(mesh.edge.host, mesh.edge.port)
     if mesh.redis_url is not None:
@@ -95,6 +97,26 @@ def _models(mesh: MeshConfig) -> Iterator[Finding]:
                 yield Finding(Level.NOTE, f"model {model.name}", f"{model.path} is downloaded at the first start")
         else:
             yield _weights(model.name, model.path, has_files=found.has_files)
+
+
+def _upstreams(mesh: MeshConfig) -> Iterator[Finding]:
+    for pool in mesh.pools:
+        for worker in pool.workers:
+            if worker.upstream is not None:
+                yield _upstream(worker.name, worker.upstream.url)
+
+
+def _upstream(worker: str, url: str) -> Finding:
+    """Does anybody listen there? What the server says is the worker's matter, which has its key."""
+    parts, subject = urlsplit(url), f"server behind {worker}"
+    where = _without_password(url)
+    try:
+        address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection(address, timeout=_WAIT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        advice = "start it, or mend the url of the worker's upstream"
+        return Finding(Level.TROUBLE, subject, f"{where} can't be reached: {error}", advice)
+    return Finding(Level.OK, subject, f"{where} can be reached")
 
 
 def _weights(name: str, path: str, *, has_files: bool) -> Finding:

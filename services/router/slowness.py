@@ -44,15 +44,12 @@ def _of_gpu(worker: Worker) -> str:
 def _of_decoding(worker: Worker, peers: Sequence[Worker]) -> str:
     own = worker.load.decode_step_seconds
     others = [step for peer in peers if (step := peer.load.decode_step_seconds) is not None]
-    if own is None or not others:
-        return ""
-    usual = median(others)
-    if own < _MUCH * max(usual, _LEAST_STEP_SECONDS):
-        return ""
-    return (
-        f"a decode step takes {1000 * own:.1f} ms, {own / usual:.1f} times as long as on the others "
-        f"({1000 * usual:.1f} ms)"
-    )
+    # Where there are no others, or all have become slow, what it took before tells.
+    for usual, where in ((median(others) if others else None, "on the others"), (worker.usual_step.seconds, "usual")):
+        if own is not None and usual is not None and own >= _MUCH * max(usual, _LEAST_STEP_SECONDS):
+            times = f"{own / usual:.1f} times as long as {where}"
+            return f"a decode step takes {1000 * own:.1f} ms, {times} ({1000 * usual:.1f} ms)"
+    return ""
 
 
 def _of_prefill(worker: Worker, peers: Sequence[Worker]) -> str:

@@ -14,6 +14,7 @@ from services.router.cost import PRIOR, Gauges, Outlook, Prediction, Rates, outl
 from services.router.ejection import Ejection
 from services.router.reading import Condition
 from services.router.request import Request
+from services.router.usual import Usual
 
 __all__ = ["STALE_SECONDS", "Lease", "Outcome", "Seen", "Worker"]
 
@@ -120,6 +121,8 @@ class Worker:
         self._backlog = 0.0
         self._kv_used = 0.0
         self._growth = 0.0
+        self.usual_step = Usual()
+        """What its decode steps with one sequence usually take."""
         self._prefill = Correction()
         self._decode = Correction()
         self._fresh: deque[Lease] = deque()
@@ -182,6 +185,8 @@ class Worker:
         """
         self.load = load = believable(load, self.card)
         self.reported_at = now
+        if load.running and load.decode_step_seconds is not None:
+            self.usual_step.observe(load.decode_step_seconds, now)
         self._hope = hope
         while self._fresh and self._fresh[0].granted_at < now - _SETTLE_SECONDS:
             self._fresh.popleft()

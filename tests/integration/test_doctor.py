@@ -84,6 +84,21 @@ def test_a_configuration_is_looked_over_with_all_that_it_names(tmp_path: Path) -
     assert (gone.level, "secret" in gone.said, bool(gone.advice)) == (Level.TROUBLE, False, True)
 
 
+def test_a_server_behind_a_worker_is_to_be_reached(tmp_path: Path) -> None:
+    path = mesh(tmp_path)
+    described = json.loads(path.read_text())
+
+    def found(port: int) -> Level:
+        upstream = {"url": f"http://127.0.0.1:{port}/v1"}
+        described["pools"][0]["workers"] = [{"name": "w", "engine": "openai", "upstream": upstream}]
+        path.write_text(json.dumps(described))
+        return next(one.level for one in config_findings(path, runs=True) if one.subject == "server behind w")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert found(server.getsockname()[1]) is Level.OK
+    assert found(free_port()) is Level.TROUBLE
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

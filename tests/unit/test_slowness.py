@@ -41,6 +41,28 @@ def test_each_cause_is_told_of_the_worker_that_has_it_alone(load: dict[str, Any]
     assert slow_reasons([*others, worker("slow", **load)]) == {"slow": [said]}
 
 
+def test_a_worker_alone_is_compared_with_what_it_was_before() -> None:
+    alone = worker("a")
+
+    def report(step: float, now: float) -> None:
+        alone.report(Load(state=WorkerState.READY, running=1, decode_step_seconds=step), now)
+
+    for tenth in range(100):
+        report(0.010, tenth / 4)
+    report(0.030, 25.25)
+    assert slow_reasons([alone]) == {"a": ["a decode step takes 30.0 ms, 3.0 times as long as usual (10.0 ms)"]}
+    # After a while that is how it is.
+    for second in range(1500):
+        report(0.030, 26.0 + second)
+    assert slow_reasons([alone]) == {}
+
+
+def test_a_worker_that_has_just_begun_has_no_usual() -> None:
+    alone = worker("a", running=1)
+    alone.report(Load(state=WorkerState.READY, running=1, decode_step_seconds=0.5), 1.0)
+    assert slow_reasons([alone]) == {}
+
+
 def test_a_worker_is_compared_with_those_of_its_models_alone() -> None:
     assert slow_reasons([worker("a"), worker("b", models=("large",), decode_step_seconds=0.080)]) == {}
 
