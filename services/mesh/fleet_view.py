@@ -94,7 +94,7 @@ class FleetView(msgspec.Struct, kw_only=True, frozen=True):
     """Everything at one moment."""
 
     time: str
-    """ISO 8601, UTC."""
+    """When the router said it, ISO 8601, UTC."""
     edge: str
     driver: str
     """ "ready", "absent", "failed", or empty while telemetry has said nothing."""
@@ -123,13 +123,15 @@ def view_of(
     fleet: admin_pb2.WatchFleetResponse,
     gpus: Mapping[str, telemetry_pb2.Gpu],
     driver: telemetry_pb2.Driver | None,
+    *,
     nodes: Sequence[telemetry_pb2.Node] = (),
+    heard_at: datetime | None = None,
 ) -> FleetView:
-    """Joins what the router and telemetry said; `gpus` are by UUID."""
+    """Joins what the router and telemetry said; `gpus` are by UUID. `heard_at`: when the router said it; None: now."""
     workers = [_worker(worker) for worker in fleet.workers]
     cards = [_gpu(gpu, workers) for gpu in sorted(gpus.values(), key=lambda gpu: (gpu.node, gpu.index))]
     return FleetView(
-        time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        time=(heard_at or datetime.now(UTC)).isoformat(timespec="milliseconds"),
         edge=edge,
         driver="" if driver is None else _name(telemetry_pb2.DriverState, driver.state, "DRIVER_STATE_"),
         gpus=cards,

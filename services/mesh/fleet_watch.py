@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Final
 
 import grpc
@@ -29,6 +30,7 @@ class FleetWatch:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._fleet: admin_pb2.WatchFleetResponse | None = None
+        self._heard_at: datetime | None = None
         self._gpus: dict[str, telemetry_pb2.Gpu] = {}
         self._driver: telemetry_pb2.Driver | None = None
         self._nodes: list[telemetry_pb2.Node] = []
@@ -42,7 +44,9 @@ class FleetWatch:
         """The fleet as it was said last; None while nothing was."""
         if self._fleet is None:
             return None
-        return view_of(self._door.url, self._fleet, self._gpus, self._driver, self._nodes)
+        return view_of(
+            self._door.url, self._fleet, self._gpus, self._driver, nodes=self._nodes, heard_at=self._heard_at
+        )
 
     async def first(self) -> FleetView:
         """The first whole view.
@@ -71,7 +75,7 @@ class FleetWatch:
         request.interval_duration.FromNanoseconds(int(interval_seconds * 1e9))
         stub = admin_pb2_grpc.RouterAdminServiceStub(channel)
         async for message in stub.WatchFleet(request, metadata=self._door.metadata):
-            self._fleet, self.error = message, None
+            self._fleet, self._heard_at, self.error = message, datetime.now(UTC), None
             self.changed.set()
 
     async def follow_gpus(self, channel: grpc.aio.Channel) -> None:
@@ -130,5 +134,5 @@ async def watch_fleet(door: Door, *, interval_seconds: float) -> AsyncIterator[F
                 finally:
                     for task in following:
                         task.cancel()
-        except* MeshError as errors:
+        except* (MeshError, BrokenPipeError) as errors:
             raise errors.exceptions[0] from None

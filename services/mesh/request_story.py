@@ -14,6 +14,7 @@ __all__ = ["Phase", "Story", "seconds_of", "told"]
 # What takes a smaller part of a request is not why it was slow.
 _LARGE_SHARE: Final = 0.25
 _LONG_SECONDS: Final = 0.5
+_NOTICED_SECONDS: Final = 0.05
 _MUCH: Final = 1.5
 _MOST_NAMES: Final = 4
 _LEAST_SHOWN_SECONDS: Final = 0.0005
@@ -58,7 +59,7 @@ class Story:
         return float((self.row or {}).get("duration_seconds") or 0.0)
 
     def _is_large(self, seconds: float) -> bool:
-        return seconds >= _LONG_SECONDS or (self._total > 0 and seconds >= _LARGE_SHARE * self._total)
+        return seconds >= _LONG_SECONDS or seconds >= max(_NOTICED_SECONDS, _LARGE_SHARE * self._total)
 
     def _of_ending(self) -> Iterator[str]:
         outcome = (self.row or {}).get("outcome", "ok")
@@ -89,10 +90,8 @@ class Story:
         prefill = row.get("prefill_seconds") or 0.0
         if self._is_large(prefill):
             fresh = row["prompt_tokens"] - row["cached_tokens"]
-            yield (
-                f"Its prompt took {told(prefill)}: {fresh} of {row['prompt_tokens']} tokens had to be computed, "
-                f"the others were cached."
-            )
+            cached = f", {row['cached_tokens']} were cached" if row["cached_tokens"] else ""
+            yield f"Its prompt took {told(prefill)}: {fresh} tokens had to be computed{cached}."
 
     def _of_decoding(self) -> Iterator[str]:
         row, worker = self.row or {}, self._worker

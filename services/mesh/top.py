@@ -63,6 +63,9 @@ async def _plainly(arguments: Namespace) -> int:
                 if arguments.once or not arguments.json:
                     return 0
                 await _news(watch, arguments.interval)
+                if watch.error is not None:
+                    # A script is told, rather than what it knows already.
+                    raise watch.error
                 view = watch.view or view
     # Nobody reads on; Python would complain once more at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,8 +96,6 @@ async def _news(watch: FleetWatch, least_seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(watch.changed.wait(), _SHOW_ANYWAY_SECONDS)
     watch.changed.clear()
-    if watch.error is not None and watch.view is None:
-        raise watch.error
 
 
 def _end(watch: FleetWatch, done: asyncio.Event) -> None:

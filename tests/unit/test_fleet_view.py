@@ -114,7 +114,9 @@ def test_what_is_wrong_is_said_in_words(
 def test_machines_whose_telemetry_or_driver_fails_are_named() -> None:
     failed = telemetry_pb2.Driver(state=telemetry_pb2.DRIVER_STATE_FAILED, message="NVML: unknown error")
     nodes = [telemetry_pb2.Node(name="n1", driver=READY, away=True), telemetry_pb2.Node(name="n2", driver=failed)]
-    found = view_of("http://edge", admin_pb2.WatchFleetResponse(workers=[worker("w0")]), {}, failed, nodes).troubles
+    found = view_of(
+        "http://edge", admin_pb2.WatchFleetResponse(workers=[worker("w0")]), {}, failed, nodes=nodes
+    ).troubles
     assert [(one.subject, one.what) for one in found] == [
         ("machine n1", "its telemetry does not answer"),
         ("NVIDIA driver of n2", "NVML: unknown error"),

@@ -95,8 +95,9 @@ SLOWER = (
         (story(queue_seconds=0.9), ["It waited 900.0 ms in the queue of slow-0's engine."]),
         (
             story(prefill_seconds=0.8),
-            ["Its prompt took 800.0 ms: 60 of 100 tokens had to be computed, the others were cached."],
+            ["Its prompt took 800.0 ms: 60 tokens had to be computed, 40 were cached."],
         ),
+        (story(prefill_seconds=0.03, queue_seconds=0.0, duration_seconds=0.04), []),
         (
             story(decision(out="")),
             [SLOWER],

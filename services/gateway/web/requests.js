@@ -103,7 +103,7 @@ function timeline(id, row, decisions) {
 
 /** The same as `tokenloom explain` says. */
 function why(row, decisions) {
-  const found = [], last = decisions.at(-1), all = row?.duration_seconds ?? 0, large = took => took >= .5 || (all > 0 && took >= all / 4);
+  const found = [], last = decisions.at(-1), all = row?.duration_seconds ?? 0, large = took => took >= .5 || took >= Math.max(.05, all / 4);
   const worker = last?.worker_id || row?.worker || "";
   const ended = { ok: "", client_left: "Its client left before the answer was complete.", lost: "Its gateway ended before the request did: what it took is not known." };
   const ending = row ? ended[row.outcome] ?? `It ended with the error ${row.outcome}.` : "";
@@ -115,7 +115,7 @@ function why(row, decisions) {
   if (last && large(router)) found.push(`It waited ${time(router)} in the router, since no worker for ${last.model} had room.`);
   if (large(engine)) found.push(`It waited ${time(engine)} in the queue of ${worker}'s engine.`);
   if (row && large(row.prefill_seconds ?? 0)) {
-    found.push(`Its prompt took ${time(row.prefill_seconds)}: ${row.prompt_tokens - row.cached_tokens} of ${row.prompt_tokens} tokens had to be computed, the others were cached.`);
+    found.push(`Its prompt took ${time(row.prefill_seconds)}: ${row.prompt_tokens - row.cached_tokens} tokens had to be computed${row.cached_tokens ? `, ${row.cached_tokens} were cached` : ""}.`);
   }
   const pace = one => seconds(one.predicted_time_per_output_token_duration);
   const best = (last?.candidates ?? []).filter(one => !one.excluded_reason).sort((one, other) => pace(one) - pace(other))[0];
