@@ -36,7 +36,9 @@ class Proxy:
 
 
 @contextmanager
-def tokenloom(folder: Path, streams: int, tokens_per_second: float) -> Iterator[Proxy]:
+def tokenloom(
+    folder: Path, streams: int, tokens_per_second: float, *, otlp_endpoint: str | None = None
+) -> Iterator[Proxy]:
     """A gateway with a router and one simulated worker."""
     ports = [f"127.0.0.1:{free_port()}" for _ in range(7)]
     model = ModelSettings(name="sim")
@@ -61,7 +63,13 @@ def tokenloom(folder: Path, streams: int, tokens_per_second: float) -> Iterator[
     )
     keys = folder / "keys.db"
     gateway = GatewaySettings(
-        name="gateway", listen=ports[4], metrics=ports[5], http=ports[6], routers=[ports[0]], database=str(keys)
+        name="gateway",
+        listen=ports[4],
+        metrics=ports[5],
+        http=ports[6],
+        routers=[ports[0]],
+        database=str(keys),
+        otlp_endpoint=otlp_endpoint,
     )
     with KeyStore(str(keys)) as store:
         _, key = store.create("bench")

@@ -46,5 +46,5 @@ def start(
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    with tracing.provider(service, endpoint=settings.otlp_endpoint, instance=settings.name):
+    with tracing.provider(service, endpoint=settings.otlp_endpoint, instance=settings.name, settings=settings.tracing):
         return run(lambda stop: main(settings, stop))

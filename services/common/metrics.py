@@ -11,6 +11,8 @@ from opentelemetry import trace
 from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, make_wsgi_app
 
+from services.common.trace_export import SpanCounts
+
 __all__ = [
     "OTHER",
     "QUEUE_SECONDS",
@@ -89,6 +91,7 @@ def serve_metrics(address: str, registry: CollectorRegistry) -> Iterator[int]:
     Yields the port (useful when `address` asks for port 0).
     """
     ProcessCollector(registry=registry)
+    registry.register(SpanCounts())
     host, _, port = address.rpartition(":")
     server = make_server(host, int(port), make_wsgi_app(registry), _Server, _SilentHandler)
     thread = threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True)

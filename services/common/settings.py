@@ -29,6 +29,7 @@ __all__ = [
     "SimSettings",
     "SizeFilter",
     "TelemetrySettings",
+    "TracingSettings",
     "UpstreamSettings",
     "WatchdogSettings",
     "WorkerSettings",
@@ -38,6 +39,15 @@ Address = Annotated[str, Meta(pattern=r"^.+:\d{1,5}$", description="host:port; p
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+
+
+class TracingSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Which traces are kept, where spans go anywhere."""
+
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """Share of the requests whose trace is kept whatever comes of them, unless a client has decided it already."""
+    slow_seconds: Positive = 10.0
+    """Of the others, each process keeps its part of those that failed, moved to another worker, or took so long."""
 
 
 class ProcessSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +61,8 @@ class ProcessSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     """Where it serves Prometheus metrics over HTTP."""
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
+    tracing: TracingSettings = TracingSettings()
+    """Which ones."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

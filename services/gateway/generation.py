@@ -10,13 +10,15 @@ from typing import Final
 
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
+from opentelemetry.util.types import AttributeValue
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
 from services.common.prompt_prefix import prompt_hashes
-from services.common.tracing import traceparent_of, tracer
+from services.common.trace_sampling import FAILOVER
+from services.common.tracing import FIRST_OUTPUT, gen_ai, traceparent_of, tracer
 from services.gateway.accounts import Account
 from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import Guard, log_content
@@ -148,7 +150,7 @@ class Generation:
                 await self._move(lost)
                 continue
             if taken:
-                self.first_token_at = self.first_token_at or monotonic()
+                self._note_first_token()
             return taken
 
     async def take_whole(self) -> list[str | Piece]:
@@ -163,7 +165,7 @@ class Generation:
         while True:
             try:
                 await self._stream.begun()
-                self.first_token_at = self.first_token_at or monotonic()
+                self._note_first_token()
                 taken = await self._stream.take_whole()
             except WorkerLostError as lost:
                 await self._move(lost)
@@ -171,6 +173,11 @@ class Generation:
             if (output := self._output) is not None:
                 taken = [*await self._let_out(output, taken), *await self._let_out(output, [])]
             return self._noted(taken)
+
+    def _note_first_token(self) -> None:
+        if self.first_token_at is None:
+            self.first_token_at = monotonic()
+            trace.get_current_span().add_event(FIRST_OUTPUT)
 
     def _noted(self, pieces: list[str | Piece]) -> list[str | Piece]:
         if self._said is not None:
@@ -217,9 +224,8 @@ class Generation:
         submission.request.emitted_token_ids.extend(self._stream.token_ids)
         submission.request.model = self.model
         _shorten(submission.request.sampling, self._output_limit)
-        span = tracer().start_span(
-            "worker.generate", kind=SpanKind.CLIENT, attributes={"tokenloom.worker": lease.worker_id}
-        )
+        attributes = {**self._gen_ai, "tokenloom.worker": lease.worker_id, "tokenloom.attempt": self.moves + 1}
+        span = tracer().start_span("worker.generate", kind=SpanKind.CLIENT, attributes=attributes)
         self._run.callback(span.end)
         submission.traceparent = traceparent_of(span)
         try:
@@ -228,7 +234,7 @@ class Generation:
             self._stream.fail(lost)
 
     async def _acquire(self) -> Lease:
-        with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT) as span:
+        with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT, attributes=self._gen_ai) as span:
             emitted = len(self._stream.token_ids)
             acquire = router_pb2.Acquire(
                 request_id=self._caller.request_id,
@@ -251,7 +257,13 @@ class Generation:
             lease = self._lease = await self._run.enter_async_context(
                 self._routers.lease(acquire, self._caller.on_queued)
             )
-            span.set_attribute("tokenloom.worker", lease.worker_id)
+            span.set_attributes(
+                {
+                    "tokenloom.worker": lease.worker_id,
+                    "tokenloom.reason": lease.reason,
+                    "tokenloom.queue_seconds": lease.queue_seconds,
+                }
+            )
             if not emitted:
                 # What has begun may end as it was promised.
                 self._output_limit = lease.output_token_limit
@@ -263,6 +275,10 @@ class Generation:
             acquire.prompt_token_ids.extend(self._request.token_ids.ids)
         else:
             acquire.prefix_hashes.extend(self._prefix_hashes)
+
+    @cached_property
+    def _gen_ai(self) -> dict[str, AttributeValue]:
+        return gen_ai("chat" if self._request.HasField("chat") else "text_completion", self._request.model)
 
     @cached_property
     def _prefix_hashes(self) -> list[int]:
@@ -283,7 +299,8 @@ class Generation:
             },
         )
         trace.get_current_span().add_event(
-            "failover", {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted}
+            FAILOVER,
+            {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted, "tokenloom.cause": str(lost)},
         )
         await self._run.aclose()
         at_seconds = monotonic() - self.started_at

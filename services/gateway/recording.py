@@ -5,6 +5,7 @@ from typing import Any
 
 from opentelemetry import trace
 
+from services.common.tracing import gen_ai
 from services.gateway.generation import Generation
 from services.gateway.http import Response
 from services.gateway.identity import Identity
@@ -20,9 +21,7 @@ def describe(operation: str, body: GenerationRequest) -> None:
     if span.is_recording():
         span.update_name(f"{operation} {body.model}")
         wanted: dict[str, Any] = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "tokenloom",
-            "gen_ai.request.model": body.model,
+            **gen_ai(operation, body.model),
             "gen_ai.request.stream": bool(body.stream),
             "gen_ai.request.max_tokens": body.max_tokens,
             "gen_ai.request.temperature": body.temperature,

@@ -11,6 +11,7 @@ from tokenloom.inference.v1.inference_pb2 import EmbedRequest, ScoreRequest
 from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError
+from services.common.tracing import gen_ai
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
 from services.gateway.generation import Caller
@@ -148,13 +149,7 @@ class UnaryEndpoint(Generic[R]):
         span = trace.get_current_span()
         if span.is_recording():
             span.update_name(f"{self._kind.operation} {body.model}")
-            span.set_attributes(
-                {
-                    "gen_ai.operation.name": self._kind.operation,
-                    "gen_ai.provider.name": "tokenloom",
-                    "gen_ai.request.model": body.model,
-                }
-            )
+            span.set_attributes(gen_ai(self._kind.operation, body.model))
 
     def _record(self, body: R, ask: Ask, response: Response) -> None:
         response.facts.update(model=body.model, worker=ask.worker_id)

@@ -17,7 +17,8 @@ from tokenloom.router.v1 import router_pb2
 from services.common.errors import MeshError, Reason
 from services.common.rpc import channel
 from services.common.status import DETAILS_KEY, error_from_call
-from services.common.tracing import traceparent_of, tracer
+from services.common.trace_sampling import FAILOVER
+from services.common.tracing import gen_ai, traceparent_of, tracer
 from services.gateway.generation import Caller
 from services.gateway.pieces import Spent
 from services.gateway.router_client import Lease, RouterClient
@@ -111,7 +112,8 @@ class WorkerCalls:
             return answer
 
     async def _acquire(self, work: Work, caller: Caller, left: Sequence[str], held: AsyncExitStack) -> Lease:
-        with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT) as span:
+        asked = gen_ai(_operation(work), work.model)
+        with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT, attributes=asked) as span:
             acquire = router_pb2.Acquire(
                 request_id=caller.request_id,
                 model=work.model,
@@ -127,13 +129,13 @@ class WorkerCalls:
                 slo_class=caller.slo_class,
             )
             lease = await held.enter_async_context(self._routers.lease(acquire))
-            span.set_attribute("tokenloom.worker", lease.worker_id)
+            span.set_attributes({"tokenloom.worker": lease.worker_id, "tokenloom.reason": lease.reason})
             return lease
 
     async def _ask(self, work: Work, caller: Caller, lease: Lease) -> Any:
         name = f"worker.{work.method.lower()}"
         work.request.model = lease.model or work.model
-        attributes = {"tokenloom.worker": lease.worker_id}
+        attributes = {**gen_ai(_operation(work), work.model), "tokenloom.worker": lease.worker_id}
         with tracer().start_as_current_span(name, kind=SpanKind.CLIENT, attributes=attributes) as span:
             metadata = [("x-request-id", caller.request_id)]
             if traceparent := traceparent_of(span):
@@ -226,10 +228,14 @@ def _spent(lease: Lease, answer: Any, began: float) -> Spent:
     return spent
 
 
+def _operation(work: Work) -> str:
+    return "embeddings" if work.method == "Embed" else work.method.lower()
+
+
 def _outcome(*, is_workers_fault: bool) -> router_pb2.Outcome.ValueType:
     return router_pb2.OUTCOME_FAILED if is_workers_fault else router_pb2.OUTCOME_REFUSED
 
 
 def _report(lost: WorkerLostError, worker_id: str, caller: Caller) -> None:
     _log.warning("worker left", extra={"worker": worker_id, "request": caller.request_id, "cause": str(lost)})
-    trace.get_current_span().add_event("failover", {"tokenloom.worker": worker_id})
+    trace.get_current_span().add_event(FAILOVER, {"tokenloom.worker": worker_id, "tokenloom.cause": str(lost)})

@@ -131,7 +131,7 @@ class Run:
         took = self._owner.clock() - self._begun
         self._owner.metrics.completed(took, timings, usage.output, exemplar=self._exemplar)
         if self._span is not None:
-            self._span.completed(reason, usage)
+            self._span.completed(reason, usage, timings)
         self._sink.completed(reason, usage, timings, stop_cause)
 
     def failed(self, error: MeshError) -> None:

@@ -1,16 +1,17 @@
 """One span for each generation of a worker, after OpenTelemetry's GenAI conventions."""
 
 import asyncio
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
 from services.common.errors import MeshError
 from services.common.metrics import exemplar_of
-from services.common.tracing import context_from, traceparent_of
-from services.inference.engine import FinishReason, Generation, Usage
+from services.common.tracing import FIRST_OUTPUT, context_from, gen_ai, traceparent_of
+from services.inference.engine import FinishReason, Generation, Timings, Usage
 
 __all__ = ["GenerationSpan", "PoolingSpan", "Spans"]
 
@@ -18,8 +19,12 @@ __all__ = ["GenerationSpan", "PoolingSpan", "Spans"]
 class GenerationSpan:
     """The span of one generation, from its submission to its end."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, tracer: Tracer, span: Span, asked: Mapping[str, AttributeValue]) -> None:
+        """`asked` is what every span of it says."""
+        self._tracer = tracer
         self._span = span
+        self._asked = asked
+        self._began = time.time_ns()
 
     @property
     def traceparent(self) -> str:
@@ -33,10 +38,11 @@ class GenerationSpan:
 
     def first_token(self) -> None:
         """The first token is there."""
-        self._span.add_event("first token")
+        self._span.add_event(FIRST_OUTPUT)
 
-    def completed(self, reason: FinishReason, usage: Usage) -> None:
+    def completed(self, reason: FinishReason, usage: Usage, timings: Timings) -> None:
         """The output is complete."""
+        self._add_phases(timings)
         self._span.set_attributes(
             {
                 "gen_ai.response.finish_reasons": [reason.value],
@@ -46,6 +52,21 @@ class GenerationSpan:
             }
         )
         self._span.end()
+
+    def _add_phases(self, timings: Timings) -> None:
+        """Spans of what the engine did, told once it is over: they end now, one after the other."""
+        if not self._span.is_recording():
+            return
+        parent = set_span_in_context(self._span)
+        end = time.time_ns()
+        phases = []
+        for name, seconds in (("decode", timings.decode), ("prefill", timings.prefill), ("queue", timings.queue)):
+            start = max(self._began, end - int(seconds * 1e9))
+            phases.append((name, start, end))
+            end = start
+        for name, start, stop in reversed(phases):
+            span = self._tracer.start_span(name, context=parent, attributes=self._asked, start_time=start)
+            span.end(stop)
 
     def failed(self, error: MeshError) -> None:
         """It failed."""
@@ -97,9 +118,7 @@ class Spans:
             context=context_from(traceparent),
             kind=SpanKind.SERVER,
             attributes={
-                "gen_ai.operation.name": operation,
-                "gen_ai.provider.name": "tokenloom",
-                "gen_ai.request.model": model,
+                **gen_ai(operation, model),
                 "tokenloom.request_id": request_id,
                 "tokenloom.worker": self._worker,
             },
@@ -126,15 +145,17 @@ class Spans:
             kind=SpanKind.SERVER,
             attributes=_attributes(generation, request_id, self._worker),
         )
-        return GenerationSpan(span)
+        return GenerationSpan(self._tracer, span, _asked(generation))
+
+
+def _asked(generation: Generation) -> dict[str, AttributeValue]:
+    return gen_ai("chat" if generation.kind == "chat" else "text_completion", generation.model)
 
 
 def _attributes(generation: Generation, request_id: str, worker: str) -> Mapping[str, AttributeValue]:
     sampling = generation.sampling
     attributes: dict[str, AttributeValue] = {
-        "gen_ai.operation.name": "chat" if generation.kind == "chat" else "text_completion",
-        "gen_ai.provider.name": "tokenloom",
-        "gen_ai.request.model": generation.model,
+        **_asked(generation),
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
         "tokenloom.request_id": request_id,

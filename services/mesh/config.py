@@ -19,6 +19,7 @@ from services.common.settings import (
     ModelSettings,
     Name,
     SimSettings,
+    TracingSettings,
     UpstreamSettings,
     WatchdogSettings,
 )
@@ -104,6 +105,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     edge: EdgeConfig = EdgeConfig()
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
+    tracing: TracingSettings = TracingSettings()
+    """Which ones."""
     redis_url: str | None = None
     """Where GPU readings are published besides gRPC and Prometheus, and replicas of the gateway share limits."""
     database_url: str | None = None

@@ -69,6 +69,7 @@ def edge_of(mesh: MeshConfig) -> Edge:
         workers=tuple(f"{one.address}:{_GRPC}" for one in _containers(mesh) if one.worker is not None),
         fallback=f"127.0.0.1:{_FALLBACK}",
         otlp=mesh.otlp_endpoint,
+        sample_ratio=mesh.tracing.sample_ratio,
     )
 
 
@@ -79,6 +80,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         listen=f"{_ANY}:{_GRPC}",
         metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
+        tracing=mesh.tracing,
         redis_url=mesh.redis_url or _REDIS_URL,
     )
     yield Container(name="telemetry", service="telemetry", address=next(hosts), settings=telemetry)
@@ -88,6 +90,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
             listen=f"{_ANY}:{_GRPC}",
             metrics=f"{_ANY}:{METRICS_PORT}",
             otlp_endpoint=mesh.otlp_endpoint,
+            tracing=mesh.tracing,
             picker=f"{_ANY}:{_PICKER}",
             telemetry=[f"telemetry:{_GRPC}"],
             routing=mesh.routing,
@@ -109,6 +112,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
         listen=f"{_ANY}:{_GRPC}",
         metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
+        tracing=mesh.tracing,
         http=f"{_ANY}:{_HTTP}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
@@ -133,6 +137,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         listen=f"{_ANY}:{_GRPC}",
         metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
+        tracing=mesh.tracing,
         advertise=f"{address}:{_GRPC}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         pool=pool.name,

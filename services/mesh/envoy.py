@@ -46,6 +46,8 @@ class Edge:
     requests are refused."""
     otlp: str | None = None
     """Where spans go, over OTLP gRPC; None: no tracing."""
+    sample_ratio: float = 1.0
+    """Share of the requests that are traced, of those whose client hasn't decided that already."""
     access_log: str = "/dev/stdout"
 
 
@@ -162,7 +164,7 @@ def _connection_manager(edge: Edge) -> dict[str, Any]:
         **_identity_of_clients(),
         **_hygiene(),
         **_limits(),
-        **({} if edge.otlp is None else {"tracing": _tracing()}),
+        **({} if edge.otlp is None else {"tracing": _tracing(edge.sample_ratio)}),
         access_log=[_access_log(edge.access_log), *(usage_log(name) for name, _ in edge.accounting)],
         local_reply_config=local_replies(),
         route_config=route_config(),
@@ -222,9 +224,9 @@ def _limits() -> dict[str, Any]:
     }
 
 
-def _tracing() -> dict[str, Any]:
+def _tracing(sample_ratio: float) -> dict[str, Any]:
     return {
-        "random_sampling": {"value": 100},
+        "random_sampling": {"value": 100 * sample_ratio},
         "provider": {
             "name": "envoy.tracers.opentelemetry",
             "typed_config": any_of(

@@ -172,6 +172,7 @@ class _Planner:
             listen=listen,
             metrics=f"{_HOST}:{ports['metrics']}",
             otlp_endpoint=self._mesh.otlp_endpoint,
+            tracing=self._mesh.tracing,
             **settings,
         )
         return ProcessPlan(
@@ -211,6 +212,7 @@ class _Planner:
             workers=tuple(_grpc(worker) for worker in workers),
             fallback=f"{_HOST}:{ports['fallback']}",
             otlp=self._mesh.otlp_endpoint,
+            sample_ratio=self._mesh.tracing.sample_ratio,
         )
         # What it says at level info before it has read the bootstrap would not be JSON.
         options = ("--disable-hot-restart", "--file-flush-interval-msec", "200", "--log-level", "warning")

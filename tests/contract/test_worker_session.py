@@ -12,7 +12,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -218,6 +218,10 @@ async def test_a_draining_worker_refuses_and_finishes() -> None:
     assert session.ends[3].HasField("completed")
 
 
+def named(exporter: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
+    return [span for span in exporter.get_finished_spans() if span.name == name]
+
+
 async def test_each_generation_has_one_span_below_its_gateways() -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -227,8 +231,8 @@ async def test_each_generation_has_one_span_below_its_gateways() -> None:
         await session.send(good, bad, submission(3, max_tokens=4000))
         await session.read_until_ended(1, 2)
         await session.send(aborted=[3])
-        await eventually(lambda: len(exporter.get_finished_spans()) == 3, within=1)
-    spans = {str((span.attributes or {})["tokenloom.request_id"]): span for span in exporter.get_finished_spans()}
+        await eventually(lambda: len(named(exporter, "generate")) == 3, within=1)
+    spans = {str((span.attributes or {})["tokenloom.request_id"]): span for span in named(exporter, "generate")}
     attributes = dict(spans["req-1"].attributes or {})
     parent = spans["req-1"].parent
     assert parent is not None
@@ -242,6 +246,14 @@ async def test_each_generation_has_one_span_below_its_gateways() -> None:
     assert spans["req-2"].status.status_code is StatusCode.ERROR
     assert dict(spans["req-2"].attributes or {})["error.type"] == "CONTEXT_LENGTH_EXCEEDED"
     assert dict(spans["req-3"].attributes or {})["tokenloom.cancelled"] is True
+    # Where the time of the one that is complete went: one after the other, within it.
+    phases = [span for name in ("queue", "prefill", "decode") for span in named(exporter, name)]
+    whole = spans["req-1"]
+    assert [phase.parent for phase in phases] == [whole.context] * 3
+    times = [moment for phase in phases for moment in (phase.start_time, phase.end_time)]
+    moments = [moment or 0 for moment in (whole.start_time, *times, whole.end_time)]
+    assert moments == sorted(moments)
+    assert (phases[2].end_time or 0) - (phases[2].start_time or 0) >= 15e6
 
 
 async def test_without_tracing_the_trace_context_is_passed_on_as_it_came() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import statistics
 import time
@@ -17,6 +18,7 @@ from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
 from tests.support.commands import tokenloom
 from tests.support.mesh import Mesh, running_mesh
+from tests.support.otlp import Receiver
 from tests.support.uneven_mesh import ended
 from tests.support.waiting import eventually, wait_until
 
@@ -25,10 +27,10 @@ MODEL = "sim"
 
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+def mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Mesh]:
     state_dir = tmp_path_factory.mktemp("recovery") / "state"
     simulated = ("--engine", "sim", "--workers", "4", "--sim", "decode_step_ms=10,max_num_seqs=64,max_model_len=4096")
-    with running_mesh(state_dir, *simulated) as running:
+    with running_mesh(state_dir, *simulated, "--otlp-endpoint", spans.endpoint) as running:
         yield running
 
 
@@ -113,6 +115,51 @@ def check_that_moves_are_told(mesh: Mesh, *, away_from: str) -> None:
     told = tokenloom(mesh, "explain", row["request_id"])
     assert f"It was moved away from {away_from} " in told.stdout
     assert told.stdout.count("chosen: ") == 2
+
+
+def stream_until_lost(mesh: Mesh, traceparent: str) -> str:
+    """Streams an answer whose worker is killed after the first event; returns which worker it was."""
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 60, "temperature": 0, "stream": True, "ignore_eos": True}
+    headers = {**mesh.headers, "traceparent": traceparent}
+    with (
+        httpx.Client(base_url=mesh.edge, headers=headers, timeout=20) as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        worker = answer.headers["x-tokenloom-worker"]
+        lines = answer.iter_lines()
+        next(lines)
+        kill(mesh, worker)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    return str(worker)
+
+
+def test_one_trace_tells_of_a_request_that_moved_whether_it_was_sampled_or_not(mesh: Mesh, spans: Receiver) -> None:
+    pids = {process["name"]: process["pid"] for process in mesh.state["processes"]}
+    sampled, not_sampled = secrets.token_hex(16), secrets.token_hex(16)
+    lost = stream_until_lost(mesh, f"00-{sampled}-{secrets.token_hex(8)}-01")
+    other = stream_until_lost(mesh, f"00-{not_sampled}-{secrets.token_hex(8)}-00")
+    request = "tokenloom-gateway: text_completion sim"
+    edges = {
+        (request, "tokenloom-gateway: router.acquire"),
+        ("tokenloom-gateway: router.acquire", "tokenloom-router: schedule"),
+        (request, "tokenloom-gateway: worker.generate"),
+        ("tokenloom-gateway: worker.generate", "tokenloom-inference: generate"),
+        ("tokenloom-inference: generate", "tokenloom-inference: decode"),
+    }
+    wait_until(lambda: edges <= spans.edges(sampled), within=10)
+    trace = spans.trace(sampled)
+    picks = {span.attributes["tokenloom.attempt"]: span for span in trace if span.name == "schedule"}
+    assert picks.keys() == {1, 2}
+    assert picks[1].attributes["tokenloom.worker"] == lost
+    (second,) = [span for span in trace if span.name == "generate"]
+    assert second.attributes["tokenloom.worker"] == picks[2].attributes["tokenloom.worker"] != lost
+    assert second.attributes["tokenloom.emitted_tokens"] > 0
+    (whole,) = [span for span in trace if span.name == "text_completion sim"]
+    assert whole.events == ("first token", "failover")
+
+    wait_until(lambda: any(span.events for span in spans.trace(not_sampled)), within=10)
+    assert {span.service for span in spans.trace(not_sampled)} == {"tokenloom-gateway"}
+    wait_until(lambda: all(mesh.process(name)["pid"] != pids[name] for name in {lost, other}), within=20)
 
 
 async def requests_over(mesh: Mesh, count: int, disturb: Callable[[], None]) -> list[float]:

@@ -15,6 +15,11 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 
 
+PHASES = {
+    ("tokenloom-inference: generate", f"tokenloom-inference: {phase}") for phase in ("queue", "prefill", "decode")
+}
+
+
 def new_trace() -> tuple[str, str]:
     """A trace id and the `traceparent` of a client that began it."""
     trace_id = secrets.token_hex(16)
@@ -47,8 +52,19 @@ def test_the_openai_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans
             ("tokenloom-gateway: chat demo", "tokenloom-gateway: worker.generate"),
             ("tokenloom-gateway: worker.generate", "tokenloom-inference: generate"),
             ("tokenloom-inference: generate", "tokenloom-inference: llm_request"),
+            *PHASES,
         },
     )
+    trace = {span.name: span for span in spans.trace(trace_id) if span.service != "tokenloom-edge"}
+    for name, span in trace.items():
+        if name != "llm_request":
+            assert span.attributes["gen_ai.operation.name"] in ("chat", "generate_content"), name
+            assert span.attributes["gen_ai.request.model"] == "demo", name
+    assert "first token" in trace["chat demo"].events
+    assert "first token" in trace["generate"].events
+    assert trace["router.acquire"].attributes["tokenloom.reason"] == trace["schedule"].attributes["tokenloom.reason"]
+    assert trace["schedule"].attributes["tokenloom.worker"] == "worker-0"
+    assert trace["schedule"].attributes["tokenloom.predicted_ttft_seconds"] > 0
 
 
 @pytest.mark.parametrize("lane", ["grpc", "rest"])
@@ -69,6 +85,7 @@ def test_the_typed_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans:
         {
             ("tokenloom-edge: ingress", "tokenloom-inference: generate"),
             ("tokenloom-inference: generate", "tokenloom-inference: llm_request"),
+            *PHASES,
         },
     )
     # Envoy's own span of the call to the picker stands between; the trace is one all the same.

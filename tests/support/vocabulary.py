@@ -59,7 +59,7 @@ def labels() -> dict[str, str]:
 
 def strays(service: str, exposition: str) -> Iterator[str]:
     """What a process of a service exposes under a name of ours and should not, and what it should and does not."""
-    wanted = {entry.name: entry for entry in vocabulary() if entry.service == service}
+    wanted = {entry.name: entry for entry in vocabulary() if entry.service in (service, "process")}
     for family in text_string_to_metric_families(exposition):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         if not name.startswith("tokenloom_"):
