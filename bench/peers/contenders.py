@@ -38,19 +38,12 @@ class Peer(NamedTuple):
     """A path that answers 200 once it serves."""
 
 
-_SGLANG: Final = ("--host", "127.0.0.1", "--log-level", "error", "--disable-circuit-breaker", "--disable-retries")
+_COMMON: Final = ("--host", "127.0.0.1", "--log-level", "error")
+_POLICIES: Final = ("cache_aware", "power_of_two")
 PEERS: Final[Mapping[str, Mapping[str, Peer]]] = {
-    "smg": {
-        policy: Peer(("launch", *_SGLANG, "--policy", policy), "/readiness")
-        for policy in ("cache_aware", "power_of_two")
-    },
-    "sglang-router": {
-        policy: Peer(("launch", *_SGLANG, "--policy", policy), "/readiness")
-        for policy in ("cache_aware", "power_of_two")
-    },
-    "vllm-router": {
-        policy: Peer((*_SGLANG, "--policy", policy), "/readiness") for policy in ("cache_aware", "power_of_two")
-    },
+    "smg": {policy: Peer(("launch", *_COMMON, "--policy", policy), "/readiness") for policy in _POLICIES},
+    "sglang-router": {policy: Peer(("launch", *_COMMON, "--policy", policy), "/readiness") for policy in _POLICIES},
+    "vllm-router": {policy: Peer((*_COMMON, "--policy", policy), "/readiness") for policy in _POLICIES},
 }
 """By program and policy; everything else is as they come."""
 

@@ -342,6 +342,9 @@ class Admission:
             if turn is None:
                 return
             lane, ticket = self._overdue(models, skipped, turn[1]) or turn
+            if ticket.modest and not worker.has_spare and self._is_over(ticket, self._clock(), waiting=False):
+                skipped.add(lane)
+                continue
             decision = self._pick(ticket)
             if decision.verdict is Verdict.PICKED:
                 self._serve(ticket, decision)
@@ -389,10 +392,11 @@ class Admission:
             ticket.others = self._others(decision, ticket.most_others)
         self._runs(ticket, 1)
         self._prefixes.note(request, worker)
-        self._record(ticket, worker.worker_id, ticket.reason)
+        ticket.said = ticket.reason
+        self._record(ticket, worker.worker_id, ticket.said)
         self._observer.decided("granted", ticket.queue_seconds)
         ticket.settle(ticket)
-        ticket.settled()
+        ticket.forget_looks()
 
     def _refuse(self, ticket: Ticket, error: MeshError) -> None:
         self._leave_line(ticket)

@@ -1,7 +1,6 @@
 """What a request would cost on a worker, in seconds. Pure functions of a snapshot."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from services.common.policy import SloClass
@@ -66,8 +65,7 @@ def better(one: Rates | None, prefill: float | None, step: float | None, per_seq
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gauges:
+class Gauges(NamedTuple):
     """A worker at one moment, as far as cost depends on it.
 
     Attributes:

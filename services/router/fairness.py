@@ -21,6 +21,10 @@ class Fairness:
         """A tenant's count, in tokens; it never falls."""
         return max(self._served.get(tenant, 0.0), self._floor)
 
+    def charged(self, tenant: str) -> float:
+        """A tenant's count without regard to how far the others are."""
+        return self._served.get(tenant, 0.0)
+
     def charge(self, tenant: str, start: float, tokens: float) -> None:
         """A tenant whose turn it was at count `start` has been served."""
         # A higher class may serve somebody far behind; the floor is for those who come, and never falls.

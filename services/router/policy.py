@@ -3,8 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from services.common.errors import MeshError, Reason
 from services.common.policy import STANDARD, Policy
@@ -20,8 +19,7 @@ _CHECK_SECONDS: Final = 0.25
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Resolution:
+class Resolution(NamedTuple):
     """What the policy makes of a request.
 
     Attributes:
@@ -145,7 +143,7 @@ class Policies:
         if slo is None and not policy.rules and degrade == request.allow_degrade:
             # Nobody asks for the class then.
             return request
-        return replace(request, slo=slo, slo_class=name, allow_degrade=degrade)
+        return request._replace(slo=slo, slo_class=name, allow_degrade=degrade)
 
     def _limit(self, policy: Policy, request: Request) -> int:
         bounds = policy.degradation

@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from services.common.policy import Alias, Policy, Rule, Version, When
 from services.router.request import Request
@@ -15,8 +14,7 @@ Serves = Callable[[str, str], bool]
 _HASHES: Final = float(1 << 64)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """One way to serve a request.
 
     Attributes:
@@ -102,8 +100,8 @@ def _pools(
 
 def _narrowed(request: Request, model: str, pool: str | None) -> Request:
     if pool is None:
-        return request if model == request.model else replace(request, model=model)
-    return replace(request, model=model, pools=frozenset((pool,)))
+        return request if model == request.model else request._replace(model=model)
+    return request._replace(model=model, pools=frozenset((pool,)))
 
 
 def _rule(policy: Policy, request: Request, asked: str, model: str, serves: Serves) -> Rule | None:

@@ -1,15 +1,14 @@
 """A request for a worker, the same from both lanes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.common.policy import SloClass
 
 __all__ = ["Request"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """A request for a worker.
 
     Attributes:

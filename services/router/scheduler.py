@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from typing import Final, NamedTuple
@@ -17,7 +16,7 @@ from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.worker import STALE_SECONDS, Worker
 
-__all__ = ["NOBODY", "OUTSIDE_POOL", "Decision", "Scheduler", "Verdict"]
+__all__ = ["OUTSIDE_POOL", "Decision", "Scheduler", "Verdict"]
 
 # Costs closer than this are equal: what two equal workers measure of themselves differs by as much.
 _TIE_SHARE: Final = 1.04
@@ -47,12 +46,10 @@ class Verdict(Enum):
     TOO_LONG = "too long"
 
 
-NOBODY: Final = Looks([], [], [])
-"""No workers, where none are remembered."""
+_NOBODY: Final = Looks([], [], [])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(NamedTuple):
     """What was decided and why.
 
     Attributes:
@@ -67,7 +64,7 @@ class Decision:
     worker: Worker | None = None
     prediction: Prediction | None = None
     output_tokens: float = 0.0
-    looked_at: Looks = NOBODY
+    looked_at: Looks = _NOBODY
 
     @property
     def out(self) -> dict[str, int]:
@@ -140,7 +137,8 @@ class Scheduler:
         if not found.open_to and plain and len(workers) > _MOST_COMPARED:
             found = self._sort_out(workers, asks)
         names, reasons, open_to = found.names, found.reasons, found.open_to
-        open_to = self._without_returning(open_to, names, reasons)
+        if [worker for worker in open_to if worker.admitted_ratio != 1.0]:
+            open_to = self._without_returning(open_to, names, reasons)
         if not open_to:
             verdict = self._why_none(request, full=found.full, now=now)
             return Decision(verdict=verdict, looked_at=Looks(names, reasons, []))
@@ -168,34 +166,34 @@ class Scheduler:
     def _sort_out(self, workers: Sequence[Worker], ask: "_Ask") -> "_Found":
         """Who of these may have the request now, and why the others may not."""
         request, now, asked, context, plain, spare = ask
-        open_to: list[Worker] = []
         names: list[str] = []
         reasons: list[str] = []
-        full, occupies, oldest = False, request.occupies_slot, now - STALE_SECONDS
-        for worker in workers:
-            if worker.blocked or worker.reported_at < oldest or not plain:
-                why = self._obstacle(worker, request, context, now, asked)
-                if why:
-                    names.append(worker.worker_id)
-                    reasons.append(why)
-                    continue
-            if occupies and (worker.full or (spare and not worker.has_spare)):
-                full = True
-                names.append(worker.worker_id)
-                reasons.append(_FULL if worker.full else _KEPT)
-            else:
-                open_to.append(worker)
-        if occupies and open_to and all(worker.backlogged for worker in open_to):
+        oldest = now - STALE_SECONDS
+        fit = workers
+        if not plain or [worker for worker in workers if worker.blocked or worker.reported_at < oldest]:
+            whys = [self._obstacle(worker, request, context, now, asked) for worker in workers]
+            fit = [worker for worker, why in zip(workers, whys, strict=True) if not why]
+            names = [worker.worker_id for worker, why in zip(workers, whys, strict=True) if why]
+            reasons = [why for why in whys if why]
+        if not request.occupies_slot:
+            return _Found([*fit], names, reasons, full=False)
+        open_to = [worker for worker in fit if not worker.full]
+        if len(open_to) < len(fit):
+            names += [worker.worker_id for worker in fit if worker.full]
+            reasons += [_FULL] * (len(fit) - len(open_to))
+        if spare:
+            names += [worker.worker_id for worker in open_to if not worker.has_spare]
+            open_to = [worker for worker in open_to if worker.has_spare]
+            reasons += [_KEPT] * (len(names) - len(reasons))
+        if open_to and all(worker.backlogged for worker in open_to):
             # Nobody would begin with it soon, and who does first is not known yet.
             names += [worker.worker_id for worker in open_to]
             reasons += [_BACKLOGGED] * len(open_to)
-            return _Found([], names, reasons, full=True)
-        return _Found(open_to, names, reasons, full=full)
+            open_to = []
+        return _Found(open_to, names, reasons, full=len(open_to) < len(fit))
 
     def _without_returning(self, open_to: list[Worker], names: list[str], reasons: list[str]) -> list[Worker]:
         """Leaves out workers that return from an ejection, as often as they are not to be picked yet."""
-        if all(worker.admitted_ratio == 1.0 for worker in open_to):
-            return open_to
         kept = [
             worker for worker in open_to if worker.admitted_ratio == 1.0 or self._rng.random() < worker.admitted_ratio
         ]
@@ -217,7 +215,9 @@ class Scheduler:
             [now - worker.outlook_at for worker in workers],
             [cached.get(worker.worker_id, 0.0) for worker in workers] if cached else [0.0] * len(workers),
         )
-        return predictions if request.slo is None else [against(slo, one, output) for one in predictions]
+        if request.slo is None or (slo.ttft_seconds is None and slo.tpot_seconds is None):
+            return predictions
+        return [against(slo, one, output) for one in predictions]
 
     def judge(self, request: Request, *, asked_at: float) -> Verdict:
         """Whether waiting makes sense: FULL when a worker would take the request once it has room."""

@@ -1,7 +1,6 @@
 """A request on its way to a worker."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from enum import Enum
 from typing import Final
 
@@ -9,7 +8,7 @@ from services.common.errors import MeshError
 from services.router.policy import Resolution
 from services.router.pools import Choice
 from services.router.request import Request
-from services.router.scheduler import NOBODY, Decision
+from services.router.scheduler import Decision
 from services.router.waiting import LaneKey
 from services.router.worker import Lease
 
@@ -36,7 +35,7 @@ class Ticket:
         request: what was asked for.
         lease: the worker, once granted.
         error: why not, once refused.
-        decision: the last decision about it; once granted, without the workers that were looked at.
+        decision: the last decision about it, until it is answered.
         others: endpoints of the workers that came after the one that was granted, best first, as many as were wanted.
         ways: how the policy lets it be served, best first.
         way: the one of these that it was decided for.
@@ -81,7 +80,7 @@ class Ticket:
         self.way = self.ways[0]
         self.output_token_limit = 0
         self.modest = False
-        self.lane = _lane(request, self.ways)
+        self.lane = LaneKey(request.model or "", None)
         self.tokens = 0.0
         self.state = State.ASKED
         self.lease: Lease | None = None
@@ -113,11 +112,9 @@ class Ticket:
         stands_in = "" if model == self.request.model else f"; {model} answers for {self.request.model}"
         return f"{self.decision.reason}{rule}{stands_in}"
 
-    def settled(self) -> None:
-        """Nobody asks any more which workers were looked at, and a ticket may live for long: it keeps the words."""
-        if self.decision is not None:
-            self.said = self.reason
-            self.decision = replace(self.decision, looked_at=NOBODY)
+    def forget_looks(self) -> None:
+        """Keeps of the decision only its words: a ticket may live for long, and a fleet may be large."""
+        self.said, self.decision = self.reason, None
 
     @property
     def tenant(self) -> str:
@@ -140,6 +137,8 @@ Settle = Callable[[Ticket], None]
 
 def _lane(request: Request, ways: tuple[Choice, ...]) -> LaneKey:
     first = ways[0].request.model or ""
+    if len(ways) == 1:
+        return LaneKey(first, _constraint(request, ways))
     others = {way.request.model or "" for way in ways} - {first}
     return LaneKey(first, _constraint(request, ways), tuple(sorted(others)))
 

@@ -93,9 +93,10 @@ class _Class(Generic[W]):
                 del self._queues[queue.tenant]
                 continue
             oldest = next(iter(queue.members))
-            now = self._fairness.of(queue.tenant)
+            # The floor moves all the time and orders nobody anew: only those that were served have fallen behind.
+            now = max(count, self._fairness.charged(queue.tenant))
             if (now, oldest) == (count, order):
-                return now, oldest, queue.members[oldest]
+                return self._fairness.of(queue.tenant), oldest, queue.members[oldest]
             # Counts and orders only grow, so an entry that is out of date stands too far in front, never too far back.
             heapq.heapreplace(self._heap, (now, oldest, queue))
 
