@@ -1,5 +1,6 @@
 """Processes under measurement: started from a settings struct, their CPU read from the operating system."""
 
+import os
 import subprocess
 import sys
 import time
@@ -12,15 +13,19 @@ import msgspec
 import psutil
 
 from services.common.settings import ProcessSettings
+from services.mesh import leash
 
 __all__ = ["cpu_seconds", "program", "service", "wait_for_http"]
+
+_LEASH = Path(leash.__file__)
 
 
 @contextmanager
 def program(arguments: list[str], log: Path) -> Iterator[int]:
-    """Runs a program until the block is left; yields its pid."""
+    """Runs a program, named by its path, until the block is left or this process ends; yields its pid."""
+    leashed = [sys.executable, str(_LEASH), str(os.getpid()), *arguments]
     with log.open("wb") as output:
-        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(leashed, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield process.pid
         finally:

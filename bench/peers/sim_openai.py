@@ -52,7 +52,7 @@ class _Stream:
     def started(self, prompt_tokens: int, cached_tokens: int, echo: PromptEcho | None = None) -> None:
         """The first token comes with it."""
         del prompt_tokens, cached_tokens, echo
-        self._writer.write(_HEAD)
+        self._write(_HEAD)
 
     def delta(self, text: str, token_ids: Sequence[int]) -> None:
         """One token."""
@@ -80,17 +80,25 @@ class _Stream:
             "prompt_tokens_details": {"cached_tokens": usage.cached},
         }
         self._event({"choices": [], "usage": counts})
-        self._writer.write(_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        self._write(_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         self._end()
 
     def failed(self, error: MeshError) -> None:
         """Before anything was written: the benchmark's engines don't fail later."""
-        _answer(self._writer, {"error": {"message": error.message}}, b"503 Service Unavailable")
+        if not self._writer.is_closing():
+            _answer(self._writer, {"error": {"message": error.message}}, b"503 Service Unavailable")
         self._end()
 
     def _event(self, more: dict[str, Any]) -> None:
         body = {"id": self._name, "object": "chat.completion.chunk", "created": 1, "model": _MODEL, **more}
-        self._writer.write(_chunk(b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"))
+        self._write(_chunk(b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"))
+
+    def _write(self, data: bytes) -> None:
+        if self._writer.is_closing():
+            # Nobody reads any more.
+            self._end()
+        else:
+            self._writer.write(data)
 
     def _end(self) -> None:
         if not self.ended.done():
@@ -117,10 +125,13 @@ class Server:
                 lines = head.decode("latin-1").lower().split("\r\n")
                 length = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
                 body = await reader.readexactly(length)
-                if lines[0].startswith("post /v1/chat/completions"):
+                method, path, _ = lines[0].split(" ")
+                if (method, path) == ("post", "/v1/chat/completions"):
                     await self._complete(json.loads(body), writer)
+                elif method == "post":
+                    _answer(writer, {"error": {"message": "not served"}}, b"404 Not Found")
                 else:
-                    _answer(writer, _MODELS if "/models" in lines[0] else _INFO)
+                    _answer(writer, _MODELS if path.endswith("/models") else _INFO)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
