@@ -128,6 +128,12 @@ class Server:
                 method, path, _ = lines[0].split(" ")
                 if (method, path) == ("post", "/v1/chat/completions"):
                     await self._complete(json.loads(body), writer)
+                elif (method, path) == ("post", "/v1/chat/completions/render"):
+                    # As vLLM's own server tells a router the tokens of a conversation.
+                    tokens = await self._engine.tokenize(_messages(json.loads(body)))
+                    _answer(
+                        writer, {"request_id": "render", "token_ids": tokens, "sampling_params": {}, "model": _MODEL}
+                    )
                 elif method == "post":
                     _answer(writer, {"error": {"message": "not served"}}, b"404 Not Found")
                 else:
@@ -140,7 +146,7 @@ class Server:
     async def _complete(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         self._count += 1
         name = f"chatcmpl-{self._count}"
-        messages = [ChatMessage(role=each["role"], content=each["content"]) for each in body["messages"]]
+        messages = _messages(body)
         stream = _Stream(writer, name)
         try:
             await self._engine.submit(
@@ -151,6 +157,10 @@ class Server:
             stream.failed(error)
         finally:
             self._engine.abort(name)
+
+
+def _messages(body: dict[str, Any]) -> list[ChatMessage]:
+    return [ChatMessage(role=each["role"], content=each["content"]) for each in body["messages"]]
 
 
 async def main(port: int, sim: str) -> None:
