@@ -149,19 +149,32 @@ class Story:
 
 def _phases(row: Mapping[str, Any], router_seconds: float) -> Iterator[Phase]:
     total = float(row["duration_seconds"] or 0.0)
+    if row["moves"] and row["ttft_seconds"] is not None:
+        # What is known of queue and prefill is that of the last worker, which came in between.
+        yield Phase("until the first token", row["ttft_seconds"], f"{_tokens(row['prompt_tokens'])} of the prompt")
+        yield Phase("decode, moving included", max(0.0, total - row["ttft_seconds"]), _written(row))
+        return
     queued, prefill = float(row["queue_seconds"] or 0.0), float(row["prefill_seconds"] or 0.0)
     in_router = min(router_seconds, queued)
     first = row["ttft_seconds"]
     yield Phase("in the router's queue", in_router)
     yield Phase("in the engine's queue", queued - in_router)
     cached = f", {row['cached_tokens']} of them cached" if row["cached_tokens"] else ""
-    yield Phase("prefill", prefill, f"{row['prompt_tokens']} tokens of the prompt{cached}")
+    yield Phase("prefill", prefill, f"{_tokens(row['prompt_tokens'])} of the prompt{cached}")
     if first is None:
         yield Phase("the rest", max(0.0, total - queued - prefill))
         return
     yield Phase("else, until the first token", max(0.0, first - queued - prefill), "checks, transport, a decode step")
+    yield Phase("decode", max(0.0, total - first), _written(row))
+
+
+def _written(row: Mapping[str, Any]) -> str:
     pace = f", one every {told(row['tpot_seconds'])}" if row["tpot_seconds"] else ""
-    yield Phase("decode", max(0.0, total - first), f"{row['output_tokens']} tokens{pace}")
+    return f"{_tokens(row['output_tokens'])}{pace}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def seconds_of(duration: Duration) -> float:

@@ -248,6 +248,21 @@ def test_the_report_tells_cost_and_what_caching_saved(database: Path) -> None:
     }
 
 
+def test_tables_of_an_earlier_version_get_what_they_lack(database: Path) -> None:
+    with Database(database) as current, current.writing() as connection:
+        book.add_rows(connection, [ended(1)])
+    with closing(sqlite3.connect(database)) as earlier:
+        earlier.execute("DROP INDEX usage_by_request")
+        earlier.execute("ALTER TABLE usage DROP COLUMN moves")
+        earlier.execute("UPDATE counters SET value = 2 WHERE name = 'schema'")
+        earlier.commit()
+    with Database(database) as current:
+        assert [found["moves"] for found in book.requests(current, limit=10, request_id="request-1")] == [[]]
+    with closing(sqlite3.connect(database)) as after:
+        indexes = {name for _, name, *_ in after.execute("PRAGMA index_list(usage)")}
+    assert "usage_by_request" in indexes
+
+
 def test_old_usage_is_deleted(database: Path) -> None:
     with Database(database) as opened, opened.writing() as connection:
         book.add_rows(connection, [ended(1, time=NOW - 100), ended(2)])

@@ -119,6 +119,13 @@ def test_each_cause_is_a_sentence(told_by: Story, said: list[str]) -> None:
     assert told_by.causes == said
 
 
+def test_the_phases_of_a_request_that_moved_add_up_too() -> None:
+    move = {"worker": "quick-0", "at_seconds": 0.5, "emitted_tokens": 7, "cause": "it died"}
+    phases = story(decision(), moves=[move], queue_seconds=1.0).phases
+    assert [one.name for one in phases] == ["until the first token", "decode, moving included"]
+    assert sum(one.seconds for one in phases) == pytest.approx(2.0)
+
+
 def test_a_request_that_has_not_ended_has_no_phases() -> None:
     assert Story(row=None, decisions=[decision()], slow_workers={}).phases == []
 

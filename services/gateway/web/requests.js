@@ -3,6 +3,7 @@ import { $, fill, h, notice, number, pill, round, seconds, time } from "./page.j
 import { json } from "./api.js";
 import { slow } from "./fleet.js";
 
+const tokens = count => `${round(count)} token${count === 1 ? "" : "s"}`;
 const wait = ms => new Promise(done => setTimeout(done, ms));
 
 export function wire() {
@@ -71,14 +72,19 @@ function told(id, row, decisions) {
 
 function phases(row, decisions) {
   const all = row.duration_seconds ?? 0, queued = row.queue_seconds ?? 0, prefill = row.prefill_seconds ?? 0;
+  const each = row.tpot_seconds ? `, one every ${time(row.tpot_seconds)}` : "", wrote = `${tokens(row.output_tokens)}${each}`;
+  if (row.moves.length && row.ttft_seconds !== null) {
+    // What is known of queue and prefill is that of the last worker, which came in between.
+    return [["Until the first token", row.ttft_seconds, `${tokens(row.prompt_tokens)} of the prompt`, 3],
+      ["Decode, moving included", Math.max(0, all - row.ttft_seconds), wrote, 4]];
+  }
   const router = Math.min(queued, seconds(decisions.at(-1)?.queue_duration)), first = row.ttft_seconds ?? null;
   const cached = row.cached_tokens ? `, ${round(row.cached_tokens)} of them cached` : "";
   const found = [["In the router's queue", router, "", 0], ["In the engine's queue", queued - router, "", 1],
-    ["Prefill", prefill, `${round(row.prompt_tokens)} tokens of the prompt${cached}`, 2]];
+    ["Prefill", prefill, `${tokens(row.prompt_tokens)} of the prompt${cached}`, 2]];
   if (first === null) return [...found, ["The rest", Math.max(0, all - queued - prefill), "", 3]];
-  const each = row.tpot_seconds ? `, one every ${time(row.tpot_seconds)}` : "";
   return [...found, ["Else, until the first token", Math.max(0, first - queued - prefill), "checks, transport, a decode step", 3],
-    ["Decode", Math.max(0, all - first), `${round(row.output_tokens)} tokens${each}`, 4]];
+    ["Decode", Math.max(0, all - first), wrote, 4]];
 }
 
 function timeline(id, row, decisions) {
