@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 from opentelemetry.util.types import AttributeValue
 from tokenloom.inference.v1 import generation_pb2 as pb
-from tokenloom.inference.v1 import worker_pb2
+from tokenloom.inference.v1 import inference_pb2, worker_pb2
 from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
@@ -35,6 +35,12 @@ _log = logging.getLogger(__name__)
 _MAX_VICTIMS: Final = 3
 # Workers that turn it away are well; but where each of so many does, another one would, too.
 _MAX_MOVES: Final = 8
+# A picture is a few hundred to a thousand tokens for most models; only the worker knows.
+_TOKENS_PER_MEDIUM: Final = 512
+_NEEDED_BY_PART: Final[dict[str | None, inference_pb2.Capability.ValueType]] = {
+    "image": inference_pb2.CAPABILITY_IMAGES,
+    "audio": inference_pb2.CAPABILITY_AUDIO,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +276,8 @@ class Generation:
             return lease
 
     def _describe(self, acquire: router_pb2.Acquire) -> None:
-        """Says what the prompt begins with, so that it may go where that is cached."""
+        """Says what the prompt begins with, so that it may go where that is cached, and what its parts need."""
+        acquire.required_capabilities.extend(_needed_by_parts(self._request.chat))
         if self._request.HasField("token_ids") and not self._request.cache_salt:
             acquire.prompt_token_ids.extend(self._request.token_ids.ids)
         else:
@@ -450,5 +457,15 @@ def _estimate_prompt_tokens(request: pb.GenerateRequest) -> int:
     if request.HasField("token_ids"):
         return len(request.token_ids.ids)
     if request.HasField("chat"):
-        return sum(len(message.content) // 4 + 4 for message in request.chat.messages)
+        return sum(map(_estimate_message_tokens, request.chat.messages))
     return len(request.text) // 4 + 1
+
+
+def _estimate_message_tokens(message: pb.ChatMessage) -> int:
+    texts = len(message.content) + sum(len(part.text) for part in message.parts)
+    return texts // 4 + 4 + _TOKENS_PER_MEDIUM * sum(not part.HasField("text") for part in message.parts)
+
+
+def _needed_by_parts(chat: pb.ChatPrompt) -> set[inference_pb2.Capability.ValueType]:
+    kinds = {part.WhichOneof("content") for message in chat.messages for part in message.parts}
+    return {_NEEDED_BY_PART[kind] for kind in kinds if kind in _NEEDED_BY_PART}

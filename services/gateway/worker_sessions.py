@@ -11,7 +11,7 @@ from tokenloom.inference.v1 import worker_pb2, worker_pb2_grpc
 
 from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
-from services.common.rpc import channel
+from services.common.rpc import MAX_MESSAGE_BYTES, channel
 from services.common.status import error_from_status
 from services.gateway import convert_output
 from services.gateway.stream import Stream, WorkerLostError
@@ -40,13 +40,23 @@ class _Session:
             async with channel(self._endpoint) as connection:
                 async with asyncio.timeout(_CONNECT_SECONDS):
                     await connection.channel_ready()
-                call = worker_pb2_grpc.WorkerServiceStub(connection).Session(self._outbox.messages())
+                call = worker_pb2_grpc.WorkerServiceStub(connection).Session(self._requests())
                 async for message in call:
                     self._apply(message)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             _log.warning("worker session lost", extra={"worker": self._endpoint, "cause": _cause(error)})
         finally:
             self._lose()
+
+    async def _requests(self) -> AsyncIterator[worker_pb2.SessionRequest]:
+        """What is in the outbox, in messages that the worker takes: one too large would end the session for all."""
+        async for request in self._outbox.messages():
+            if request.ByteSize() <= MAX_MESSAGE_BYTES:
+                yield request
+                continue
+            for submission in request.submissions:
+                yield worker_pb2.SessionRequest(submissions=[submission])
+            yield worker_pb2.SessionRequest(aborted_handles=request.aborted_handles)
 
     def submit(self, submission: worker_pb2.Submission, stream: Stream) -> int:
         """Starts a generation whose output goes to `stream`; returns its handle in this session."""

@@ -17,7 +17,8 @@ _MAX_MESSAGES: Final = 10_000
 _MAX_NAME_CHARACTERS: Final = 256
 _MAX_PARTS: Final = 1024
 _MAX_MEDIA: Final = 16
-_MAX_MEDIA_BYTES: Final = 16 << 20
+# Of all of them together: as base64 in JSON that is the 4 MiB that a request may have.
+_MAX_MEDIA_BYTES: Final = 3 << 20
 _MAX_TOOLS: Final = 128
 _MAX_DESCRIPTION_CHARACTERS: Final = 4096
 _MAX_TEMPLATE_ARGUMENTS_BYTES: Final = 4 << 10
@@ -73,9 +74,17 @@ def _messages(chat: pb.ChatPrompt, card: EngineCard) -> list[ChatMessage]:
     check_count("chat.messages", chat.messages, _MAX_MESSAGES, "messages")
     called: set[str] = set()
     messages = [_message(f"chat.messages[{index}]", each, card, called) for index, each in enumerate(chat.messages)]
-    if sum(isinstance(part, Media) for message in messages for part in message.parts) > _MAX_MEDIA:
-        raise invalid("chat.messages", f"at most {_MAX_MEDIA} images and sounds", "array_above_max_length")
+    _check_media([part for message in messages for part in message.parts if isinstance(part, Media)])
     return messages
+
+
+def _check_media(media: Sequence[Media]) -> None:
+    if len(media) > _MAX_MEDIA:
+        raise invalid("chat.messages", f"at most {_MAX_MEDIA} images and sounds", "array_above_max_length")
+    size = sum(len(each.content) for each in media)
+    if size > _MAX_MEDIA_BYTES:
+        message = f"at most {_MAX_MEDIA_BYTES} bytes in all images and sounds, got {size}"
+        raise invalid("chat.messages", message, "string_above_max_length")
 
 
 def _message(field: str, message: pb.ChatMessage, card: EngineCard, called: set[str]) -> ChatMessage:

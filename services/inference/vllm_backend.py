@@ -32,6 +32,7 @@ from services.inference.vllm_arguments import vllm_arguments
 from services.inference.vllm_emitted import emitted_processor
 from services.inference.vllm_environment import has_cuda
 from services.inference.vllm_form_params import form_checker, form_params, form_settings
+from services.inference.vllm_media import placeholder_ids
 from services.inference.vllm_nursery import Nursery
 from services.inference.vllm_params import Limits, Plan
 from services.inference.vllm_prompts import Prompts
@@ -67,6 +68,8 @@ _FIELDS: Final = {
     "prompt_logprobs": "sampling.prompt_logprob_count",
     "input_ids": "prompt",
     "input_text": "prompt",
+    "image": "chat.messages",
+    "audio": "chat.messages",
     "n": "choice_count",
     **{name: f"sampling.{name}" for name in ("allowed_token_ids", "bad_words", "max_tokens", "temperature", "top_p")},
 }
@@ -188,7 +191,7 @@ class Backend:
         with self.refusals("messages" if generation.kind == "chat" else "prompt"):
             return await self.llm.add_request(
                 generation.id,
-                tokens_input(plan.tokens, cache_salt=generation.cache_salt or None),
+                _engine_input(plan, generation.cache_salt),
                 SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
                 lora_request=lora,
                 **self._thinking(generation, plan, reading),
@@ -285,6 +288,7 @@ class Backend:
         """
         if self._forms is not None:
             await self._forms.close()
+        self.prompts.close()
         if self.llm is None:
             return
         if self.llm.output_handler is not None:
@@ -304,6 +308,14 @@ class Backend:
         except psutil.NoSuchProcess:
             # It ended by itself just as vLLM was about to kill it, which then leaves its sockets open.
             core.resources()
+
+
+def _engine_input(plan: Plan, cache_salt: str) -> Any:
+    if plan.media is None:
+        return tokens_input(plan.tokens, cache_salt=cache_salt or None)
+    # What was emitted follows the prompt, so the images stay where they are.
+    salted = {"cache_salt": cache_salt} if cache_salt else {}
+    return {**plan.media, "prompt_token_ids": plan.tokens, **salted}
 
 
 def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_events: str) -> Backend:
@@ -434,7 +446,7 @@ def _card(settings: WorkerSettings, llm: Any, prompts: Prompts, parsing: "Parsin
     cache = llm.vllm_config.cache_config
     can = {Capability.GENERATE, Capability.LOGPROBS}
     if prompts.has_chat_template:
-        can |= {Capability.CHAT} | (parsing.capabilities if parsing is not None else set())
+        can |= {Capability.CHAT, *prompts.media_limits} | (parsing.capabilities if parsing is not None else set())
     if llm.model_config.runner_type == "pooling":
         # What it can instead is asked of the engine: see pooler().
         can = set()
@@ -459,4 +471,5 @@ def _limits(llm: Any) -> Limits:
         end_ids=frozenset(ends | {llm.renderer.get_eos_token_id()} - {None}),
         end_id=llm.renderer.get_eos_token_id(),
         counts_emitted=emitted_processor(llm.vllm_config) is not None,
+        placeholder_ids=placeholder_ids(llm.model_config),
     )

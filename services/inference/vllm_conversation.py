@@ -5,9 +5,12 @@ import re
 import secrets
 from typing import Any
 
-from services.inference.engine import ChatMessage, Tool
+from services.inference.engine import ChatMessage, Media, Tool
 
 __all__ = ["Disguise", "to_openai", "tool_to_openai"]
+
+# vLLM wants either a file or a name for it.
+_PLACE = "place"
 
 
 class Disguise:
@@ -52,8 +55,7 @@ def to_openai(message: ChatMessage, disguise: Disguise) -> dict[str, Any]:
     """A message as vLLM's renderer takes it."""
     rendered: dict[str, Any] = {"role": message.role, "content": disguise.hide(message.content)}
     if message.parts:
-        texts = [part for part in message.parts if isinstance(part, str)]
-        rendered["content"] = [{"type": "text", "text": disguise.hide(text)} for text in texts]
+        rendered["content"] = [_part(part, disguise) for part in message.parts]
     if message.name:
         rendered["name"] = disguise.hide(message.name)
     if message.reasoning:
@@ -75,6 +77,15 @@ def to_openai(message: ChatMessage, disguise: Disguise) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return rendered
+
+
+def _part(part: str | Media, disguise: Disguise) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": disguise.hide(part)}
+    # Only its place in the prompt: what vLLM finds here it would read itself, and without our bounds.
+    if part.kind == "image":
+        return {"type": "image_url", "image_url": None, "uuid": _PLACE}
+    return {"type": "audio_url", "audio_url": None, "uuid": _PLACE}
 
 
 def tool_to_openai(tool: Tool) -> dict[str, Any]:

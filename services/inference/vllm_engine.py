@@ -272,7 +272,7 @@ class VllmEngine:
         with backend.refusals("prompt" if isinstance(prompt, str) else "messages"):
             if isinstance(prompt, str) and not special_tokens:
                 return await backend.prompts.plain_tokens(prompt)
-            return await backend.prompts.tokens(prompt, chat)
+            return (await backend.prompts.rendered(prompt, chat)).tokens
 
     async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token on its own; see Engine.token_texts."""
@@ -383,13 +383,13 @@ class VllmEngine:
             stream.reading, stream.generation = reading, reading.apply(generation)
             generation = stream.generation
         with backend.refusals("messages" if generation.kind == "chat" else "prompt"):
-            prompt = await prompts.generation_tokens(generation)
+            prompt = await prompts.of_generation(generation)
         if generation.structured_output is not None:
             await backend.check_form(generation.structured_output, field=form_field)
-        todo = plan(generation, prompt, self._ready().limits)
+        todo = plan(generation, prompt.tokens, self._ready().limits, prompt.media)
         if not generation.echo:
             return todo
-        given = generation.prompt if len(todo.prompt_token_ids) == len(prompt) else None
+        given = generation.prompt if len(todo.prompt_token_ids) == len(prompt.tokens) else None
         text = given if isinstance(given, str) else await prompts.text(todo.prompt_token_ids)
         return replace(todo, prompt_text=text)
 

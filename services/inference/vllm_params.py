@@ -1,6 +1,6 @@
 """What vLLM is asked for, after every check that needs the prompt's tokens. Imports nothing of vLLM."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ class Limits:
     """The one of them that ends an output without being its stop cause."""
     counts_emitted: bool = True
     """The engine can count penalties and bad words over tokens that were emitted elsewhere."""
+    placeholder_ids: frozenset[int] = frozenset()
+    """Tokens that stand for images and sounds, and for nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,8 @@ class Plan:
     """The prompt, where the client wants it back."""
     stop_token_id: int | None = None
     """The last emitted token, where it is a stop token."""
+    media: Mapping[str, Any] | None = None
+    """vLLM's engine input for the prompt, where it has images or sounds."""
 
     @property
     def tokens(self) -> list[int]:
@@ -102,8 +106,8 @@ class Plan:
         return {"extra_args": {EMITTED_ARGUMENT: {"count": len(self.emitted_token_ids), **penalties}}}
 
 
-def plan(generation: Generation, prompt: Sequence[int], limits: Limits) -> Plan:
-    """Checks a generation against the model.
+def plan(generation: Generation, prompt: Sequence[int], limits: Limits, media: Mapping[str, Any] | None = None) -> Plan:
+    """Checks a generation against the model. `media` is vLLM's engine input where the prompt has images or sounds.
 
     Raises:
         MeshError: the prompt is too long (CONTEXT_LENGTH_EXCEEDED) or a value doesn't fit (INVALID_REQUEST); the
@@ -111,11 +115,14 @@ def plan(generation: Generation, prompt: Sequence[int], limits: Limits) -> Plan:
     """
     sampling = generation.sampling
     field = "messages" if generation.kind == "chat" else "prompt"
-    if generation.prompt_token_limit is not None:
+    if generation.prompt_token_limit is not None and len(prompt) > generation.prompt_token_limit:
+        if media is not None:
+            raise _invalid("prompt_token_limit", f"a prompt with images or sounds is not cut, and has {len(prompt)}")
         prompt = prompt[-generation.prompt_token_limit :]
     if not prompt:
         raise _invalid(field, "must have at least one token")
     _check_vocabulary(generation, field, prompt, limits)
+    _check_placeholders(generation, field, () if media is not None else prompt, limits)
     max_tokens = _bounded_output(field, len(prompt), sampling.max_tokens, limits)
     if sampling.min_tokens > max_tokens:
         raise _invalid("sampling.min_tokens", f"must be at most {max_tokens}, got {sampling.min_tokens}")
@@ -130,6 +137,7 @@ def plan(generation: Generation, prompt: Sequence[int], limits: Limits) -> Plan:
         sampling=sampling,
         choices=generation.choices,
         stop_token_id=last if _ended(last, sampling, limits) and last != _end_id(sampling, limits) else None,
+        media=media,
     )
 
 
@@ -146,6 +154,13 @@ def _check_vocabulary(generation: Generation, field: str, prompt: Sequence[int],
         for token_id in ids:
             if not 0 <= token_id < limits.vocabulary:
                 raise _invalid(name, f"must be below {limits.vocabulary}, got the token id {token_id}")
+
+
+def _check_placeholders(generation: Generation, field: str, prompt: Sequence[int], limits: Limits) -> None:
+    # Engines look for the image that such a token stands for, and some die of not finding it.
+    for name, ids in ((field, prompt), ("emitted_token_ids", generation.emitted_token_ids)):
+        if found := limits.placeholder_ids.intersection(ids):
+            raise _invalid(name, f"the token id {min(found)} stands for an image or sound, and there is none")
 
 
 def _bounded_output(field: str, prompt: int, asked: int | None, limits: Limits) -> int:

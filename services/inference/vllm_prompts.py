@@ -1,16 +1,28 @@
 """Prompts as tokens, by vLLM's renderer and the model's own chat template."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.renderers.params import ChatParams, TokenizeParams
 
 from services.common.errors import MeshError, Reason
 from services.inference.engine import ChatMessage, ChatOptions, Generation
+from services.inference.media_files import files_of
 from services.inference.vllm_conversation import Disguise, to_openai, tool_to_openai
+from services.inference.vllm_media import MediaReader, media_limits
 
-__all__ = ["Prompts"]
+__all__ = ["Prompts", "Rendered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as tokens."""
+
+    tokens: list[int]
+    media: Mapping[str, Any] | None = None
+    """vLLM's engine input with what it takes for the images and sounds in the prompt; None: there are none."""
 
 
 class Prompts:
@@ -31,35 +43,43 @@ class Prompts:
         self._backwards = TokenizeParams(max_total_tokens=None, needs_detokenization=True)
         self._special = _pattern(self._tokenizer)
         self._longest_token: int = getattr(self._tokenizer, "max_chars_per_token", 0)
+        self.media_limits = media_limits(renderer)
+        """Images and sounds that a prompt may have; none that the model doesn't take."""
+        self._media = MediaReader(renderer) if self.media_limits else None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered. Tokenizers that aren't Hugging Face's have a format built in."""
         return getattr(self._tokenizer, "chat_template", "built in") is not None
 
-    async def generation_tokens(self, generation: Generation) -> list[int]:
-        """The tokens of what a generation continues; raises MeshError as tokens() does."""
+    def close(self) -> None:
+        """Ends the threads that read files."""
+        if self._media is not None:
+            self._media.close()
+
+    async def of_generation(self, generation: Generation) -> Rendered:
+        """The prompt of a generation; raises MeshError as rendered() does."""
         prompt = generation.prompt
         if isinstance(prompt, str) and not generation.add_special_tokens:
-            return await self.plain_tokens(prompt)
-        return await self.tokens(prompt, generation.chat)
+            return Rendered(await self.plain_tokens(prompt))
+        return await self.rendered(prompt, generation.chat)
 
-    async def tokens(
+    async def rendered(
         self, prompt: str | Sequence[int] | Sequence[ChatMessage], options: ChatOptions | None = None
-    ) -> list[int]:
-        """The tokens of a prompt in any of its three forms; `options` say how to render a conversation.
+    ) -> Rendered:
+        """A prompt in any of its three forms; `options` say how to render a conversation.
 
         Raises:
             MeshError: it is too long whatever its tokens are (CONTEXT_LENGTH_EXCEEDED); the template refuses the
-                conversation, or there is no template (INVALID_REQUEST).
+                conversation, there is no template, or an image or sound can't be taken (INVALID_REQUEST).
         """
         if isinstance(prompt, str):
             self._check_length("prompt", len(prompt))
-            return await self._encode(prompt, self._plain)
+            return Rendered(await self._encode(prompt, self._plain))
         messages = [message for message in prompt if isinstance(message, ChatMessage)]
         if messages:
-            return await self._chat_tokens(messages, options or ChatOptions())
-        return [token for token in prompt if isinstance(token, int)]
+            return await self._chat(messages, options or ChatOptions())
+        return Rendered([token for token in prompt if isinstance(token, int)])
 
     def _check_length(self, field: str, characters: int) -> None:
         # A prompt of megabytes would keep the tokenizer busy for seconds just to be refused.
@@ -69,6 +89,13 @@ class Prompts:
                 f"this model's context is {self._context_tokens} tokens, which {characters} characters don't fit into",
                 field=field,
             )
+
+    async def _chat(self, messages: Sequence[ChatMessage], options: ChatOptions) -> Rendered:
+        tokens = await self._chat_tokens(messages, options)
+        if self._media is None or not (files := files_of(messages)):
+            return Rendered(tokens)
+        media = await self._media.prompt(tokens, files)
+        return Rendered(list(media["prompt_token_ids"]), media)
 
     async def _chat_tokens(self, messages: Sequence[ChatMessage], options: ChatOptions) -> list[int]:
         if not self.has_chat_template:

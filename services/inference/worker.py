@@ -56,7 +56,13 @@ class Worker:
         settings = self._settings
         with serve_metrics(settings.metrics, self._registry) as metrics_port:
             # Probes get an answer while the engine starts, which may take minutes.
-            async with rpc.serve(settings.listen, self._register, grace_seconds=_GRACE_SECONDS) as server:
+            async with rpc.serve(
+                settings.listen,
+                self._register,
+                grace_seconds=_GRACE_SECONDS,
+                # A submission of a session is a request of any size that is taken, and a little more.
+                max_message_bytes=2 * rpc.MAX_MESSAGE_BYTES,
+            ) as server:
                 _log.info("listening", extra={"grpc_port": server.port, "metrics_port": metrics_port})
                 async with asyncio.TaskGroup() as tasks:
                     serving = tasks.create_task(self._serve(server, stop))

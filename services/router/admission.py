@@ -462,6 +462,10 @@ class Admission:
             tokens = ticket.request.prompt_tokens
             message = f"the prompt has {tokens} tokens, more than the model {model!r} takes"
             return MeshError(Reason.CONTEXT_LENGTH_EXCEEDED, message)
+        if verdict is Verdict.UNABLE:
+            needs = ", ".join(sorted(ticket.request.needs))
+            message = f"no worker's model {model!r} is able to do all that this needs: {needs}"
+            return MeshError(Reason.UNIMPLEMENTED, message, field="model")
         message = "no worker is ready for this request"
         return MeshError(Reason.NO_READY_WORKER, message, retry_after_seconds=max(1.0, self._ready_grace_seconds))
 

@@ -10,7 +10,7 @@ from services.router.scheduler import OUTSIDE_POOL, Decision, Scheduler, Verdict
 __all__ = ["Chooser"]
 
 # What becomes of a request that none of its ways takes now: the most hopeful of their verdicts.
-_HOPE: Final = (Verdict.FULL, Verdict.NOT_READY, Verdict.TOO_LONG, Verdict.UNKNOWN_MODEL)
+_HOPE: Final = (Verdict.FULL, Verdict.NOT_READY, Verdict.TOO_LONG, Verdict.UNABLE, Verdict.UNKNOWN_MODEL)
 
 
 class Chooser:

@@ -26,6 +26,7 @@ _MOST_HASHED_BYTES: Final = 128 << 10
 _GENERATE: Final = frozenset({"generate"})
 _EMBED: Final = frozenset({"embed"})
 _SCORE: Final = frozenset({"score"})
+_NEEDED_BY_PART: Final = {"image": "images", "audio": "audio"}
 
 
 class Wanted(NamedTuple):
@@ -205,8 +206,13 @@ def _generate(message: generation_pb2.GenerateRequest) -> Wanted:
         max_output_tokens=max(1, limit - len(emitted)) if limit else 0,
         prompt_token_ids=token_ids,
         prefix_hashes=prompt_hashes(message),
-        needs=_GENERATE,
+        needs=_GENERATE | _needed_by_parts(message.chat) if kind == "chat" else _GENERATE,
     )
+
+
+def _needed_by_parts(chat: generation_pb2.ChatPrompt) -> frozenset[str]:
+    kinds = {part.WhichOneof("content") for message in chat.messages for part in message.parts}
+    return frozenset(_NEEDED_BY_PART[kind] for kind in kinds if kind in _NEEDED_BY_PART)
 
 
 def _at_most(tokens: int, message: Any) -> int:

@@ -44,6 +44,7 @@ class Verdict(Enum):
     NOT_READY = "not ready"
     UNKNOWN_MODEL = "unknown model"
     TOO_LONG = "too long"
+    UNABLE = "unable"
 
 
 _NOBODY: Final = Looks([], [], [])
@@ -286,6 +287,9 @@ class Scheduler:
     def _why_none(self, request: Request, *, full: bool, now: float) -> Verdict:
         if full:
             return Verdict.FULL
+        serving = self._fleet.serving(request.model)
+        if serving and not any(worker.card.can(request.model, request.needs) for worker in serving):
+            return Verdict.UNABLE
         if self._fleet.knows(request.model):
             return Verdict.NOT_READY
         populated_at = self._fleet.populated_at

@@ -260,7 +260,7 @@ async def test_prompts_are_those_of_vllms_own_server(
     }  # fmt: skip
     theirs = await stock.rendered(body)
     options = ChatOptions(tools=tools, template_arguments=arguments)
-    ours = await engine._backend.prompts.tokens(HISTORY, options)
+    ours = (await engine._backend.prompts.rendered(HISTORY, options)).tokens
     assert ours == theirs
     text = engine._backend.llm.get_tokenizer().decode(ours)
     assert "get_weather" in text
@@ -281,7 +281,7 @@ async def test_what_clients_say_in_calls_and_functions_is_no_special_token(engin
     tools = [Tool(name="f", description=end, parameters_json=parameters)]
     options = ChatOptions(tools=tools, template_arguments={"documents_title": end})
     prompts, tokenizer = engine._backend.prompts, engine._backend.llm.get_tokenizer()
-    tokens = await prompts.tokens(messages, options)
+    tokens = (await prompts.rendered(messages, options)).tokens
     # One for each turn that the template closes.
     assert tokens.count(tokenizer.eos_token_id) == len(messages) + 1
     assert tokenizer.decode(tokens).count(end) == len(messages) + 1 + 10

@@ -216,6 +216,11 @@ CHATS = [
     (chat(user(TEXT, pb.ContentPart())), f"{FIRST}.parts[1]", "missing_required_parameter"),
     (chat(user(*[TEXT] * 1025)), f"{FIRST}.parts", "array_above_max_length"),
     (chat(user(*[pb.ContentPart(image=IMAGE)] * 17)), "chat.messages", "array_above_max_length"),
+    (
+        chat(user(*[pb.ContentPart(image=pb.Media(mime_type="image/png", content=b"p" * (2 << 20)))] * 2)),
+        "chat.messages",
+        "string_above_max_length",
+    ),
     (chat(user(pb.ContentPart(audio=IMAGE))), f"{FIRST}.parts[0].audio.mime_type", "invalid_value"),
     (
         chat(user(pb.ContentPart(image=pb.Media(mime_type="image/png")))),

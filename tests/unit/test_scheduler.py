@@ -219,7 +219,9 @@ def test_a_request_goes_only_where_its_model_can_do_what_it_needs() -> None:
     bench.worker("writes", abilities={"demo": frozenset({"generate", "tools"})})
     assert {bench.pick(needs=frozenset({"generate"})) for _ in range(20)} == {"writes"}
     assert {bench.pick(needs=frozenset({"embed"})) for _ in range(20)} == {"embeds"}
-    assert bench.scheduler.pick(Request(model="demo", needs=frozenset({"audio"}))).out == {"not able to": 2}
+    nowhere = bench.scheduler.pick(Request(model="demo", needs=frozenset({"audio"})))
+    assert nowhere.out == {"not able to": 2}
+    assert nowhere.verdict is Verdict.UNABLE
 
 
 def test_of_very_many_workers_some_are_compared_and_the_only_one_with_room_is_found_all_the_same() -> None:
