@@ -1,4 +1,4 @@
-"""vLLM's own HTTP server on the demo model, to compare with."""
+"""vLLM's own HTTP server on the demo model or another, to compare with."""
 
 import os
 import subprocess
@@ -51,11 +51,20 @@ class VllmServer:
 
 
 @contextmanager
-def vllm_server(folder: Path, *arguments: str) -> Iterator[VllmServer]:
-    """Starts it, with further arguments; it is not ready yet."""
+def vllm_server(folder: Path, *arguments: str, model: Path | None = None) -> Iterator[VllmServer]:
+    """Starts it, on `model` instead and with further arguments; it is not ready yet."""
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(demo_model()), "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
+    command += [
+        "--model",
+        str(model or demo_model()),
+        "--served-model-name",
+        "demo",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     command += ["--enforce-eager", "--dtype", "float32", "--block-size", "32"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), *arguments]
     log = folder / "vllm-server.log"
