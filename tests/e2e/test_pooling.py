@@ -140,6 +140,10 @@ def test_a_worker_before_that_server_says_what_it_says(mesh: Mesh, server: VllmS
             assert entry["embedding"] == pytest.approx(expected["embedding"], abs=1e-6)
     wanted = theirs(server, "/tokenize", {"model": "demo", "prompt": "a quiet gärden"})
     assert post(mesh, "/v1/tokenize", {"model": "far", "prompt": "a quiet gärden"})["tokens"] == wanted["tokens"]
+    # Nobody has to wait for somebody who can.
+    body = {"model": "far", "queries": "a", "documents": ["b"]}
+    scored = httpx.post(f"{mesh.edge}/v1/score", json=body, headers=mesh.headers)
+    assert (scored.status_code, scored.json()["error"]["code"]) == (400, "unimplemented")
 
 
 def test_reranking_and_scores_are_those_of_vllms_own_server(mesh: Mesh, server: VllmServer) -> None:

@@ -2,27 +2,25 @@
 
 import asyncio
 import json
-import os
 import re
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from services.common.errors import MeshError, Reason
 from services.inference.engine import FinishReason, Generation, Sampling, StructuredOutput
-from services.inference.vllm_engine import VllmEngine, prepare_process
-from tests.support.demo_model import demo_model
-from tests.support.engine_process import generate, worker_settings
+from services.inference.vllm_engine import VllmEngine
+from tests.support.engine_process import generate
 from tests.support.resume import resume_everywhere
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
+    # The engine starts with the first of them, and its model is made once.
+    pytest.mark.timeout(150),
     # What they import and how is not ours; everything else is still an error.
     *(pytest.mark.filterwarnings(f"ignore:::{package}") for package in ("torch", "vllm", "transformers", "importlib")),
 ]
@@ -32,16 +30,10 @@ PROMPT = [40, 50, 60, 70]
 SAMPLED = {"temperature": 1.0, "seed": 3}
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[VllmEngine]:
+@pytest.fixture
+def engine(seeing_engine: VllmEngine) -> VllmEngine:
     """One engine for all the tests."""
-    environment = dict(os.environ)
-    settings = worker_settings(str(demo_model()), engine_args={"max_num_seqs": RUNNING}, max_queued=100)
-    prepare_process(settings)
-    async with VllmEngine(settings) as running:
-        yield running
-    os.environ.clear()
-    os.environ.update(environment)
+    return seeing_engine
 
 
 def asked(name: str, *, prompt: Any = PROMPT, sampling: dict[str, Any] | None = None, **fields: Any) -> Generation:
@@ -298,7 +290,7 @@ async def test_contradictory_wishes_do_not_harm_the_engine(engine: VllmEngine) -
         asked("eos-only", sampling={"allowed_token_ids": [2], "min_tokens": 5, "ignore_eos": False}),
         asked("sampled", sampling=SAMPLED | {"allowed_token_ids": [2], "min_tokens": 5}),
         asked("top", sampling=SAMPLED | {"top_k": 2**32 - 1, "min_p": 1.0, "top_p": 1e-6}),
-        asked("odd", sampling=SAMPLED | {"logit_bias": dict.fromkeys(range(2048), -100.0)}),
+        asked("odd", sampling=SAMPLED | {"logit_bias": dict.fromkeys(range(engine.card.vocabulary_size), -100.0)}),
     ]
     sinks = await asyncio.wait_for(asyncio.gather(*[generate(engine, wish) for wish in wishes]), 20)
     assert [sink.error for sink in sinks[1:]] == [None] * 4

@@ -1,0 +1,23 @@
+"""What several test files share, since an engine takes longer to start than most of its tests take."""
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from services.inference.vllm_engine import VllmEngine, prepare_process
+from tests.support.engine_process import worker_settings
+from tests.support.media_models import IMAGES_AT_MOST, image_model
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def seeing_engine() -> AsyncIterator[VllmEngine]:
+    """The demo model, which sees here."""
+    environment = dict(os.environ)
+    limits = {"limit_mm_per_prompt": {"image": IMAGES_AT_MOST}, "max_num_seqs": 16}
+    settings = worker_settings(str(image_model()), engine_args=limits, max_queued=100)
+    prepare_process(settings)
+    async with VllmEngine(settings) as running:
+        yield running
+    os.environ.clear()
+    os.environ.update(environment)
