@@ -498,9 +498,13 @@ class Media(_message.Message):
     MIME_TYPE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     mime_type: _builtins.str
-    """Its type, as in "image/png"."""
+    """Its type: "image/png", "image/jpeg", "image/webp" or "image/gif", of which the first picture is seen; "audio/wav"
+    with PCM samples. It must be what the content is.
+    """
     content: _builtins.bytes
-    """The file itself, at most 16 MiB."""
+    """The file itself. A request has at most 16 files of at most 3 MiB together, with at most 50 million pixels in all
+    images and 600 seconds in all sounds; an image is at most 100 times as long as wide.
+    """
     def __init__(
         self,
         *,
