@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 _STOPPED_SECONDS: Final = 0.5
 _LOOK_SECONDS: Final = 0.1
 _LONGEST_LOOK_SECONDS: Final = 0.5
-# An engine that got at least this share of a processor since it fell silent is at work on something.
+# An engine that got, or waited for, at least this share of a processor since it fell silent is at work on something.
 _BUSY_SHARE: Final = 0.1
 
 
@@ -28,6 +28,13 @@ class Signs:
     """Whether one of them is stopped, as by SIGSTOP or a debugger."""
     cpu_seconds: float = 0.0
     """What they have used so far."""
+    starved_seconds: float = 0.0
+    """How long their threads have waited for a processor so far."""
+
+    @property
+    def wanted_seconds(self) -> float:
+        """The processor time that they have had or would have had."""
+        return self.cpu_seconds + self.starved_seconds
 
 
 class Watched(Protocol):
@@ -68,8 +75,8 @@ class Watchdog:
     """Asks an engine that makes no steps whether it is there, and draws the consequences.
 
     How long it may stay silent depends on what it does. A stopped process: half a second. One that uses no processor:
-    `silence_seconds` beyond the longest step that its pending prompts may take. One that computes may do what nobody
-    could foresee, such as compile: `busy_seconds`.
+    `silence_seconds` beyond the longest step that its pending prompts may take. One that computes, or would if others
+    left it a processor, may do what nobody could foresee, such as compile: `busy_seconds`.
     """
 
     def __init__(
@@ -146,6 +153,6 @@ class Watchdog:
 
     def _bound(self, silent: float, before: Signs, now: Signs) -> float:
         step = self._engine.longest_step_seconds
-        if step is None or now.cpu_seconds - before.cpu_seconds > _BUSY_SHARE * silent:
+        if step is None or now.wanted_seconds - before.wanted_seconds > _BUSY_SHARE * silent:
             return max(self._settings.busy_seconds, step or 0.0)
         return self._settings.silence_seconds + step

@@ -28,6 +28,7 @@ class Wedgeable:
         self.going.set()
         self.is_stopped = False
         self.cpu_share = 0.0
+        self.starved_share = 0.0
         self.told: list[tuple[str, float]] = []
         self.probes = 0
         self._begun = asyncio.get_running_loop().time()
@@ -37,7 +38,10 @@ class Wedgeable:
         await self.going.wait()
 
     def signs(self) -> Signs:
-        return Signs(stopped=self.is_stopped, cpu_seconds=self.cpu_share * asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        return Signs(
+            stopped=self.is_stopped, cpu_seconds=self.cpu_share * now, starved_seconds=self.starved_share * now
+        )
 
     def stalled(self, reason: str) -> None:
         self._tell(reason)
@@ -99,10 +103,10 @@ async def test_a_stopped_process_is_given_up_however_long_its_step_may_take() ->
         await eventually(lambda: engine.heard == ["the engine's process is stopped"], within=2)
 
 
-@pytest.mark.parametrize(("step", "cpu"), [(0.7, 0.0), (0.0, 0.5), (None, 0.0)])
-async def test_a_long_step_is_waited_for_in_proportion(step: float | None, cpu: float) -> None:
+@pytest.mark.parametrize(("step", "cpu", "starved"), [(0.7, 0, 0), (0, 0.5, 0), (0, 0.05, 0.9), (None, 0, 0)])
+async def test_a_long_step_is_waited_for_in_proportion(step: float | None, cpu: float, starved: float) -> None:
     async with watched() as engine:
-        engine.longest_step_seconds, engine.cpu_share = step, cpu
+        engine.longest_step_seconds, engine.cpu_share, engine.starved_share = step, cpu, starved
         engine.going.clear()
         await eventually(lambda: bool(engine.told), within=4)
         assert engine.told[0][1] >= 1.1
@@ -136,3 +140,15 @@ def test_a_stopped_descendant_and_the_processor_time_of_a_tree_are_seen() -> Non
         os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
     assert signs_of([parent.pid]) == Signs()
+
+
+def test_processes_that_share_a_processor_are_seen_to_wait_for_it() -> None:
+    processor = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{processor}}})\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    try:
+        wait_until(lambda: signs_of([busy[0].pid]).starved_seconds > 0.2, within=10)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
