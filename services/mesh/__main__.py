@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn
 from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
 from services.common.errors import MeshError
-from services.mesh import doctor, explain, keys, plan_command, policies, render, top, up, usage, workers
+from services.mesh import bench, doctor, explain, keys, plan_command, policies, render, top, up, usage, workers
 from services.mesh.edge_client import KEY_VARIABLE
 
 __all__ = ["main"]
@@ -19,6 +19,7 @@ _HIGHEST_PORT: Final = 65535
 _HIGHEST_LIMIT: Final = 10**12
 _HIGHEST_PRIORITY: Final = 1000
 _LONGEST_NAME: Final = 128
+_LONGEST_SEQUENCE: Final = 1 << 20
 _SHORTEST_INTERVAL: Final = 0.1
 _LONGEST_INTERVAL: Final = 60.0
 
@@ -61,6 +62,7 @@ def _parser() -> ArgumentParser:
     _add_doctor(commands)
     _add_render(commands)
     _add_plan(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -243,6 +245,44 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--json", action="store_true")
 
 
+def _add_bench(commands: Any) -> None:
+    command = _command(commands, "bench", bench.bench, "put a load on an endpoint and measure how it is served")
+    _add_state(command)
+    command.add_argument(
+        "--edge",
+        type=_url,
+        metavar="URL",
+        help=f"any server of OpenAI's API, or a mesh that runs elsewhere; its key is read from {KEY_VARIABLE}",
+    )
+    command.add_argument("--api", choices=("openai", "tokenloom"), default="openai", help="default: %(default)s")
+    command.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: %(default)s")
+    command.add_argument("--model", metavar="NAME", help="default: the first that is listed")
+    _add_load(command)
+    command.add_argument("--ttft", type=_amount, default=1.0, metavar="SECONDS", help="a good request's; default: 1")
+    command.add_argument("--tpot", type=_amount, default=0.1, metavar="SECONDS", help="a good request's; default: 0.1")
+    command.add_argument("--timeout", type=_amount, default=300.0, metavar="SECONDS", help="of a request; default: 300")
+    command.add_argument("--json", action="store_true")
+
+
+def _add_load(command: ArgumentParser) -> None:
+    command.add_argument("--rate", type=_amount, metavar="R", help="requests a second, at random moments")
+    command.add_argument(
+        "--concurrency", type=_at_least_one, metavar="N", help="or so many requests at a time; default: 8"
+    )
+    command.add_argument("--requests", type=_at_least_one, default=100, metavar="N", help="default: %(default)s")
+    command.add_argument("--duration", type=_amount, metavar="SECONDS", help="send none after so long")
+    command.add_argument("--warm-up", type=_count, default=2, metavar="N", help="requests before; default: %(default)s")
+    for name, length in (("--prompt-tokens", 128), ("--output-tokens", 64)):
+        command.add_argument(name, type=_length, default=length, metavar="N", help="default: %(default)s")
+    command.add_argument("--spread", type=_share, default=0.0, metavar="S", help="lengths vary by ± S; default: 0")
+    command.add_argument(
+        "--shared-prefix-tokens", type=_count, default=0, metavar="N", help="what all prompts begin with; default: 0"
+    )
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines: texts, or {prompt, max_tokens}")
+    command.add_argument("--ignore-eos", action="store_true", help="have every output be as long as it may")
+    command.add_argument("--seed", type=_count, default=0, metavar="N", help="default: 0")
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _HIGHEST_PORT:
         raise ValueError
@@ -277,6 +317,25 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > _HIGHEST_LIMIT:
+        raise ValueError
+    return int(text)
+
+
+def _length(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _LONGEST_SEQUENCE:
+        raise ValueError
+    return int(text)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError
+    return share
+
+
 def _amount(text: str) -> float:
     amount = float(text)
     if not 0 < amount <= _HIGHEST_LIMIT:
@@ -303,6 +362,9 @@ _address.__name__ = "HOST:PORT"
 _interval.__name__ = "number of seconds from 0.1 to 60"
 _url.__name__ = "URL (http://HOST:PORT)"
 _at_least_one.__name__ = "number from 1"
+_count.__name__ = "number from 0"
+_length.__name__ = "number of tokens (1 to 1048576)"
+_share.__name__ = "share from 0 to 1"
 _amount.__name__ = "amount above 0"
 _priority.__name__ = "number from -1000 to 1000"
 _key_name.__name__ = "name (1 to 128 printable ASCII characters)"

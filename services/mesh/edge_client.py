@@ -48,11 +48,12 @@ class Door:
             return grpc.secure_channel(self._target, grpc.ssl_channel_credentials(), options=_MAX_MESSAGE)
         return grpc.insecure_channel(self._target, options=_MAX_MESSAGE)
 
-    def async_channel(self) -> grpc.aio.Channel:
-        """The same for asyncio. An async context manager."""
+    def async_channel(self, number: int = 0) -> grpc.aio.Channel:
+        """The same for asyncio. An async context manager. Each `number` has a connection of its own."""
+        options = [*_MAX_MESSAGE, ("tokenloom.connection", number)]
         if self.url.startswith("https://"):
-            return grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=_MAX_MESSAGE)
-        return grpc.aio.insecure_channel(self._target, options=_MAX_MESSAGE)
+            return grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=options)
+        return grpc.aio.insecure_channel(self._target, options=options)
 
     @property
     def _target(self) -> str:
