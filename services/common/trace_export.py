@@ -15,6 +15,8 @@ from prometheus_client.registry import Collector
 __all__ = ["Exporter", "Outbound", "SpanCounts"]
 
 _QUEUE_SPANS: Final = 4096
+# Encoding a span takes 40 us in which nothing else runs in a process.
+_BATCH_SPANS: Final = 64
 _EXPORT_SECONDS: Final = 2.0
 _DELAY_MS: Final = 500
 # What has become of this process's spans; there is one exporter in a process at most.
@@ -62,7 +64,12 @@ class Outbound:
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
-        self._batches = BatchSpanProcessor(exporter, max_queue_size=_QUEUE_SPANS, schedule_delay_millis=_DELAY_MS)
+        self._batches = BatchSpanProcessor(
+            exporter,
+            max_queue_size=_QUEUE_SPANS,
+            schedule_delay_millis=_DELAY_MS,
+            max_export_batch_size=_BATCH_SPANS,
+        )
         self._given = 0
 
     def send(self, span: ReadableSpan) -> None:
