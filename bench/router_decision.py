@@ -3,12 +3,14 @@
 Two cases, each with 64 workers. "free": every worker has room, so every decision compares all of them. "full": every
 slot is taken and N requests wait; a decision is one release, the grant that it leads to, and one new request that
 joins the line. Reports of workers come in between and are not counted.
+Then what a decision and a live stream cost with few workers and with many: both should depend on neither number.
 """
 
 import argparse
 import random
 import statistics
 import time
+import tracemalloc
 
 from services.router.admission import Admission
 from services.router.card import Card, Load, WorkerState
@@ -25,6 +27,8 @@ from services.router.worker import Outcome
 TENANTS = 200
 REPORTED_EVERY = 64
 """Decisions between two reports of every worker."""
+LATEST_DECISIONS = 5_000
+"""More than the router keeps of them."""
 WARM_TURNS = 20
 """So often not counted, until the router knows how long requests take."""
 
@@ -149,8 +153,36 @@ def measure_full(workers: int, waiting: int, decisions: int) -> float:
     return 1e6 * spent / total
 
 
+def measure_live(workers: int, streams: int) -> tuple[float, float]:
+    """Microseconds of CPU a decision, and bytes a live stream, while `streams` of them have a worker."""
+    tracemalloc.start()
+    clock, fleet, admission = build(workers, slots=1 << 20)
+    for number in range(LATEST_DECISIONS):
+        # The latest decisions are kept to be explained, however many are live.
+        if number % REPORTED_EVERY == 0:
+            reports(clock, fleet)
+        admission.finish(admission.ask(request(number), lambda _: None), Outcome.COMPLETED, output_tokens=100)
+    live: list[Ticket] = []
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(streams):
+        if number % REPORTED_EVERY == 0:
+            reports(clock, fleet)
+        admission.ask(request(number), live.append)
+    size = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert len(live) == streams
+    spent = 0.0
+    for _ in range(20):
+        reports(clock, fleet)
+        started = time.process_time()
+        for number in range(REPORTED_EVERY):
+            admission.ask(request(number), live.append)
+        spent += time.process_time() - started
+    return 1e6 * spent / (20 * REPORTED_EVERY), size / streams
+
+
 def main() -> None:
-    """Prints a table."""
+    """Prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--decisions", type=int, default=5_000)
@@ -163,6 +195,10 @@ def main() -> None:
     for waiting in (100, 1_000, 10_000, 100_000):
         full = statistics.median(measure_full(options.workers, waiting, options.decisions) for _ in repeats)
         print(f"{f'{waiting:,} waiting':<16}{full:>18.1f}")
+    print(f"{'workers':<10}{'live streams':>14}{'CPU us a decision':>20}{'bytes a stream':>17}")
+    for workers, streams in ((16, 10_000), (64, 10_000), (256, 1_000), (256, 10_000)):
+        spent, size = measure_live(workers, streams)
+        print(f"{workers:<10}{streams:>14,}{spent:>20.1f}{size:>17.0f}")
 
 
 if __name__ == "__main__":

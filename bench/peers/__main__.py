@@ -2,11 +2,11 @@
 
     python -m bench.peers CASE ... [--smg PATH] [--vllm-router PATH] [--sglang-router PATH] [--plots FOLDER]
 
-CASE is one of unequal, shared, idle. Each PATH is a program of an environment of its own (`pip install smg==1.13.0`,
-`pip install vllm-router`, `pip install sglang-router`). Every contender gets the same trace, one after the other, from
-the same client, with engines that are started anew: tokenloom's in its workers, the peers' behind HTTP servers. Answers
-end where the model ends them, and nobody is told beforehand when that is. `idle` is there because routing does not
-help then.
+CASE is one of unequal, shared, idle, overload. Each PATH is a program of an environment of its own
+(`pip install smg==1.13.0`, `pip install vllm-router`, `pip install sglang-router`). Every contender gets the same
+trace, one after the other, from the same client, with engines that are started anew: tokenloom's in its workers, the
+peers' behind HTTP servers. Answers end where the model ends them, and nobody is told beforehand when that is. `idle` is
+there because routing does not help then.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from bench.routing.runs import percentile
 
 _WARM_SECONDS: Final = 10.0
 _HEAD: Final = (
-    f"{'router':<28}{'p50 s':>8}{'p90 s':>8}{'p95 s':>8}{'p99 s':>8}{'hits':>7}{'lost':>6}{'whole p50 s':>13}"
+    f"{'router':<28}{'p50 s':>8}{'p90 s':>8}{'p95 s':>8}{'p99 s':>8}{'hits':>7}{'whole p50 s':>13}"
+    f"{'served':>8}{'refused':>9}{'within p99 ms':>15}{'with retry-after':>18}{'lost':>6}"
 )
 
 
@@ -37,7 +38,7 @@ def _measure(contender: Contender, case: Case, texts: Sequence[str]) -> list[Hea
         contender(Path(folder), case.specs) as target,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(play(target, texts, due))
+        return runner.run(play(target, texts, due, slo_class=case.slo_class))
 
 
 def _ttfts(heard: Sequence[Heard]) -> list[float]:
@@ -49,9 +50,14 @@ def _line(name: str, heard: Sequence[Heard]) -> str:
     shares = "".join(f"{percentile(ttfts, share):>8.3f}" for share in (0.5, 0.9, 0.95, 0.99))
     served = [one for one in heard if one.ttft is not None]
     hits = sum(one.cached_tokens for one in served) / max(1, sum(one.prompt_tokens for one in served))
-    lost = len(heard) - sum(one.ended > 0 for one in heard)
     whole = percentile([one.ended for one in served if one.ended and one.at >= _WARM_SECONDS], 0.5)
-    return f"{name:<28}{shares}{hits:>7.3f}{lost:>6}{whole:>13.3f}"
+    refused = [one.refused_after for one in heard if one.refused_after is not None]
+    within = f"{1000 * percentile(refused, 0.99):.0f}" if refused else "-"
+    complete, told = sum(one.ended > 0 for one in heard), sum(one.says_when for one in heard)
+    return (
+        f"{name:<28}{shares}{hits:>7.3f}{whole:>13.3f}"
+        f"{complete:>8}{len(refused):>9}{within:>15}{told:>18}{len(heard) - complete - len(refused):>6}"
+    )
 
 
 def _contenders(programs: Mapping[str, str | None]) -> dict[str, Contender]:

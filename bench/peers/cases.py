@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from bench.routing.cases import EQUAL, UNEQUAL
@@ -21,6 +21,8 @@ class Case:
 
     specs: Sequence[EngineSpec]
     trace: Sequence[Arrival]
+    slo_class: str = ""
+    """How long clients may wait, for routers that ask."""
 
 
 class _Natural(Lengths):
@@ -53,7 +55,17 @@ def idle(seconds: float, seed: int) -> Case:
     return _mixed(EQUAL[:4], 0.1, seconds, seed)
 
 
-CASES: Final[dict[str, Callable[[float, int], Case]]] = {"unequal": unequal, "shared": shared, "idle": idle}
+def overload(seconds: float, seed: int) -> Case:
+    """The unequal cards at twice what they can do, and clients who do not wait long."""
+    return replace(_mixed(UNEQUAL, 2.0, seconds, seed), slo_class="interactive")
+
+
+CASES: Final[dict[str, Callable[[float, int], Case]]] = {
+    "unequal": unequal,
+    "shared": shared,
+    "idle": idle,
+    "overload": overload,
+}
 
 
 def prompts(trace: Sequence[Arrival]) -> list[str]:

@@ -31,28 +31,33 @@ class Heard:
     events: int = 0
     refusal: str = ""
     """What was said instead of an answer."""
+    refused_after: float | None = None
+    says_when: bool = False
+    """Whether a refusal said when to come again."""
 
 
-async def play(target: Target, texts: Sequence[str], due: Sequence[tuple[float, int]]) -> list[Heard]:
+async def play(
+    target: Target, texts: Sequence[str], due: Sequence[tuple[float, int]], *, slo_class: str = ""
+) -> list[Heard]:
     """Sends each text at its time; `due` has that, in seconds, and the tokens of its prompt."""
     heard = [Heard(at, tokens) for at, tokens in due]
     begin = time.monotonic() + 0.5
     async with asyncio.TaskGroup() as tasks:
         for one, text in zip(heard, texts, strict=True):
-            tasks.create_task(_send(target, text, one, begin + one.at))
+            tasks.create_task(_send(target, _request(target, text, slo_class), one, begin + one.at))
     return heard
 
 
-async def _send(target: Target, text: str, heard: Heard, due: float) -> None:
+async def _send(target: Target, request: bytes, heard: Heard, due: float) -> None:
     await asyncio.sleep(max(0.0, due - time.monotonic()))
     try:
         async with asyncio.timeout(_MOST_SECONDS):
-            await _exchange(target, _request(target, text), heard, due)
-    except (OSError, TimeoutError, ConnectionError) as error:
+            await _exchange(target, request, heard, due)
+    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
         heard.ttft, heard.refusal = None, repr(error)
 
 
-def _request(target: Target, text: str) -> bytes:
+def _request(target: Target, text: str, slo_class: str) -> bytes:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": text}],
@@ -61,6 +66,7 @@ def _request(target: Target, text: str) -> bytes:
     }
     encoded = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {target.host}\r\nauthorization: Bearer {target.key}\r\n"
+    head += f"x-slo-class: {slo_class}\r\n" if slo_class else ""
     return f"{head}content-type: application/json\r\ncontent-length: {len(encoded)}\r\n\r\n".encode() + encoded
 
 
@@ -69,9 +75,11 @@ async def _exchange(target: Target, request: bytes, heard: Heard, due: float) ->
     reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
     try:
         writer.write(request)
-        status = await reader.readline()
+        head = await reader.readuntil(b"\r\n\r\n")
+        status = head.partition(b"\r\n")[0]
         if b" 200 " not in status:
-            heard.refusal = status.decode("latin-1").strip()
+            heard.refusal = status.decode("latin-1")
+            heard.refused_after, heard.says_when = time.monotonic() - due, b"\nretry-after:" in head.lower()
             return
         await _listen(reader, heard, due)
     finally:
