@@ -334,22 +334,33 @@ class Admission:
 
     def _fill(self, worker: Worker) -> None:
         skipped: set[LaneKey] = set()
-        models = (*worker.card.models, "")
-        while self._line and worker.has_room(self._clock()) and len(skipped) < _MOST_SKIPS:
+        unpromised: set[LaneKey] = set()
+        models, tries = (*worker.card.models, ""), 0
+        while self._line and worker.has_room(self._clock()) and tries < _MOST_SKIPS:
             if self._turns % _AGED_EVERY == 0 and self._serve_aged(models):
                 continue
             turn = self._line.first(models, skip=skipped)
             if turn is None:
                 return
-            lane, ticket = self._overdue(models, skipped, turn[1]) or turn
-            if ticket.modest and not worker.has_spare and self._is_over(ticket, self._clock(), waiting=False):
-                skipped.add(lane)
+            late = self._overdue(models, unpromised, turn[1])
+            lane, ticket = late or turn
+            if self._leaves_room(ticket, worker):
+                tries += 1
+                if late is not None:
+                    unpromised.add(lane)
+                elif not self._line.pass_over(lane):
+                    skipped.add(lane)
                 continue
             decision = self._pick(ticket)
             if decision.verdict is Verdict.PICKED:
                 self._serve(ticket, decision)
             else:
+                tries += 1
                 skipped.add(lane)
+                unpromised.add(lane)
+
+    def _leaves_room(self, ticket: Ticket, worker: Worker) -> bool:
+        return ticket.modest and not worker.has_spare and self._is_over(ticket, self._clock(), waiting=False)
 
     def _overdue(
         self, models: Collection[str], skipped: Collection[LaneKey], turn: Ticket

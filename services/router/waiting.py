@@ -1,6 +1,7 @@
 """The requests that wait: by priority, then fair by tenant in tokens, then first come, first served."""
 
 import heapq
+import math
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Collection, Hashable
@@ -65,6 +66,8 @@ class _Class(Generic[W]):
         self._queues: dict[str, _TenantQueue[W]] = {}
         self._heap: list[tuple[float, int, _TenantQueue[W]]] = []
         self._count = 0
+        self._last = 0.0
+        """Nobody stands further behind."""
 
     def __len__(self) -> int:
         return self._count
@@ -73,7 +76,7 @@ class _Class(Generic[W]):
         queue = self._queues.get(waiter.tenant)
         if queue is None:
             queue = self._queues[waiter.tenant] = _TenantQueue(waiter.tenant)
-            heapq.heappush(self._heap, (self._fairness.of(waiter.tenant), order, queue))
+            self._push(self._fairness.of(waiter.tenant), order, queue)
         queue.members[order] = waiter
         self._count += 1
 
@@ -98,7 +101,22 @@ class _Class(Generic[W]):
             if (now, oldest) == (count, order):
                 return self._fairness.of(queue.tenant), oldest, queue.members[oldest]
             # Counts and orders only grow, so an entry that is out of date stands too far in front, never too far back.
-            heapq.heapreplace(self._heap, (now, oldest, queue))
+            heapq.heappop(self._heap)
+            self._push(now, oldest, queue)
+
+    def pass_over(self) -> bool:
+        """Puts the tenant whose turn it is behind all others that wait now; False where there are none."""
+        _, order, _ = self.head()
+        queue = self._heap[0][2]
+        if len(queue.members) == self._count:
+            return False
+        heapq.heappop(self._heap)
+        self._push(math.nextafter(self._last, math.inf), order, queue)
+        return True
+
+    def _push(self, count: float, order: int, queue: _TenantQueue[W]) -> None:
+        self._last = max(self._last, count)
+        heapq.heappush(self._heap, (count, order, queue))
 
     def _compact(self) -> None:
         self._queues = {tenant: queue for tenant, queue in self._queues.items() if queue.members}
@@ -127,6 +145,9 @@ class _Lane(Generic[W]):
         if not group:
             del self.classes[waiter.priority]
             self._priorities.remove(waiter.priority)
+
+    def pass_over(self) -> bool:
+        return self.classes[self._priorities[0]].pass_over()
 
     def head(self) -> tuple[_Turn, W]:
         priority = self._priorities[0]
@@ -210,6 +231,10 @@ class WaitingLine(Generic[W]):
         self._mean_tokens += _MEAN_WEIGHT * (waiter.tokens - self._mean_tokens) if self._mean_tokens else waiter.tokens
         self._fairness.charge(waiter.tenant, self._fairness.of(waiter.tenant), waiter.tokens)
         self.remove(waiter)
+
+    def pass_over(self, lane: LaneKey) -> bool:
+        """Puts the tenant whose turn it is in a lane behind all others of its class there; False: there are none."""
+        return self._models[lane.model][lane].pass_over()
 
     def first(self, models: Collection[str], *, skip: Collection[LaneKey] = ()) -> tuple[LaneKey, W] | None:
         """Whose turn it is among requests for these models, and the lane it waits in; None when nobody waits."""

@@ -95,6 +95,22 @@ def test_what_was_kept_free_is_given_to_whoever_waits_once_the_others_have_been_
     assert granted(noisy) == 64
 
 
+def test_a_tenant_that_leaves_room_does_not_hold_up_those_behind_it() -> None:
+    bench = Bench(max_wait_seconds=1e6)
+    bench.worker("w0", max_running=16)
+    first = bench.ask(tenant="fair", prompt_tokens=1)
+    noisy = [bench.ask(tenant="noisy", prompt_tokens=1, slo_class="batch") for _ in range(30)]
+    fair = [first, *(bench.ask(tenant="fair", prompt_tokens=1, slo_class="batch") for _ in range(30))]
+    most = granted(noisy)
+    assert most == 14
+    for number, ticket in enumerate(fair[:20]):
+        before = granted(fair)
+        bench.admission.finish(ticket, Outcome.COMPLETED, output_tokens=100)
+        bench.pass_time(0.1)
+        assert granted(fair) == before + 1 or number < 1
+    assert granted(noisy) == most
+
+
 def test_a_promise_is_due_at_its_time_and_in_its_class_alone() -> None:
     promises: Promises[Ticket] = Promises()
     tickets = {
