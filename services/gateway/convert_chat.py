@@ -15,13 +15,13 @@ from services.gateway.schema_chat import (
     AudioPart,
     ChatRequest,
     ImagePart,
+    LoneText,
     Message,
     NamedTool,
+    RefusalPart,
     TextPart,
     Tool,
     ToolMessage,
-    UserMessage,
-    text_of,
 )
 
 __all__ = ["from_chat"]
@@ -60,27 +60,28 @@ def from_chat(request: ChatRequest) -> list[pb.GenerateRequest]:
 
 def _add_message(to: pb.ChatMessage, message: Message, field: str) -> None:
     to.name = message.name or ""
-    if isinstance(message, UserMessage) and not isinstance(message.content, str):
-        if all(isinstance(part, TextPart) for part in message.content):
-            to.content = text_of(message.content)
-            return
+    if isinstance(message.content, list):
+        # How they follow each other is for the model's template to say.
         for index, part in enumerate(message.content):
             _add_part(to.parts.add(), part, f"{field}.content[{index}]")
-        return
-    to.content = text_of(message.content)
+    else:
+        to.content = message.content or ""
     if isinstance(message, ToolMessage):
         to.tool_call_id = message.tool_call_id
     if isinstance(message, AssistantMessage):
-        to.content = to.content or message.refusal or ""
+        if not to.parts:
+            to.content = to.content or message.refusal or ""
         to.reasoning = message.reasoning or message.reasoning_content or ""
         for call in message.tool_calls or ():
             to.tool_calls.add(id=call.id, name=call.function.name, arguments_json=call.function.arguments)
 
 
-def _add_part(to: pb.ContentPart, part: TextPart | ImagePart | AudioPart, field: str) -> None:
+def _add_part(to: pb.ContentPart, part: TextPart | LoneText | RefusalPart | ImagePart | AudioPart, field: str) -> None:
     match part:
-        case TextPart():
+        case TextPart() | LoneText():
             to.text = part.text
+        case RefusalPart():
+            to.text = part.refusal
         case ImagePart():
             found = _DATA_URL.fullmatch(part.image_url.url)
             if found is None:

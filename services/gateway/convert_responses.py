@@ -129,14 +129,15 @@ def _text(item: Message) -> str:
 
 
 def _user_content(item: Message) -> str | list[chat.TextPart | chat.ImagePart | chat.AudioPart]:
-    if isinstance(item.content, str) or not any(isinstance(part, InputImage) for part in item.content):
-        return _text(item)
+    if isinstance(item.content, str):
+        return item.content
     parts: list[chat.TextPart | chat.ImagePart | chat.AudioPart] = []
     for part in item.content:
         if isinstance(part, InputImage):
             parts.append(chat.ImagePart(image_url=chat.ImageUrl(url=part.image_url, detail=part.detail)))
-        elif isinstance(part, InputText | OutputText):
-            parts.append(chat.TextPart(text=part.text))
+        else:
+            text = part.text if isinstance(part, InputText | OutputText) else part.refusal
+            parts.append(chat.TextPart(text=text))
     return parts
 
 

@@ -26,13 +26,17 @@ class CompletionRenderer:
             self._chunks = Chunks(self._head, _choice(self._show.first_index, HOLE), self._show)
 
     def first(self, prompt: Prompt | None) -> bytes:
-        """The prompt, where it is echoed."""
-        if prompt is None or not self._show.echo:
+        """The prompt, where it is echoed, and its tokens, where they are shown."""
+        if prompt is None or not (self._show.echo or self._show.token_ids):
             return b""
         events = []
         for number in range(self._show.choices):
-            scores = self._scores(number, _echoed(prompt)) if self._show.scores else None
-            events.append(self._chunks.event(_choice(self._show.first_index + number, prompt.text, logprobs=scores)))
+            scores = self._scores(number, _echoed(prompt)) if self._show.scores and self._show.echo else None
+            text = prompt.text if self._show.echo else ""
+            choice = _choice(self._show.first_index + number, text, logprobs=scores)
+            if self._show.token_ids:
+                choice |= {"prompt_token_ids": prompt.token_ids, "token_ids": []}
+            events.append(self._chunks.event(choice))
         return b"".join(events)
 
     def pieces(self, pieces: Sequence[str | Piece]) -> bytes:

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: the body that is taken."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -20,6 +19,7 @@ __all__ = [
     "FunctionName",
     "ImagePart",
     "ImageUrl",
+    "LoneText",
     "Message",
     "Name",
     "NamedFunction",
@@ -33,7 +33,6 @@ __all__ = [
     "ToolChoice",
     "ToolMessage",
     "UserMessage",
-    "text_of",
 ]
 
 FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]*\Z")]
@@ -258,17 +257,6 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
             elif isinstance(message, ToolMessage) and message.tool_call_id not in made:
                 field = f"messages[{index}].tool_call_id"
                 raise invalid(field, f"{field}: no message before this one made that call")
-
-
-def text_of(content: str | Sequence[TextPart | LoneText | RefusalPart | ImagePart | AudioPart] | None) -> str:
-    """The text of a content without media; parts follow each other without anything between."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(
-        part.refusal if isinstance(part, RefusalPart) else part.text
-        for part in content
-        if isinstance(part, TextPart | LoneText | RefusalPart)
-    )
 
 
 def _check_template_arguments(arguments: dict[str, Any]) -> None:

@@ -207,3 +207,9 @@ def test_tokens_are_shown_when_asked_for(make: Callable[..., Renderer]) -> None:
     assert event["choices"][0]["token_ids"] == [5, 6]
     (choice,) = make(token_ids=True).choices([Piece(text="a", token_ids=[5, 6])], Prompt(token_ids=[1]), ENDING)
     assert choice["token_ids"] == [5, 6]
+
+
+def test_a_completions_stream_begins_with_the_prompts_tokens_when_they_are_asked_for() -> None:
+    (event,) = parse(completion(token_ids=True).first(Prompt(text="a", token_ids=[1, 2])))
+    choice = event["choices"][0]
+    assert (choice["text"], choice["token_ids"], choice["prompt_token_ids"]) == ("", [], [1, 2])

@@ -220,7 +220,7 @@ def test_a_chat_request_keeps_every_field() -> None:
     request.check()
     (generate,) = from_chat(request)
     sampling = generate.sampling
-    assert generate.chat.messages[0].content == "be brief"
+    assert [part.text for part in generate.chat.messages[0].parts] == ["be ", "brief"]
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0, 0.5, 0, 7)
     assert (list(sampling.stop), sampling.seed, dict(sampling.logit_bias)) == (["END"], 3, {5: -100})
     assert sampling.logprob_count == 2
