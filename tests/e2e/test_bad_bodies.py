@@ -297,8 +297,7 @@ MEDIA = [
         number=63,
         fields=_chat_with([{"type": "image_url", "image_url": {"url": _PIXEL}}] * 1000),
         code="unimplemented",
-        param="messages[0].content[0].image_url",
-        by_worker=True,
+        param="model",
     ),
     Bad(
         number=63,
