@@ -107,7 +107,9 @@ def ask_gateway(door: Door, path: str, body: dict[str, Any] | None = None, *, ti
         with error:
             raise _error_of(error.code, error.read()) from error
     except (OSError, http.client.HTTPException) as error:
-        raise MeshError(Reason.NO_READY_WORKER, f"{door.url} can't be reached: {error}") from error
+        raise MeshError(
+            Reason.NO_READY_WORKER, f"the mesh can't be reached: {getattr(error, 'reason', error)}"
+        ) from error
     except ValueError as error:
         raise MeshError(Reason.INTERNAL, f"{door.url}{path} answers no JSON") from error
 

@@ -169,7 +169,7 @@ class Launcher:
         return "\n".join(
             (
                 "",
-                f"tokenloom is ready at {self.url}",
+                f"tokenloom is ready at {self.url}; a browser shows its console there, with the key below",
                 "",
                 f"curl -N {self.url}/v1/chat/completions \\",
                 f"  -H 'Authorization: Bearer {self._admin_key}' \\",

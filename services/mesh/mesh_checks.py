@@ -24,7 +24,7 @@ from services.mesh.up import process_states
 
 __all__ = ["fleet_findings", "mesh_findings"]
 
-_LATE_SECONDS: Final = 2.0
+_AHEAD_SECONDS: Final = 2.0
 _REQUEST_SECONDS: Final = 30.0
 _SLOW_SECONDS: Final = 5.0
 _ROW_SECONDS: Final = 3.0
@@ -58,8 +58,13 @@ def fleet_findings(door: Door, *, requests: bool) -> Iterator[Finding]:
         yield _edge(door)
         view = asyncio.run(_view(door))
     except MeshError as error:
-        advice = "is the router there, and is this an admin key?"
-        yield Finding(Level.TROUBLE, "edge", f"{door.url}: {error.message}", advice)
+        refused = error.reason in (Reason.INVALID_API_KEY, Reason.PERMISSION_DENIED)
+        advice = (
+            "use an admin key of this mesh"
+            if refused
+            else "it needs Envoy, a gateway and the router: see which is gone"
+        )
+        yield Finding(Level.TROUBLE, "edge", f"{door.url} does not tell: {error.message}", advice)
         return
     yield from _fleet(view)
     if requests:
@@ -74,7 +79,9 @@ def _processes(mesh: dict[str, Any], state: State) -> Iterator[Finding]:
             case "ready":
                 yield Finding(Level.OK, subject, f"ready (process {process['pid']})")
             case "gone":
-                yield Finding(Level.TROUBLE, subject, "it is gone; the launcher starts it again", log)
+                yield Finding(
+                    Level.TROUBLE, subject, "it is gone; the launcher starts it again unless it was told not to", log
+                )
             case said:
                 yield Finding(Level.TROUBLE, subject, f"it runs and says that it is {said}", log)
 
@@ -132,10 +139,7 @@ async def _view(door: Door) -> FleetView:
 
 def _fleet(view: FleetView) -> Iterator[Finding]:
     for worker in view.workers:
-        if worker.report_age_ms > 1000 * _LATE_SECONDS:
-            advice = "its machine or its network is too busy, or its process hangs"
-            yield Finding(Level.TROUBLE, worker.name, f"silent for {worker.report_age_ms / 1000:.1f} s", advice)
-        elif worker.is_ready and not worker.slow_reasons:
+        if worker.is_ready and not worker.slow_reasons:
             yield Finding(Level.OK, worker.name, f"ready, {worker.running} of {worker.slots} slots busy")
     for trouble in view.troubles:
         level = Level.NOTE if trouble.kind in _NOTES else Level.TROUBLE
@@ -166,6 +170,7 @@ _OUT: Final = {
     "drained": "tokenloom workers undrain gives it work again",
     "cordoned": "tokenloom workers undrain gives it work again",
     "asleep": "Wake of its WorkerService brings it back",
+    "silent": "its process hangs, or its machine or network is too busy: see its log, and how loaded the machine is",
     "gpu lost": "see what is said of its card; it takes work again once the card is well",
 }
 _SLOW: Final = {
@@ -216,7 +221,7 @@ def _accounting(door: Door) -> Finding:
                 return Finding(Level.NOTE, "usage", "this key may not see it")
             break
         if rows and asked_at - rows[0]["time"] < _REQUEST_SECONDS:
-            if rows[0]["time"] > time.time() + _LATE_SECONDS:
+            if rows[0]["time"] > time.time() + _AHEAD_SECONDS:
                 advice = "set both clocks right: limits, bills and expiring keys go by them"
                 return Finding(Level.TROUBLE, "clock", "the gateway's is ahead of this machine's", advice)
             return Finding(Level.OK, "usage", f"written down, request {quote(rows[0]['request_id'])} for one")
