@@ -1,6 +1,6 @@
 """What the router counts, for Prometheus."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -11,6 +11,7 @@ from services.common.metrics import QUEUE_SECONDS
 from services.router.admission import Admission
 from services.router.fleet import Clock, Fleet
 from services.router.policy import Policies
+from services.router.slowness import slow_causes
 from services.router.worker import Worker
 
 __all__ = ["FleetCollector", "RouterMetrics"]
@@ -109,12 +110,22 @@ _OF_A_WORKER: Final[tuple[tuple[str, str, Callable[[Worker, float], float]], ...
 )
 
 
-def _of_workers(workers: Iterable[Worker], now: float) -> Iterator[Metric]:
+def _of_workers(workers: Sequence[Worker], now: float) -> Iterator[Metric]:
     for name, meaning, value_of in _OF_A_WORKER:
         gauge = GaugeMetricFamily(f"tokenloom_router_worker_{name}", meaning, labels=("worker", "pool"))
         for worker in workers:
             gauge.add_metric((worker.worker_id, worker.card.pool), value_of(worker, now))
         yield gauge
+    slow = GaugeMetricFamily(
+        "tokenloom_router_worker_slow",
+        "1 for each cause for which requests take longer on a worker than they would elsewhere.",
+        labels=("worker", "pool", "cause"),
+    )
+    pools = {worker.worker_id: worker.card.pool for worker in workers}
+    for worker_id, causes in slow_causes(workers).items():
+        for cause in causes:
+            slow.add_metric((worker_id, pools[worker_id], cause), 1.0)
+    yield slow
 
 
 def _state(worker: Worker, now: float) -> str:

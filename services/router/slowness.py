@@ -6,7 +6,7 @@ from typing import Final
 
 from services.router.worker import Worker
 
-__all__ = ["slow_reasons"]
+__all__ = ["slow_causes", "slow_reasons"]
 
 # Cards of one fleet are unequal, and measurements differ: what is less than this is no news.
 _MUCH: Final = 2.0
@@ -19,8 +19,13 @@ _KV_NEARLY_FULL: Final = 0.9
 
 def slow_reasons(workers: Sequence[Worker]) -> Mapping[str, list[str]]:
     """The causes for each worker that is slow, by its name; a worker that is not has no entry."""
-    found = {worker.worker_id: _reasons(worker, _peers(worker, workers)) for worker in workers}
-    return {worker_id: reasons for worker_id, reasons in found.items() if reasons}
+    return {worker_id: list(causes.values()) for worker_id, causes in slow_causes(workers).items()}
+
+
+def slow_causes(workers: Sequence[Worker]) -> Mapping[str, Mapping[str, str]]:
+    """The same by cause: gpu, decoding, prefill, cache or failures."""
+    found = {worker.worker_id: _causes(worker, _peers(worker, workers)) for worker in workers}
+    return {worker_id: causes for worker_id, causes in found.items() if causes}
 
 
 def _peers(worker: Worker, workers: Sequence[Worker]) -> list[Worker]:
@@ -28,12 +33,22 @@ def _peers(worker: Worker, workers: Sequence[Worker]) -> list[Worker]:
     return [other for other in workers if other is not worker and not models.isdisjoint(other.card.models)]
 
 
-def _reasons(worker: Worker, peers: Sequence[Worker]) -> list[str]:
-    reasons = [_of_gpu(worker), _of_decoding(worker, peers), _of_prefill(worker, peers), _of_cache(worker)]
-    if 0 < worker.admitted_ratio < 1:
-        share = 100 * worker.admitted_ratio
-        reasons.append(f"it failed requests and gets only {share:.0f} % of its share until it has proved itself")
-    return [reason for reason in reasons if reason]
+def _causes(worker: Worker, peers: Sequence[Worker]) -> dict[str, str]:
+    causes = {
+        "gpu": _of_gpu(worker),
+        "decoding": _of_decoding(worker, peers),
+        "prefill": _of_prefill(worker, peers),
+        "cache": _of_cache(worker),
+        "failures": _of_failures(worker),
+    }
+    return {cause: words for cause, words in causes.items() if words}
+
+
+def _of_failures(worker: Worker) -> str:
+    if not 0 < worker.admitted_ratio < 1:
+        return ""
+    share = 100 * worker.admitted_ratio
+    return f"it failed requests and gets only {share:.0f} % of its share until it has proved itself"
 
 
 def _of_gpu(worker: Worker) -> str:

@@ -89,9 +89,12 @@ def test_measurements_lead_to_the_traces_of_their_requests(sim_mesh: Mesh) -> No
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory, sim_mesh: Mesh, agent: TelemetryAgent) -> Iterator[Prometheus]:
-    """A Prometheus that has scraped the mesh and the cards before, during and after some requests."""
-    targets = json.loads((sim_mesh.state_dir / "targets.json").read_text())
+def prometheus(
+    tmp_path_factory: pytest.TempPathFactory, sim_mesh: Mesh, uneven_mesh: Mesh, agent: TelemetryAgent
+) -> Iterator[Prometheus]:
+    """A Prometheus that has scraped two meshes and the cards before, during and after some requests."""
+    files = [mesh.state_dir / "targets.json" for mesh in (sim_mesh, uneven_mesh)]
+    targets = [target for file in files for target in json.loads(file.read_text())]
     address = agent.metrics_url.removeprefix("http://").removesuffix("/metrics")
     targets.append({"targets": [address], "labels": {"process": "gpus", "service": "telemetry"}})
     with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets) as server:
@@ -121,8 +124,11 @@ def test_prometheus_takes_every_rule_and_keeps_the_exemplars(sim_mesh: Mesh, pro
     trace_id = ask(sim_mesh)[0]
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert {rule["health"] for rule in rules} == {"ok"}
-    # Nothing is the matter but with the card that is throttled.
-    assert {rule["name"] for rule in rules if rule.get("alerts")} <= {"TokenloomGpuThrottled", "TokenloomGpuIdle"}
+    # Nothing is the matter but with the card that is throttled and the worker that is slow.
+    alerts = {rule["name"]: [alert["labels"] for alert in rule["alerts"]] for rule in rules if rule.get("alerts")}
+    assert alerts.keys() - {"TokenloomGpuIdle"} == {"TokenloomGpuThrottled", "TokenloomWorkerSlow"}
+    (slow,) = alerts["TokenloomWorkerSlow"]
+    assert (slow["worker"], slow["cause"]) == ("slow-0", "decoding")
 
     def kept() -> bool:
         metric, now = "tokenloom_gateway_time_to_first_token_seconds_bucket", time.time()

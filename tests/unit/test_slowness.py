@@ -6,7 +6,7 @@ import pytest
 
 from services.router.card import Card, Load, WorkerState
 from services.router.reading import HEALTHY, Condition
-from services.router.slowness import slow_reasons
+from services.router.slowness import slow_causes, slow_reasons
 from services.router.worker import Worker
 
 
@@ -22,23 +22,30 @@ def test_workers_that_are_alike_have_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "said"),
+    ("cause", "load", "said"),
     [
-        ({"decode_step_seconds": 0.080}, "a decode step takes 80.0 ms, 8.0 times as long as on the others (10.0 ms)"),
         (
+            "decoding",
+            {"decode_step_seconds": 0.080},
+            "a decode step takes 80.0 ms, 8.0 times as long as on the others (10.0 ms)",
+        ),
+        (
+            "prefill",
             {"prefill_tokens_per_second": 500.0},
             "it prefills 500 tokens/s, 16.0 times fewer than the others (8000)",
         ),
-        ({"condition": Condition(slowdown=1.5)}, "the state of its GPU slows it by 50 %"),
+        ("gpu", {"condition": Condition(slowdown=1.5)}, "the state of its GPU slows it by 50 %"),
         (
+            "cache",
             {"kv_usage": 0.97, "waiting": 3, "running": 8},
             "its KV cache is 97 % full, so 3 requests wait in its engine",
         ),
     ],
 )
-def test_each_cause_is_told_of_the_worker_that_has_it_alone(load: dict[str, Any], said: str) -> None:
-    others = [worker(name, prefill_tokens_per_second=8000.0) for name in "abc"]
-    assert slow_reasons([*others, worker("slow", **load)]) == {"slow": [said]}
+def test_each_cause_is_told_of_the_worker_that_has_it_alone(cause: str, load: dict[str, Any], said: str) -> None:
+    workers = [*(worker(name, prefill_tokens_per_second=8000.0) for name in "abc"), worker("slow", **load)]
+    assert slow_reasons(workers) == {"slow": [said]}
+    assert slow_causes(workers) == {"slow": {cause: said}}
 
 
 def test_a_worker_alone_is_compared_with_what_it_was_before() -> None:
