@@ -1,7 +1,7 @@
 """Why requests take longer on one worker than they would elsewhere, in words for people."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Final
 
 from services.router.worker import Worker
@@ -15,6 +15,8 @@ _VERY_MUCH: Final = 4.0
 # A decode step below this is fast whatever others do.
 _LEAST_STEP_SECONDS: Final = 0.002
 _KV_NEARLY_FULL: Final = 0.9
+_ByModel = Mapping[str, Sequence[float]]
+"""What workers measured, sorted, by model."""
 
 
 def slow_reasons(workers: Sequence[Worker]) -> Mapping[str, list[str]]:
@@ -24,31 +26,43 @@ def slow_reasons(workers: Sequence[Worker]) -> Mapping[str, list[str]]:
 
 def slow_causes(workers: Sequence[Worker]) -> Mapping[str, Mapping[str, str]]:
     """The same by cause: gpu, decoding, prefill, cache or failures."""
-    found = {worker.worker_id: _causes(worker, _peers(worker, workers)) for worker in workers}
+    steps: dict[str, list[float]] = {}
+    rates: dict[str, list[float]] = {}
+    for worker in workers:
+        step, rate = worker.load.decode_step_seconds, worker.load.prefill_tokens_per_second
+        for model in worker.card.models:
+            if step is not None:
+                steps.setdefault(model, []).append(step)
+            if rate is not None:
+                rates.setdefault(model, []).append(rate)
+    for values in (*steps.values(), *rates.values()):
+        values.sort()
+    found = {worker.worker_id: _causes(worker, steps, rates) for worker in workers}
     return {worker_id: causes for worker_id, causes in found.items() if causes}
 
 
-def _peers(worker: Worker, workers: Sequence[Worker]) -> list[Worker]:
-    models = worker.card.models.keys()
-    return [other for other in workers if other is not worker and not models.isdisjoint(other.card.models)]
-
-
-def _causes(worker: Worker, peers: Sequence[Worker]) -> dict[str, str]:
+def _causes(worker: Worker, steps: _ByModel, rates: _ByModel) -> dict[str, str]:
     causes = {
         "gpu": _of_gpu(worker),
-        "decoding": _of_decoding(worker, peers),
-        "prefill": _of_prefill(worker, peers),
+        "decoding": _of_decoding(worker, steps),
+        "prefill": _of_prefill(worker, rates),
         "cache": _of_cache(worker),
         "failures": _of_failures(worker),
     }
     return {cause: words for cause, words in causes.items() if words}
 
 
-def _of_failures(worker: Worker) -> str:
-    if not 0 < worker.admitted_ratio < 1:
-        return ""
-    share = 100 * worker.admitted_ratio
-    return f"it failed requests and gets only {share:.0f} % of its share until it has proved itself"
+def _others(worker: Worker, own: float, measured: _ByModel) -> float | None:
+    """The middle of what the other workers of its model measured, where there are any: of its first model that has."""
+    for model in worker.card.models:
+        values = measured[model]
+        count = len(values) - 1
+        if count:
+            at = bisect_left(values, own)
+            # The list without its own entry, which is not made anew for each worker.
+            low, high = (count - 1) // 2, count // 2
+            return (values[low + (low >= at)] + values[high + (high >= at)]) / 2
+    return None
 
 
 def _of_gpu(worker: Worker) -> str:
@@ -56,23 +70,23 @@ def _of_gpu(worker: Worker) -> str:
     return f"the state of its GPU slows it by {100 * (slowdown - 1):.0f} %" if slowdown >= 1.1 else ""
 
 
-def _of_decoding(worker: Worker, peers: Sequence[Worker]) -> str:
+def _of_decoding(worker: Worker, steps: _ByModel) -> str:
     own = worker.load.decode_step_seconds
-    others = [step for peer in peers if (step := peer.load.decode_step_seconds) is not None]
+    if own is None or own < _MUCH * _LEAST_STEP_SECONDS:
+        return ""
     # Where there are no others, or all have become slow, what it took before tells.
-    for usual, where in ((median(others) if others else None, "on the others"), (worker.usual_step.seconds, "usual")):
-        if own is not None and usual is not None and own >= _MUCH * max(usual, _LEAST_STEP_SECONDS):
+    for usual, where in ((_others(worker, own, steps), "on the others"), (worker.usual_step.seconds, "usual")):
+        if usual is not None and own >= _MUCH * max(usual, _LEAST_STEP_SECONDS):
             times = f"{own / usual:.1f} times as long as {where}"
             return f"a decode step takes {1000 * own:.1f} ms, {times} ({1000 * usual:.1f} ms)"
     return ""
 
 
-def _of_prefill(worker: Worker, peers: Sequence[Worker]) -> str:
+def _of_prefill(worker: Worker, rates: _ByModel) -> str:
     own = worker.load.prefill_tokens_per_second
-    others = [rate for peer in peers if (rate := peer.load.prefill_tokens_per_second) is not None]
-    if own is None or not others or median(others) < _VERY_MUCH * own:
+    usual = None if own is None else _others(worker, own, rates)
+    if own is None or usual is None or usual < _VERY_MUCH * own:
         return ""
-    usual = median(others)
     return f"it prefills {own:.0f} tokens/s, {usual / own:.1f} times fewer than the others ({usual:.0f})"
 
 
@@ -81,3 +95,10 @@ def _of_cache(worker: Worker) -> str:
     if not load.waiting or load.kv_usage < _KV_NEARLY_FULL:
         return ""
     return f"its KV cache is {100 * load.kv_usage:.0f} % full, so {load.waiting} requests wait in its engine"
+
+
+def _of_failures(worker: Worker) -> str:
+    if not 0 < worker.admitted_ratio < 1:
+        return ""
+    share = 100 * worker.admitted_ratio
+    return f"it failed requests and gets only {share:.0f} % of its share until it has proved itself"

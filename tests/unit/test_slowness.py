@@ -1,5 +1,6 @@
 """Why a worker is slow, told from what it and the others report."""
 
+from statistics import median
 from typing import Any
 
 import pytest
@@ -46,6 +47,17 @@ def test_each_cause_is_told_of_the_worker_that_has_it_alone(cause: str, load: di
     workers = [*(worker(name, prefill_tokens_per_second=8000.0) for name in "abc"), worker("slow", **load)]
     assert slow_reasons(workers) == {"slow": [said]}
     assert slow_causes(workers) == {"slow": {cause: said}}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_a_worker_is_measured_by_the_middle_of_the_others(count: int) -> None:
+    steps = [0.010 * (1 + index) for index in range(count)]
+    found = slow_reasons([worker(f"w{index}", decode_step_seconds=step) for index, step in enumerate(steps)])
+    for index, step in enumerate(steps):
+        usual = median(steps[:index] + steps[index + 1 :])
+        assert (f"w{index}" in found) == (step >= 2 * usual)
+        if f"w{index}" in found:
+            assert f"({1000 * usual:.1f} ms)" in found[f"w{index}"][0]
 
 
 def test_a_worker_alone_is_compared_with_what_it_was_before() -> None:
