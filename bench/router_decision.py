@@ -2,15 +2,17 @@
 
 Two cases, each with 64 workers. "free": every worker has room, so every decision compares all of them. "full": every
 slot is taken and N requests wait; a decision is one release, the grant that it leads to, and one new request that
-joins the line. Reports of workers come in between and are not counted.
+joins the line. Reports of workers come in between and are not counted; the figure is the median of batches of 64.
 Then what a decision and a live stream cost with few workers and with many: both should depend on neither number.
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import time
 import tracemalloc
+from collections.abc import Callable
 
 from services.router.admission import Admission
 from services.router.card import Card, Load, WorkerState
@@ -109,48 +111,57 @@ def reports(clock: Clock, fleet: Fleet) -> None:
         fleet.report(worker, worker.load)
 
 
+def timed(batch: Callable[[], None]) -> float:
+    """Microseconds of CPU a decision of a batch."""
+    started = time.process_time()
+    batch()
+    return 1e6 * (time.process_time() - started) / REPORTED_EVERY
+
+
 def measure_free(workers: int, decisions: int) -> float:
     """Microseconds of CPU a decision while every worker has room."""
     clock, fleet, admission = build(workers, slots=4096)
-    spent = 0.0
-    for number in range(0, decisions, REPORTED_EVERY):
+    numbers = itertools.count()
+
+    def batch() -> None:
+        for _ in range(REPORTED_EVERY):
+            admission.ask(request(next(numbers)), lambda _: None)
+
+    spent = []
+    for _ in range(decisions // REPORTED_EVERY):
         reports(clock, fleet)
-        started = time.process_time()
-        for step in range(REPORTED_EVERY):
-            admission.ask(request(number + step), lambda _: None)
-        spent += time.process_time() - started
+        spent.append(timed(batch))
     assert admission.waiting_count == 0
-    return 1e6 * spent / (decisions // REPORTED_EVERY * REPORTED_EVERY)
+    return statistics.median(spent)
 
 
 def measure_full(workers: int, waiting: int, decisions: int) -> float:
     """Microseconds of CPU a decision while `waiting` requests wait."""
     clock, fleet, admission = build(workers, slots=64)
     running: list[Ticket] = []
-    number = 0
+    numbers, rng = itertools.count(), random.Random(2)
     while admission.waiting_count < waiting:
-        admission.ask(request(number), running.append)
-        number += 1
-        if number % REPORTED_EVERY == 0 and len(running) < 64 * workers:
+        admission.ask(request(next(numbers)), running.append)
+        if len(running) < 64 * workers and len(running) % REPORTED_EVERY == 0:
             reports(clock, fleet)
-    rng = random.Random(2)
-    spent, granted = 0.0, 0
-    for turn in range(-WARM_TURNS, decisions // REPORTED_EVERY):
-        reports(clock, fleet)
-        before = len(running)
-        started = time.process_time()
-        for step in range(REPORTED_EVERY):
+
+    def batch() -> None:
+        for _ in range(REPORTED_EVERY):
             place = rng.randrange(len(running))
             running[place], running[-1] = running[-1], running[place]
             admission.finish(running.pop(), Outcome.COMPLETED, output_tokens=100)
-            admission.ask(request(number + step), running.append)
-        number += REPORTED_EVERY
+            admission.ask(request(next(numbers)), running.append)
+
+    spent, granted = [], 0
+    for turn in range(-WARM_TURNS, decisions // REPORTED_EVERY):
+        reports(clock, fleet)
+        before = len(running)
+        took = timed(batch)
         if turn >= 0:
-            spent += time.process_time() - started
+            spent.append(took)
             granted += len(running) - before + REPORTED_EVERY
-    total = decisions // REPORTED_EVERY * REPORTED_EVERY
-    assert granted > 0.95 * total, "each release should lead to a grant"
-    return 1e6 * spent / total
+    assert granted > 0.95 * REPORTED_EVERY * len(spent), "each release should lead to a grant"
+    return statistics.median(spent)
 
 
 def measure_live(workers: int, streams: int) -> tuple[float, float]:
@@ -171,14 +182,17 @@ def measure_live(workers: int, streams: int) -> tuple[float, float]:
     size = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert len(live) == streams
-    spent = 0.0
+    numbers = itertools.count(streams)
+
+    def batch() -> None:
+        for _ in range(REPORTED_EVERY):
+            admission.ask(request(next(numbers)), live.append)
+
+    spent = []
     for _ in range(20):
         reports(clock, fleet)
-        started = time.process_time()
-        for number in range(REPORTED_EVERY):
-            admission.ask(request(number), live.append)
-        spent += time.process_time() - started
-    return 1e6 * spent / (20 * REPORTED_EVERY), size / streams
+        spent.append(timed(batch))
+    return statistics.median(spent), size / streams
 
 
 def main() -> None:

@@ -50,7 +50,18 @@ def unequal(seed: int, seconds: float) -> Iterator[Figure]:
         yield f"{where}: p95 over least requests", _ratio(ours, least, 0.95)
         yield f"{where}: p99 over least requests", _ratio(ours, least, 0.99)
         yield f"{where}: p95 over round robin", _ratio(ours, turns, 0.95)
+        yield (
+            f"{where}: the same if each were alone on the fast card",
+            _alone(trace) / turns.ttft(0.95, since=_WARM_SECONDS),
+        )
         yield f"{where}: not served", len(trace) - len(ours.ttfts())
+
+
+def _alone(trace: Sequence[Arrival]) -> float:
+    """The p95 that nobody can fall below."""
+    fast = UNEQUAL[-1]
+    late = [one.prompt_tokens for one in trace if one.at >= _WARM_SECONDS]
+    return percentile(late, 0.95) / fast.prefill_tokens_per_second + fast.decode_step_seconds
 
 
 def _ratio(one: Result, other: Result, share: float) -> float:

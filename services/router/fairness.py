@@ -1,5 +1,6 @@
 """Who goes first among tenants: whoever has been served the fewest tokens while waiting."""
 
+from collections.abc import Callable
 from typing import Final
 
 __all__ = ["Fairness"]
@@ -15,29 +16,31 @@ class Fairness:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        self._floor = 0.0
+        self.floor = 0.0
+        """Where those begin who come."""
+
+    @property
+    def charged(self) -> Callable[[str, float], float]:
+        """Gives a tenant's count without regard to how far the others are, or what is given for those without one."""
+        return self._served.get
 
     def of(self, tenant: str) -> float:
         """A tenant's count, in tokens; it never falls."""
-        return max(self._served.get(tenant, 0.0), self._floor)
-
-    def charged(self, tenant: str) -> float:
-        """A tenant's count without regard to how far the others are."""
-        return self._served.get(tenant, 0.0)
+        return max(self._served.get(tenant, 0.0), self.floor)
 
     def charge(self, tenant: str, start: float, tokens: float) -> None:
         """A tenant whose turn it was at count `start` has been served."""
         # A higher class may serve somebody far behind; the floor is for those who come, and never falls.
         self._served[tenant] = max(self.of(tenant), start) + tokens
-        self._floor = max(self._floor, start)
+        self.floor = max(self.floor, start)
         if len(self._served) > _MOST_TENANTS:
-            self._served = {name: count for name, count in self._served.items() if count > self._floor}
+            self._served = {name: count for name, count in self._served.items() if count > self.floor}
 
     def lead(self, tenant: str) -> float:
         """How many tokens more it was served than whoever was served last; not below 0."""
-        return self.of(tenant) - self._floor
+        return self.of(tenant) - self.floor
 
     def settle(self) -> None:
         """Nobody waits any more: everybody has what they wanted, and whoever comes next begins alike."""
         self._served.clear()
-        self._floor = 0.0
+        self.floor = 0.0

@@ -89,20 +89,22 @@ class _Class(Generic[W]):
 
     def head(self) -> tuple[float, int, W]:
         """The count of the tenant whose turn it is, and its oldest request. The class must not be empty."""
+        charged = self._fairness.charged
         while True:
             count, order, queue = self._heap[0]
-            if not queue.members:
+            members = queue.members
+            if not members:
                 heapq.heappop(self._heap)
                 del self._queues[queue.tenant]
                 continue
-            oldest = next(iter(queue.members))
+            oldest = next(iter(members))
             # The floor moves all the time and orders nobody anew: only those that were served have fallen behind.
-            now = max(count, self._fairness.charged(queue.tenant))
-            if (now, oldest) == (count, order):
-                return self._fairness.of(queue.tenant), oldest, queue.members[oldest]
+            served = charged(queue.tenant, 0.0)
+            if served <= count and oldest == order:
+                return max(served, self._fairness.floor), oldest, members[oldest]
             # Counts and orders only grow, so an entry that is out of date stands too far in front, never too far back.
             heapq.heappop(self._heap)
-            self._push(now, oldest, queue)
+            self._push(max(count, served), oldest, queue)
 
     def pass_over(self) -> bool:
         """Puts the tenant whose turn it is behind all others that wait now; False where there are none."""
