@@ -1,8 +1,8 @@
-"""Whether a worker answers as vLLM's own server does: `python bench/vllm_parity.py [--requests 200]`.
+"""Whether we answer as vLLM's own server does: `python -m bench.vllm_parity [--requests 200] [--mesh]`.
 
-The same random requests, over all parameters, go to `vllm serve`'s `/v1/completions` and to a worker's `Generate`, both
-on a CPU with the demo model. Compared are text, tokens, log-probabilities, ends and what caused them, usage with cached
-tokens, the prompt's own log-probabilities, and error for error.
+The same random requests, over all parameters, go to `vllm serve`'s `/v1/completions` and to a worker's `Generate`, or
+to `/v1/completions` of a whole mesh, each on a CPU with the demo model. Compared are text, tokens, log-probabilities,
+ends and what caused them, usage with cached tokens, the prompt's own log-probabilities, and error for error.
 
 What differs on purpose, and is not asked for here:
 - A prompt and `max_tokens` beyond the context, or a value beyond a bound of generation.proto, are refused by the worker
@@ -19,8 +19,10 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from tokenloom.inference.v1 import inference_pb2_grpc
 
 from services.common import rpc
 from tests.support.demo_model import demo_model
+from tests.support.mesh import running_mesh
 from tests.support.vllm_server import vllm_server
 from tests.support.workers import worker_config, worker_process
 
@@ -211,9 +214,9 @@ def _end(ended: pb.ChoiceEnded | pb.Completed) -> tuple[str, str | int | None]:
     return reason, None if kind is None else getattr(ended.stop_cause, kind)
 
 
-async def ask_server(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-    """From vLLM's own server."""
-    extra = {"model": "demo", "return_token_ids": True, "return_tokens_as_token_ids": True}
+async def ask_server(client: httpx.AsyncClient, body: dict[str, Any], model: str = "demo") -> Answer:
+    """From a server with vLLM's API."""
+    extra = {"model": model, "return_token_ids": True, "return_tokens_as_token_ids": True}
     response = await client.post("/v1/completions", json=body | extra, timeout=60)
     if response.status_code != 200:
         return Answer(failed=True, message=f"{response.status_code}: {response.text[:300]}")
@@ -264,24 +267,46 @@ def _near(ours: list[float], theirs: list[float]) -> bool:
     return len(ours) == len(theirs) and all(abs(a - b) < _SLACK for a, b in zip(ours, theirs, strict=True))
 
 
-async def compare(requests: int, seed: int, folder: Path) -> int:
+Ask = Callable[[dict[str, Any]], Awaitable[Answer]]
+
+
+@asynccontextmanager
+async def a_worker(folder: Path) -> AsyncIterator[Ask]:
+    """Asks a worker process."""
+    config = worker_config("vllm-0", engine="vllm", model={"name": "demo", "path": str(demo_model())})
+    async with worker_process(config, folder, within=120) as worker, rpc.channel(worker.address) as channel:
+        yield partial(ask_worker, inference_pb2_grpc.InferenceServiceStub(channel))
+
+
+@asynccontextmanager
+async def a_mesh(folder: Path) -> AsyncIterator[Ask]:
+    """Asks a whole mesh, edge and gateway included."""
+    with running_mesh(folder / "state", "--model", str(demo_model()), within=180) as mesh:
+        async with httpx.AsyncClient(base_url=mesh.edge, headers=mesh.headers) as client:
+            name = str((await client.get("/v1/models")).json()["data"][0]["id"])
+
+            async def ask(body: dict[str, Any]) -> Answer:
+                # Who goes first is the router's affair there.
+                return await ask_server(client, {each: body[each] for each in body if each != "priority"}, name)
+
+            yield ask
+
+
+async def compare(requests: int, seed: int, folder: Path, *, mesh: bool) -> int:
     """Prints what differs; returns at how many requests."""
     draw = random.Random(seed)
     forms = '{"backend": "guidance", "disable_any_whitespace": true}'
     options = ("--structured-outputs-config", forms, "--enable-prompt-tokens-details", "--max-num-seqs", "64")
-    model = {"name": "demo", "path": str(demo_model())}
-    config = worker_config("vllm-0", engine="vllm", model=model)
     with vllm_server(folder, *options, "--scheduling-policy", "priority") as server:
-        async with worker_process(config, folder, within=120) as worker, rpc.channel(worker.address) as channel:
+        async with (a_mesh if mesh else a_worker)(folder) as ask:
             server.wait(within=120)
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
             async with httpx.AsyncClient(base_url=server.url) as client:
                 bad = refused = 0
                 for number in range(requests):
                     body = random_request(draw)
                     if draw.random() < 0.2:
                         body |= draw.choice(_BAD)
-                    ours, theirs = await asyncio.gather(ask_worker(stub, body), ask_server(client, body))
+                    ours, theirs = await asyncio.gather(ask(body), ask_server(client, body))
                     refused += ours.failed and theirs.failed
                     if found := differences(ours, theirs):
                         bad += 1
@@ -295,9 +320,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--mesh", action="store_true", help="ask a whole mesh, not a worker alone")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(bool(uvloop.run(compare(given.requests, given.seed, Path(folder)))))
+        sys.exit(bool(uvloop.run(compare(given.requests, given.seed, Path(folder), mesh=given.mesh))))
 
 
 if __name__ == "__main__":
