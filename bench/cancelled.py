@@ -2,8 +2,8 @@
 
 A real worker process with vLLM on the demo model, on a CPU. Clients hang up in turn before any token, after one and
 after 50 of them. Looked at are the time from the last hang-up until the engine has nothing to do and holds nothing, the
-memory that the worker and its engine have gained over further rounds of the same, and whether a generation says
-afterwards what it said before.
+memory that worker and engine gain over many rounds of it, and whether a generation says afterwards what it said before.
+`--complete` has the same generations end by themselves, to compare with: caches and allocators grow for a while anyway.
 """
 
 import argparse
@@ -31,8 +31,8 @@ _CUTS = (0, 1, 50)
 _TOKENS = 1500
 _IDLE = ("requests_running", "requests_waiting", "kv_usage_ratio", "pending_prefill_tokens")
 _IDLE_SECONDS = 2.0
-# Caches fill and allocators keep some; what is left behind by each generation would be far more.
-_MOST_BYTES_EACH = 4096
+# A generation, of the worker and of the engine. vLLM's engine goes on growing a little however generations end.
+_MOST_BYTES = (1024, 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Round:
 
     seconds: float
     idle_after: float
-    held_bytes: int
-    """Of the worker and its engine."""
+    held: tuple[int, int]
+    """Bytes of the worker, and of its engine."""
 
 
-async def measure(generations: int, streams: int, rounds: int) -> bool:
+async def measure(generations: int, streams: int, rounds: int, *, complete: bool) -> bool:
     """Prints what was found; true when it is as promised."""
     model = {"name": "demo", "path": str(demo_model())}
     config = worker_config("vllm-0", engine="vllm", model=model, engine_args={"max_num_seqs": streams})
@@ -57,26 +57,36 @@ async def measure(generations: int, streams: int, rounds: int) -> bool:
         ):
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             before = await _said(stub)
-            # The first round fills caches and pools, and is no measure.
-            found = [await _round(stub, metrics, worker, generations, streams) for _ in range(rounds + 1)]
+            found = [
+                await _round(stub, metrics, worker, generations, streams, complete=complete) for _ in range(rounds)
+            ]
             after = await _said(stub)
+    how = "completed" if complete else "cancelled"
     for each in found:
         print(
-            f"{generations} cancelled in {each.seconds:.1f} s, idle {each.idle_after * 1000:.0f} ms after the last, "
-            f"{each.held_bytes / 2**20:.1f} MiB held"
+            f"{generations} {how} in {each.seconds:.1f} s, idle {each.idle_after * 1000:.0f} ms after the last; held: "
+            f"worker {each.held[0] / 2**20:.1f} MiB, engine {each.held[1] / 2**20:.1f} MiB"
         )
-    grown = (found[-1].held_bytes - found[0].held_bytes) / (rounds * generations)
-    slowest = max(each.idle_after for each in found)
-    print(f"{grown:.0f} bytes more a generation; says afterwards {'the same' if before == after else 'something else'}")
-    return before == after and slowest < _IDLE_SECONDS and grown < _MOST_BYTES_EACH
+    last = found[len(found) // 2 :]
+    grown = [
+        (end - begin) / generations / (len(last) - 1) for begin, end in zip(last[0].held, last[-1].held, strict=True)
+    ]
+    print(
+        f"over the last {len(last)} rounds {grown[0]:.0f} bytes a generation more in the worker and {grown[1]:.0f} in "
+        f"the engine, which says afterwards {'the same' if before == after else 'something else'}"
+    )
+    small = all(gained < most for gained, most in zip(grown, _MOST_BYTES, strict=True))
+    return before == after and small and max(each.idle_after for each in found) < _IDLE_SECONDS
 
 
-async def _round(stub: Any, metrics: httpx.AsyncClient, worker: WorkerProcess, generations: int, streams: int) -> Round:
+async def _round(
+    stub: Any, metrics: httpx.AsyncClient, worker: WorkerProcess, generations: int, streams: int, *, complete: bool
+) -> Round:
     numbers, begun = count(), time.monotonic()
 
     async def client() -> None:
         while (number := next(numbers)) < generations:
-            await _give_up(stub, number)
+            await (_finish if complete else _give_up)(stub, number)
 
     await asyncio.gather(*(client() for _ in range(streams)))
     ended = time.monotonic()
@@ -100,6 +110,13 @@ async def _give_up(stub: Any, number: int) -> None:
         raise AssertionError(f"generation {number} ended by itself after {tokens} tokens")
 
 
+async def _finish(stub: Any, number: int) -> None:
+    # A generation can't have no token.
+    sampling = pb.SamplingParameters(temperature=0, max_tokens=max(1, _CUTS[number % len(_CUTS)]), ignore_eos=True)
+    async for _ in stub.Generate(pb.GenerateRequest(model="demo", text=f"Story number {number}: ", sampling=sampling)):
+        pass
+
+
 async def _is_idle(metrics: httpx.AsyncClient) -> bool:
     text = (await metrics.get("/metrics")).text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tokenloom_inference_"))
@@ -114,10 +131,10 @@ async def _said(stub: Any) -> list[int]:
     return tokens
 
 
-def _held_bytes(pid: int) -> int:
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+def _held_bytes(pid: int) -> tuple[int, int]:
+    engines = psutil.Process(pid).children(recursive=True)
     # Shared pages would be counted in each.
-    return sum(process.memory_full_info().uss for process in processes)
+    return psutil.Process(pid).memory_full_info().uss, sum(engine.memory_full_info().uss for engine in engines)
 
 
 def main() -> None:
@@ -125,10 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=2, help="after the first one, which fills caches")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="the first half fills caches, and the others measure growth"
+    )
+    parser.add_argument("--complete", action="store_true", help="hang up on nobody")
     given = parser.parse_args()
     try:
-        kept = uvloop.run(measure(given.generations, given.streams, given.rounds))
+        kept = uvloop.run(measure(given.generations, given.streams, given.rounds, complete=given.complete))
     except grpc.aio.AioRpcError as error:
         sys.exit(f"a generation failed: {error.code().name}: {error.details()}")
     sys.exit(not kept)

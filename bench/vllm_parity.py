@@ -225,7 +225,7 @@ async def ask_server(client: httpx.AsyncClient, body: dict[str, Any], model: str
     for choice in found["choices"]:
         index = choice["index"]
         answer.texts[index], answer.tokens[index] = choice["text"], choice["token_ids"]
-        answer.ends[index] = (choice["finish_reason"], choice["stop_reason"])
+        answer.ends[index] = (choice["finish_reason"], choice.get("stop_reason"))
         if logprobs := choice["logprobs"]:
             own, top = logprobs["token_logprobs"], logprobs["top_logprobs"]
             count = body["logprobs"]
