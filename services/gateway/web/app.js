@@ -60,7 +60,9 @@ async function useKey(event) {
   try {
     await json("/v1/models");
     $("key-dialog").close();
-    begin();
+    // What another key has shown is not for this one.
+    if (before && before !== key()) location.reload();
+    else begin();
   } catch (error) {
     keep(before);
     notice($("key-notice"), error.status === 401 ? "This key is not known." : error.message);
