@@ -1,6 +1,7 @@
 """Reads a configuration file once, at the edge of a process, and says which key is wrong."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +18,25 @@ class ConfigError(ValueError):
     """A configuration can't be used. The message names the key, the value and what was expected."""
 
 
-def load(path: Path, shape: type[T]) -> T:
+def load(path: Path, shape: type[T], *, over: Sequence[str] = ()) -> T:
     """Reads a YAML or JSON file into a msgspec Struct.
+
+    `over`: texts that are known only where the process runs, such as its address, as `KEY=TEXT`.
 
     Raises:
         ConfigError: the file can't be read, isn't YAML, or doesn't have the shape.
     """
-    return convert(read(path), shape, where=str(path))
+    raw = read(path)
+    if over and isinstance(raw, dict):
+        raw = {**raw, **dict(map(_setting, over))}
+    return convert(raw, shape, where=str(path))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f"--set: expected KEY=TEXT, got the value {text!r}")
+    return key, value
 
 
 def read(path: Path) -> Any:

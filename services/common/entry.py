@@ -1,4 +1,4 @@
-"""The first lines of every service's `python -m services.NAME --config FILE`."""
+"""The first lines of every service's `python -m services.NAME --config FILE [--set KEY=TEXT]`."""
 
 import argparse
 import asyncio
@@ -33,9 +33,12 @@ def start(
     """
     parser = argparse.ArgumentParser(prog=f"python -m services.{service}")
     parser.add_argument("--config", type=Path, required=True, help="a YAML or JSON file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=TEXT", help="says one of its keys, whatever the file says"
+    )
     arguments = parser.parse_args()
     try:
-        settings = load(arguments.config, shape)
+        settings = load(arguments.config, shape, over=arguments.set)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2

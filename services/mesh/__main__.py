@@ -1,5 +1,6 @@
 """The command line: tokenloom COMMAND."""
 
+import re
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ _HIGHEST_PORT: Final = 65535
 _HIGHEST_LIMIT: Final = 10**12
 _HIGHEST_PRIORITY: Final = 1000
 _LONGEST_NAME: Final = 128
+_LAST_HOUR: Final = 23
 _LONGEST_SEQUENCE: Final = 1 << 20
 _SHORTEST_INTERVAL: Final = 0.1
 _LONGEST_INTERVAL: Final = 60.0
@@ -217,10 +219,43 @@ def _add_render(commands: Any) -> None:
         ("compose", render.compose, "a compose.yaml with every process, Envoy and Redis"),
         ("observed", render.observed, "the same with Jaeger, Prometheus and Grafana, for deploy/observability"),
         ("envoy", render.envoy, "the edge's Envoy configuration for containers"),
+        ("k8s", render.k8s, "Kubernetes manifests"),
     ):
         target = _command(targets, name, run, about)
         target.add_argument("--config", type=Path, required=True, metavar="FILE", help="a mesh.yaml")
         target.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+        if name == "k8s":
+            _add_k8s(target)
+
+
+def _add_k8s(target: ArgumentParser) -> None:
+    target.add_argument(
+        "--namespace", type=_dns_label, default="tokenloom", metavar="NAME", help="default: %(default)s"
+    )
+    target.add_argument("--image", default="tokenloom", metavar="IMAGE", help="default: %(default)s")
+    target.add_argument(
+        "--gpu-resource",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="WORKER=RESOURCE",
+        help="what a worker's cards are called, such as nvidia.com/mig-3g.20gb; default: nvidia.com/gpu",
+    )
+    target.add_argument(
+        "--tolerate",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="a taint of nodes for workers, as of spot",
+    )
+    target.add_argument(
+        "--max-replicas", type=_at_least_one, default=1, metavar="N", help="of each worker, by KEDA; default: 1"
+    )
+    target.add_argument(
+        "--prometheus", type=_url, default="http://prometheus:9090", metavar="URL", help="default: %(default)s"
+    )
+    target.add_argument("--busy-hours", type=_hours, metavar="H-H", help="working hours in which all replicas run")
+    target.add_argument("--timezone", default="UTC", metavar="ZONE", help="of these; default: %(default)s")
 
 
 def _add_plan(commands: Any) -> None:
@@ -317,6 +352,26 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _dns_label(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise ValueError
+    return text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise ValueError
+    return name, value
+
+
+def _hours(text: str) -> tuple[int, int]:
+    first, last = map(int, text.split("-"))
+    if not 0 <= first < last <= _LAST_HOUR:
+        raise ValueError
+    return first, last
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) > _HIGHEST_LIMIT:
         raise ValueError
@@ -362,6 +417,9 @@ _address.__name__ = "HOST:PORT"
 _interval.__name__ = "number of seconds from 0.1 to 60"
 _url.__name__ = "URL (http://HOST:PORT)"
 _at_least_one.__name__ = "number from 1"
+_dns_label.__name__ = "name (lower-case letters, digits, hyphens)"
+_pair.__name__ = "WORKER=RESOURCE"
+_hours.__name__ = "two hours, such as 7-19"
 _count.__name__ = "number from 0"
 _length.__name__ = "number of tokens (1 to 1048576)"
 _share.__name__ = "share from 0 to 1"

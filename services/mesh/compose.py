@@ -80,7 +80,7 @@ def _devices(mesh: MeshConfig, container: Container) -> dict[str, Any]:
     if container.service == "telemetry" and uses_gpu:
         card: dict[str, Any] = {"count": "all"}
     elif container.worker is not None and container.worker.gpu is not None:
-        card = {"device_ids": [str(container.worker.gpu)]}
+        card = {"device_ids": str(container.worker.gpu).split(",")}
     else:
         return {}
     reserved = {"driver": "nvidia", "capabilities": ["gpu"], **card}

@@ -143,8 +143,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         pool=pool.name,
         model=model,
         engine=worker.engine,
-        # A container sees the one card that it is given.
-        gpu=None if worker.gpu is None else 0,
+        gpu=_gpu_inside(worker.gpu),
         gpu_memory_utilization=worker.gpu_memory_utilization,
         engine_args=worker.engine_args,
         sim=worker.sim or SimSettings(),
@@ -161,3 +160,11 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         model_path=model.path if worker.engine == "vllm" else None,
         adapters_dir=model.adapters_dir,
     )
+
+
+def _gpu_inside(gpu: int | str | None) -> int | str | None:
+    """A container sees the cards that it is given, and counts them from 0."""
+    count = 0 if gpu is None else len(str(gpu).split(","))
+    if count > 1:
+        return ",".join(map(str, range(count)))
+    return None if gpu is None else 0

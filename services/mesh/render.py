@@ -12,8 +12,10 @@ from services.mesh.compose_observed import observed_compose_file
 from services.mesh.config import load_mesh
 from services.mesh.containers import edge_of
 from services.mesh.envoy import bootstrap
+from services.mesh.k8s import Growth, manifests
+from services.mesh.k8s_pods import Wishes
 
-__all__ = ["compose", "envoy", "observed"]
+__all__ = ["compose", "envoy", "k8s", "observed"]
 
 _WRITTEN_BY: Final = "# Written by `tokenloom render {what}`: change mesh.yaml and render again.\n"
 
@@ -36,9 +38,22 @@ def envoy(arguments: Namespace) -> int:
     return 0
 
 
-def _write(what: str, data: dict[str, Any], output: Path | None) -> None:
-    text = _WRITTEN_BY.format(what=what) + yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
+def k8s(arguments: Namespace) -> int:
+    """Kubernetes manifests."""
+    growth = None
+    if arguments.max_replicas > 1:
+        hours, timezone = arguments.busy_hours, arguments.timezone
+        growth = Growth(most=arguments.max_replicas, prometheus=arguments.prometheus, hours=hours, timezone=timezone)
+    wishes = Wishes(image=arguments.image, resources=dict(arguments.gpu_resource), tolerate=arguments.tolerate)
+    mesh = load_mesh(arguments.config)
+    _write("k8s", manifests(mesh, wishes, namespace=arguments.namespace, growth=growth), arguments.output)
+    return 0
+
+
+def _write(what: str, data: dict[str, Any] | list[dict[str, Any]], output: Path | None) -> None:
+    documents = data if isinstance(data, list) else [data]
+    text = _WRITTEN_BY.format(what=what) + yaml.dump_all(
+        documents, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True
     )
     if output is None:
         sys.stdout.write(text)

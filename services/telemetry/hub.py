@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from ipaddress import ip_address
 from typing import Any, Final
 
 import grpc.aio
@@ -19,6 +21,7 @@ __all__ = ["Hub"]
 
 # What an agent said is told for so long after it is gone; a restart takes less.
 _KEPT_SECONDS: Final = 3.0
+_LOOK_UP_SECONDS: Final = 5.0
 _FIRST_BACKOFF_SECONDS: Final = 0.05
 _LONGEST_BACKOFF_SECONDS: Final = 1.0
 _UNKNOWN: Final = Driver(state=DriverState.FAILED, message="its telemetry agent does not answer")
@@ -31,15 +34,22 @@ class Hub(Board):
     def __init__(
         self, agents: Sequence[str], *, local: Sampler | None = None, kept_seconds: float = _KEPT_SECONDS
     ) -> None:
-        """`agents` are addresses; `local` samples this machine, if that is to be among them."""
+        """`agents` are addresses, of which a name may stand for several, as that of a headless Kubernetes service does.
+
+        `local` samples this machine, if that is to be among them.
+        """
         super().__init__()
         self._local = local
-        self._agents = [_Agent(address, self._join, kept_seconds=kept_seconds) for address in agents]
+        self._kept_seconds = kept_seconds
+        self._agents: dict[str, _Agent] = {}
+        self._addresses = dict.fromkeys(agents)
+        for address in self._addresses:
+            self._add(address)
 
     @property
     def agents(self) -> dict[str, bool]:
         """Whether each agent answers, by its address."""
-        return {agent.address: agent.here for agent in self._agents}
+        return {address: agent.here for address, agent in self._agents.items()}
 
     async def run(self) -> None:
         """Follows them until cancelled; then every watch ends."""
@@ -49,10 +59,33 @@ class Hub(Board):
                     tasks.create_task(self._follow_local(self._local))
                 else:
                     self._join()
-                for agent in self._agents:
-                    tasks.create_task(agent.run())
+                for address in self._addresses:
+                    tasks.create_task(self._agents[address].run() if _is_ip(address) else self._follow_name(address))
         finally:
             self.close()
+
+    def _add(self, address: str) -> "_Agent":
+        agent = self._agents[address] = _Agent(address, self._join, kept_seconds=self._kept_seconds)
+        return agent
+
+    async def _follow_name(self, name: str) -> None:
+        """Follows whoever a name stands for. While that is nobody, the name itself is an agent that is away."""
+        running: dict[str, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                found = await _addresses_of(name)
+                for address in found - running.keys():
+                    running[address] = tasks.create_task(self._add(address).run())
+                # One that still answers is only not named any more: a resolver may be wrong for a moment.
+                for address in [one for one in running.keys() - found if not self._agents[one].here]:
+                    running.pop(address).cancel()
+                    del self._agents[address]
+                if running:
+                    self._agents.pop(name, None)
+                elif name not in self._agents:
+                    self._add(name)
+                self._join()
+                await asyncio.sleep(_LOOK_UP_SECONDS)
 
     async def _follow_local(self, local: Sampler) -> None:
         async with aclosing(local.samples()) as samples:
@@ -66,7 +99,7 @@ class Hub(Board):
         # Of a GPU that two agents tell of, the later one in the configuration counts.
         gpus: dict[str, Gpu] = {}
         nodes: dict[str, Node] = {}
-        for part in [own, *(agent.sample for agent in self._agents)]:
+        for part in [own, *(agent.sample for agent in self._agents.values())]:
             if part is not None:
                 gpus.update({gpu.uuid: gpu for gpu in part.gpus})
                 nodes.update({node.name: node for node in part.nodes})
@@ -140,6 +173,26 @@ class _Agent:
         if self._forgetting is not None:
             self._forgetting.cancel()
             self._forgetting = None
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ip_address(address.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+async def _addresses_of(name: str) -> set[str]:
+    """What a name with a port stands for now; nothing where nobody knows it."""
+    host, _, port = name.rpartition(":")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {
+        f"[{where[0]}]:{port}" if family == socket.AF_INET6 else f"{where[0]}:{port}" for family, *_, where in found
+    }
 
 
 def _worst(nodes: Sequence[Node]) -> Driver:

@@ -101,3 +101,21 @@ def test_a_file_of_bytes_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError):
         load(path, GatewaySettings)
+
+
+def test_what_is_known_only_where_it_runs_counts_more_than_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.yaml"
+    path.write_text("{name: telemetry, listen: '127.0.0.1:0', metrics: '127.0.0.1:0', node: here}")
+
+    settings = load(path, TelemetrySettings, over=["node=7", "name=agent-1"])
+
+    assert (settings.node, settings.name) == ("7", "agent-1")
+
+
+@pytest.mark.parametrize(("over", "said"), [("node", "--set: expected KEY=TEXT"), ("nodes=a", "unknown field `nodes`")])
+def test_what_is_set_must_be_a_key_and_a_text(tmp_path: Path, over: str, said: str) -> None:
+    path = tmp_path / "telemetry.yaml"
+    path.write_text("{name: telemetry, listen: '127.0.0.1:0', metrics: '127.0.0.1:0'}")
+
+    with pytest.raises(ConfigError, match=said):
+        load(path, TelemetrySettings, over=[over])

@@ -1,0 +1,237 @@
+"""Kubernetes manifests from a mesh.yaml."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from services.common.config import ConfigError, load
+from services.common.settings import GatewaySettings, ProcessSettings, RouterSettings, TelemetrySettings, WorkerSettings
+from services.mesh.__main__ import main
+from services.mesh.config import load_mesh
+from services.mesh.k8s import Growth, manifests
+from services.mesh.k8s_pods import Wishes, slug
+
+MESH = """\
+models: [{name: big, path: /models/big}, {name: fetched, path: Qwen/Qwen3-0.6B}, {name: demo}, {name: sim}]
+routers: 2
+pools:
+  - name: large
+    serves: [big]
+    workers:
+      - {name: l40_0, engine: vllm, gpu: 0}
+      - {name: l40-tp, engine: vllm, gpu: "1,2", engine_args: {tensor_parallel_size: 2}}
+  - name: small
+    serves: [fetched]
+    workers:
+      - {name: half-a, engine: vllm, gpu: 3, gpu_memory_utilization: 0.4}
+      - {name: half-b, engine: vllm, gpu: 3, gpu_memory_utilization: 0.4}
+  - {name: slow, serves: [demo], workers: [{name: cpu-0, engine: vllm}]}
+  - {name: simulated, serves: [sim], workers: [{name: sim-0, engine: sim}]}
+edge: {host: 0.0.0.0, port: 8080}
+"""
+PLAIN = "models: [{name: sim}]\npools: [{name: p, serves: [sim], workers: [{name: w, engine: sim}]}]\n"
+SHAPES: dict[str, type[ProcessSettings]] = {
+    "telemetry": TelemetrySettings,
+    "router": RouterSettings,
+    "gateway": GatewaySettings,
+    "inference": WorkerSettings,
+}
+WORKERS = ["cpu-0", "half-a", "half-b", "l40-0", "l40-tp", "sim-0"]
+
+Objects = dict[tuple[str, str], dict[str, Any]]
+
+
+def rendered(folder: Path, text: str = MESH, wishes: Wishes | None = None, **more: Any) -> Objects:
+    file = folder / "mesh.yaml"
+    file.write_text(text)
+    made = manifests(load_mesh(file), wishes or Wishes(), **more)
+    assert json.loads(json.dumps(made)) == made
+    by_name = {(each["kind"], each["metadata"]["name"]): each for each in made}
+    assert len(by_name) == len(made)
+    return by_name
+
+
+def containers_of(objects: Objects) -> dict[str, dict[str, Any]]:
+    return {
+        name: container
+        for (_, name), each in objects.items()
+        if "template" in each.get("spec", {})
+        for container in each["spec"]["template"]["spec"]["containers"]
+    }
+
+
+def test_there_is_a_workload_for_each_process(tmp_path: Path) -> None:
+    objects = rendered(tmp_path)
+    stateful = sorted(name for kind, name in objects if kind == "StatefulSet")
+    assert stateful == sorted(["gateway", *WORKERS])
+    deployed = sorted(name for kind, name in objects if kind == "Deployment")
+    assert deployed == ["edge", "redis", "router", "router-1", "telemetry"]
+    assert [name for kind, name in objects if kind == "DaemonSet"] == ["telemetry-agents"]
+    assert {each["metadata"].get("namespace", "tokenloom") for each in objects.values()} == {"tokenloom"}
+
+
+def test_what_a_pod_is_started_with_are_settings_that_its_service_takes(tmp_path: Path) -> None:
+    objects = rendered(tmp_path)
+    files = {**objects["Secret", "settings"]["stringData"], **objects["Secret", "telemetry-agents"]["stringData"]}
+    places = {"$(POD_NAME)": "pod-7", "$(POD_IP)": "10.1.2.3", "$(NODE_NAME)": "node-1"}
+    read: dict[str, ProcessSettings] = {}
+    for name, container in containers_of(objects).items():
+        if (command := container.get("command")) is None:
+            continue
+        _, _, service, _, path, *rest = command
+        over = [text for text in rest if text != "--set"]
+        for place, value in places.items():
+            over = [text.replace(place, value) for text in over]
+        file = tmp_path / Path(path).name
+        file.write_text(files[file.name])
+        read[name] = load(file, SHAPES[service.removeprefix("services.")], over=over)
+    assert set(WORKERS) < set(read)
+    worker, agent, hub = read["l40-tp"], read["telemetry-agents"], read["telemetry"]
+    assert isinstance(worker, WorkerSettings)
+    assert (worker.name, worker.advertise, worker.gpu) == ("pod-7", "10.1.2.3:50051", "0,1")
+    assert worker.routers == ["router:50051", "router-1:50051"]
+    assert isinstance(agent, TelemetrySettings)
+    assert (agent.node, agent.own_gpus, agent.agents) == ("node-1", True, [])
+    assert isinstance(hub, TelemetrySettings)
+    assert (hub.own_gpus, hub.agents) == (False, ["telemetry-agents:50051"])
+
+
+@pytest.mark.parametrize(
+    ("worker", "limits"),
+    [
+        ("l40-0", {"nvidia.com/gpu": 1}),
+        ("l40-tp", {"nvidia.com/gpu": 2}),
+        ("half-a", {"nvidia.com/gpu.shared": 1}),
+        ("half-b", {"nvidia.com/mig-3g.20gb": 1}),
+        ("cpu-0", None),
+    ],
+)
+def test_a_worker_asks_for_its_cards(tmp_path: Path, worker: str, limits: dict[str, int] | None) -> None:
+    objects = rendered(tmp_path, wishes=Wishes(resources={"half-b": "nvidia.com/mig-3g.20gb"}))
+    assert containers_of(objects)[worker].get("resources", {}).get("limits") == limits
+
+
+def test_the_device_plugin_is_told_how_to_slice_what_is_shared(tmp_path: Path) -> None:
+    slicing = yaml.safe_load(rendered(tmp_path)["ConfigMap", "nvidia-device-plugin-time-slicing"]["data"]["shared"])
+    assert slicing["sharing"]["timeSlicing"]["resources"] == [{"name": "nvidia.com/gpu", "replicas": 2}]
+    assert ("ConfigMap", "nvidia-device-plugin-time-slicing") not in rendered(tmp_path, PLAIN)
+
+
+def test_models_are_where_they_are_looked_for(tmp_path: Path) -> None:
+    objects = rendered(tmp_path)
+    local = objects["StatefulSet", "l40-0"]["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "model", "hostPath": {"path": "/models/big", "type": "Directory"}} in local
+    fetched = objects["StatefulSet", "half-a"]["spec"]
+    assert [claim["metadata"]["name"] for claim in fetched["volumeClaimTemplates"]] == ["model"]
+    made = objects["StatefulSet", "cpu-0"]["spec"]["template"]["spec"]
+    assert made["initContainers"][0]["command"][-1] == "/models/demo"
+
+
+def test_selectors_fit_the_pods_they_are_for(tmp_path: Path) -> None:
+    objects = rendered(tmp_path)
+    pods = {
+        name: each["spec"]["template"]["metadata"]["labels"]
+        for (_, name), each in objects.items()
+        if "template" in each.get("spec", {})
+    }
+
+    def selected(selector: dict[str, str]) -> list[str]:
+        return sorted(name for name, mine in pods.items() if selector.items() <= mine.items())
+
+    for (kind, name), each in objects.items():
+        if kind == "Service" and name != "workers":
+            assert selected(each["spec"]["selector"]) == [name]
+    assert selected(objects["Service", "workers"]["spec"]["selector"]) == WORKERS
+    budget = objects["PodDisruptionBudget", "workers"]["spec"]["selector"]["matchLabels"]
+    assert selected(budget) == WORKERS
+    assert ("PodDisruptionBudget", "gateways") not in objects
+
+
+def test_only_the_edge_is_open_and_only_where_the_file_says_so(tmp_path: Path) -> None:
+    objects = rendered(tmp_path)
+    open_to_all = [rule for rule in objects["NetworkPolicy", "inside"]["spec"]["ingress"] if "from" not in rule]
+    assert open_to_all == [{"ports": [{"protocol": "TCP", "port": 8080}]}]
+    assert objects["Service", "edge"]["spec"]["type"] == "LoadBalancer"
+    assert rendered(tmp_path, PLAIN)["Service", "edge"]["spec"]["type"] == "ClusterIP"
+    exposed = [name for (kind, name), each in objects.items() if kind == "Service" and "type" in each["spec"]]
+    assert exposed == ["edge"]
+
+
+def test_other_settings_start_the_pods_again(tmp_path: Path) -> None:
+    def annotated(text: str) -> dict[str, str]:
+        objects = rendered(tmp_path, text)
+        found: dict[str, str] = objects["StatefulSet", "w"]["spec"]["template"]["metadata"]["annotations"]
+        return found
+
+    assert annotated(PLAIN) == annotated(PLAIN)
+    assert annotated(PLAIN) != annotated(PLAIN.replace("engine: sim", "engine: sim, sim: {decode_step_ms: 7}"))
+
+
+def test_workers_grow_with_the_queue_and_by_the_clock(tmp_path: Path) -> None:
+    growth = Growth(most=3, prometheus="http://prom:9090", hours=(7, 19), timezone="Europe/Berlin")
+    objects = rendered(tmp_path, PLAIN, growth=growth)
+    spec = objects["ScaledObject", "w"]["spec"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (1, 3)
+    queue, clock = spec["triggers"]
+    assert queue["metadata"]["query"] == "sum(tokenloom_router_waiting_requests)"
+    assert clock["metadata"] == {
+        "timezone": "Europe/Berlin",
+        "start": "0 7 * * 1-5",
+        "end": "0 19 * * 1-5",
+        "desiredReplicas": "3",
+    }
+
+
+def test_workers_may_run_on_spot_nodes(tmp_path: Path) -> None:
+    objects = rendered(tmp_path, wishes=Wishes(tolerate=["spot=yes", "cheap"]))
+    wanted = [
+        {"key": "spot", "operator": "Equal", "value": "yes"},
+        {"key": "cheap", "operator": "Exists"},
+    ]
+    assert objects["StatefulSet", "l40-0"]["spec"]["template"]["spec"]["tolerations"] == wanted
+    assert "tolerations" not in objects["StatefulSet", "gateway"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (PLAIN + "gateways: 2\n", "set database_url"),
+        (PLAIN.replace("name: w,", "name: edge,"), "'edge'"),
+        (PLAIN.replace("{name: w, engine: sim}", "{name: a_b, engine: sim}, {name: A-B, engine: sim}"), "'a-b'"),
+        (MESH.replace("gpu: 0}", "gpu: MIG-1}"), "say --gpu-resource l40_0=nvidia.com/mig-"),
+    ],
+)
+def test_what_kubernetes_cannot_run_is_said(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        rendered(tmp_path, text)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("l40_0", "l40-0"), ("A.b", "a-b"), ("w", "w"), ("x-", "x")])
+def test_names_are_made_fit(name: str, expected: str) -> None:
+    assert slug(name) == expected
+
+
+def test_the_command_writes_one_file_of_all_objects(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    output = tmp_path / "k8s.yaml"
+    options = ("--image", "registry.example/tokenloom:1", "--namespace", "llm", "--max-replicas", "2")
+    assert main(["render", "k8s", "--config", str(tmp_path / "mesh.yaml"), "--output", str(output), *options]) == 0
+    documents = list(yaml.safe_load_all(output.read_text()))
+    assert documents[0] == {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "llm"}}
+    assert {each["metadata"]["namespace"] for each in documents[1:]} == {"llm"}
+    assert sum(each["kind"] == "ScaledObject" for each in documents) == len(WORKERS)
+    assert "registry.example/tokenloom:1" in output.read_text()
+    assert msgspec.json.decode(documents[1]["stringData"]["gateway.json"], type=GatewaySettings).name == "gateway"
+
+
+@pytest.mark.parametrize(
+    "options", [("--namespace", "Not_One"), ("--gpu-resource", "a"), ("--busy-hours", "19-7"), ("--busy-hours", "1")]
+)
+def test_options_that_make_no_sense_are_refused(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["render", "k8s", "--config", "mesh.yaml", *options])
+    assert options[0] in capsys.readouterr().err
