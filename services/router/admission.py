@@ -1,9 +1,10 @@
 """Late binding: a request gets a worker the moment one has room for it, waits for that, or is told why not."""
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
@@ -20,6 +21,7 @@ from services.router.request import Request
 from services.router.retry_budget import RetryBudget
 from services.router.scheduler import Decision, Scheduler, Verdict
 from services.router.shares import ModelShares
+from services.router.slowness import slow_reasons
 from services.router.ticket import Settle, State, Ticket
 from services.router.waiting import LaneKey, WaitingLine
 from services.router.worker import Lease, Outcome, Seen, Worker
@@ -35,6 +37,7 @@ _AGED_SECONDS: Final = 2.0
 _UNKNOWN_RETRY_SECONDS: Final = 5.0
 _LONGEST_RETRY_SECONDS: Final = 60.0
 _LONGEST_MODEL_NAME: Final = 256
+_SLOW_SECONDS: Final = 1.0
 
 
 class Observer(Protocol):
@@ -66,6 +69,8 @@ class Admission:
         ready_grace_seconds: float,
     ) -> None:
         self._fleet = fleet
+        self._slow: Mapping[str, Sequence[str]] = {}
+        self._slow_until = -math.inf
         self._scheduler = scheduler
         self._chooser = Chooser(scheduler)
         self._policies = policies
@@ -141,6 +146,17 @@ class Admission:
                 code=RETRY_BUDGET_EXHAUSTED,
                 retry_after_seconds=1.0,
             )
+
+    def why_slow(self, worker: Worker) -> Sequence[str]:
+        """Why requests take longer on a worker than they would elsewhere, in words; nothing where they do not.
+
+        It may be a second old.
+        """
+        now = self._clock()
+        if now >= self._slow_until:
+            # For traces, which a second is soon enough for.
+            self._slow, self._slow_until = slow_reasons(self._fleet.workers), now + _SLOW_SECONDS
+        return self._slow.get(worker.worker_id, ())
 
     def finish(
         self,

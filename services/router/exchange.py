@@ -115,7 +115,7 @@ class Exchange:
         self._picked = None
         if self._ticket is not None:
             self._admission.finish(self._ticket, outcome, **usage)
-            end_span(self._span, self._ticket)
+            end_span(self._span, self._ticket, self._admission.why_slow)
 
     @property
     def _is_grpc(self) -> bool:
@@ -289,7 +289,7 @@ class Exchange:
             self._answer(ticket, answers)
 
     def _on_settled(self, ticket: Ticket) -> None:
-        end_span(self._span, ticket)
+        end_span(self._span, ticket, self._admission.why_slow)
         answers, self._picked = self._picked, None
         if answers is not None:
             self._guard(lambda answers: self._go_on(ticket, answers), answers)

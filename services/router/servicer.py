@@ -133,7 +133,7 @@ class _Session:
         tickets, self._tickets = self._tickets, {}
         for ticket, span in tickets.values():
             self._admission.finish(ticket)
-            end_span(span, ticket)
+            end_span(span, ticket, self._admission.why_slow)
         self.outbox.close()
 
     def _release(self, release: router_pb2.Release) -> None:
@@ -147,7 +147,7 @@ class _Session:
                 prompt_tokens=release.prompt_token_count,
                 cached_tokens=release.cached_token_count,
             )
-            end_span(span, ticket)
+            end_span(span, ticket, self._admission.why_slow)
 
     def _acquire(self, acquire: router_pb2.Acquire) -> None:
         handle = acquire.handle
@@ -167,7 +167,7 @@ class _Session:
             self._edit().queued.add(handle=handle, position=position, expected_wait_duration=wait)
 
     def _settle(self, handle: int, span: Span, ticket: Ticket) -> None:
-        end_span(span, ticket)
+        end_span(span, ticket, self._admission.why_slow)
         if ticket.error is not None:
             self._tickets.pop(handle, None)
             self._edit().rejections.add(handle=handle, status=status_from_error(ticket.error))

@@ -1,6 +1,6 @@
 """The span of one decision, with what speaks for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
@@ -10,6 +10,7 @@ from services.common.tracing import context_from, gen_ai
 from services.router.request import Request
 from services.router.scheduler import Decision
 from services.router.ticket import Ticket
+from services.router.worker import Worker
 
 __all__ = ["end_span", "start_span"]
 
@@ -28,8 +29,11 @@ def start_span(tracer: Tracer, name: str, traceparent: str | None, request: Requ
     return span
 
 
-def end_span(span: Span, ticket: Ticket) -> None:
-    """Says what was decided and why, if anything was, and ends the span; one that has ended stays as it is."""
+def end_span(span: Span, ticket: Ticket, why_slow: Callable[[Worker], Sequence[str]]) -> None:
+    """Says what was decided and why, if anything was, and ends the span; one that has ended stays as it is.
+
+    `why_slow` tells why requests take longer on a worker than they would elsewhere.
+    """
     if not span.is_recording():
         return
     span.set_attribute("tokenloom.queue_seconds", ticket.queue_seconds)
@@ -39,7 +43,10 @@ def end_span(span: Span, ticket: Ticket) -> None:
     if ticket.way.rule:
         span.set_attribute("tokenloom.rule", ticket.way.rule)
     if ticket.lease is not None:
-        span.set_attribute("tokenloom.worker", ticket.lease.worker.worker_id)
+        worker = ticket.lease.worker
+        span.set_attribute("tokenloom.worker", worker.worker_id)
+        if reasons := why_slow(worker):
+            span.set_attribute("tokenloom.worker_slow", reasons)
     if ticket.error is not None:
         span.set_attribute("error.type", ticket.error.reason.value)
         span.set_status(Status(StatusCode.ERROR, ticket.error.message))

@@ -181,6 +181,30 @@ async def test_a_router_that_stops_refuses_those_who_wait_and_ends_its_sessions_
         assert error_from_status(gateway.rejections[handle].status).reason is Reason.NO_READY_WORKER
 
 
+async def test_the_schedule_span_tells_what_was_compared_and_why_the_chosen_worker_is_slow() -> None:
+    spans = InMemorySpanExporter()
+    async with (
+        running_router(tracer=tracer_to(spans)) as (router, to_router),
+        worker_link(router, to_router) as quick,
+        worker_link(router, to_router, worker_id="worker-1", endpoint="127.0.0.1:5002") as slow,
+        gateway_session(to_router) as gateway,
+    ):
+        await quick.report(decode_step_duration=duration(0.010))
+        await slow.report(decode_step_duration=duration(0.080))
+        await eventually(lambda: len(router.admission.why_slow(router.fleet.workers[1])) == 1, within=3)
+        await gateway.granted(excluded_worker_ids=["worker-0"])
+        await gateway.granted()
+        of_slow, of_quick = (dict(span.attributes or {}) for span in spans.get_finished_spans())
+    assert of_slow["tokenloom.worker"] == "worker-1"
+    told = "a decode step takes 80.0 ms, 8.0 times as long as on the others (10.0 ms)"
+    assert of_slow["tokenloom.worker_slow"] == (told,)
+    assert of_slow["tokenloom.excluded"] == ("worker-0: excluded",)
+    assert "tokenloom.worker_slow" not in of_quick
+    compared = of_quick["tokenloom.compared"]
+    assert isinstance(compared, tuple)
+    assert [str(each).partition(":")[0] for each in compared] == ["worker-0", "worker-1"]
+
+
 async def test_the_schedule_span_is_a_child_of_the_acquires() -> None:
     spans = InMemorySpanExporter()
     async with (
