@@ -33,6 +33,7 @@ _FORM: Final = {
         "expires_after[anchor]": {"enum": ["created_at"]},
         "expires_after[seconds]": {"type": "integer", "minimum": _MIN_EXPIRY_SECONDS, "maximum": _MAX_EXPIRY_SECONDS},
     },
+    "dependentRequired": {"expires_after[anchor]": ["expires_after[seconds]"]},
 }
 
 
@@ -163,11 +164,14 @@ def _check_purpose(fields: dict[str, str]) -> None:
 
 
 def _expiry(fields: dict[str, str]) -> float | None:
-    seconds = fields.get("expires_after[seconds]")
-    if seconds is None:
-        return None
-    if fields.get("expires_after[anchor]", "created_at") != "created_at":
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor not in (None, "created_at"):
         raise invalid("expires_after.anchor", "expires_after.anchor: expected created_at")
+    if seconds is None:
+        if anchor is None:
+            return None
+        message = "missing required parameter: expires_after.seconds"
+        raise invalid("expires_after.seconds", message, "missing_required_parameter")
     if not (seconds.isdecimal() and _MIN_EXPIRY_SECONDS <= int(seconds[:12]) <= _MAX_EXPIRY_SECONDS):
         message = f"expires_after.seconds: expected {_MIN_EXPIRY_SECONDS} to {_MAX_EXPIRY_SECONDS}"
         raise invalid("expires_after.seconds", message)

@@ -166,6 +166,8 @@ async def test_nobody_sees_another_tenants_files(lane: Lane, client: openai.Asyn
         ({"file": b"x"}, {"purpose": "batch", "more": "1"}, 400, "more"),
         ({"file": b"x"}, {"purpose": "b" * 5000}, 400, "purpose"),
         ({"file": b"x"}, {"purpose": "batch", "expires_after[seconds]": "5"}, 400, "expires_after.seconds"),
+        ({"file": b"x"}, {"purpose": "batch", "expires_after[anchor]": "now"}, 400, "expires_after.anchor"),
+        ({"file": b"x"}, {"purpose": "batch", "expires_after[anchor]": "created_at"}, 400, "expires_after.seconds"),
     ],
 )
 async def test_a_bad_upload_is_refused_by_name(
