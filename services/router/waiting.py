@@ -240,13 +240,13 @@ class WaitingLine(Generic[W]):
 
     def first(self, models: Collection[str], *, skip: Collection[LaneKey] = ()) -> tuple[LaneKey, W] | None:
         """Whose turn it is among requests for these models, and the lane it waits in; None when nobody waits."""
-        heads = [
-            (lane.head(), key)
-            for model in models
-            for key, lane in self._models.get(model, {}).items()
-            if key not in skip
-        ]
-        if not heads:
-            return None
-        (_, waiter), key = min(heads, key=lambda entry: entry[0][0])
-        return key, waiter
+        first: tuple[_Turn, W] | None = None
+        found: LaneKey | None = None
+        for model in models:
+            for key, lane in self._models.get(model, {}).items():
+                if key in skip:
+                    continue
+                head = lane.head()
+                if first is None or head[0] < first[0]:
+                    first, found = head, key
+        return None if first is None or found is None else (found, first[1])
