@@ -58,6 +58,9 @@ class Guard:
             raise invalid("logprobs", message)
         if self.filters and request.HasField("token_ids"):
             raise _unfiltered("prompt")
+        if self._input:
+            for message in request.chat.messages:
+                _join_texts(message)
         await self._check(list(_texts(request)))
 
     async def check_texts(self, request: inference_pb2.EmbedRequest | inference_pb2.ScoreRequest) -> None:
@@ -149,11 +152,24 @@ def _texts(request: generation_pb2.GenerateRequest) -> Iterator[_Text]:
     for index, message in enumerate(request.chat.messages):
         where = f"messages[{index}].content"
         yield _Text(message, "content", where)
-        for number, part in enumerate(message.parts):
+        for part in message.parts:
             if part.HasField("text"):
-                yield _Text(part, "text", f"{where}[{number}].text")
+                yield _Text(part, "text", where)
         for number, call in enumerate(message.tool_calls):
             yield _Text(call, "arguments_json", f"messages[{index}].tool_calls[{number}].function.arguments")
+
+
+def _join_texts(message: generation_pb2.ChatMessage) -> None:
+    """Makes one part of texts that follow each other: else what is spread over two would be seen by the model alone."""
+    parts, last = list(message.parts), None
+    del message.parts[:]
+    for part in parts:
+        if last is not None and last.HasField("text") and part.HasField("text"):
+            # As templates that know no parts join them.
+            last.text = f"{last.text}\n{part.text}"
+        else:
+            last = message.parts.add()
+            last.CopyFrom(part)
 
 
 def _checked(text: _Text, rules: Sequence[Rule]) -> str:

@@ -66,7 +66,7 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tupl
                     input=[
                         SizeFilter(max_characters=200),
                         PersonalDataFilter(),
-                        PatternsFilter(name="secrets", patterns=[r"project-\w+"]),
+                        PatternsFilter(name="secrets", patterns=[r"project-\w+", r"sword\s+fish"]),
                     ],
                     output=[PatternsFilter(name="phrase", patterns=[re.escape(PHRASE)])],
                 ),
@@ -110,6 +110,19 @@ async def test_a_prompt_is_masked_before_any_worker_sees_it(served: tuple[Lane, 
         same = completion("mail <EMAIL_ADDRESS>", max_tokens=9)
         expected = (await plain.post("/v1/completions", json=same, headers=lane.headers)).json()
         assert asked["choices"][0]["text"] == expected["choices"][0]["text"]
+
+
+async def test_what_is_spread_over_parts_of_a_message_is_seen_as_the_model_would_see_it(
+    served: tuple[Lane, Service],
+) -> None:
+    parts = [{"type": "text", "text": text} for text in ("it is sword", "fish", "or not")]
+    body = {"model": "sim", "messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+    async with client(served[0], "careful") as careful:
+        refused = await careful.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "messages[0].content"
+        del parts[1]
+        assert (await careful.post("/v1/chat/completions", json=body)).status_code == 200
 
 
 @pytest.mark.parametrize(
