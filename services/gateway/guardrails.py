@@ -59,8 +59,8 @@ class Guard:
         if self.filters and request.HasField("token_ids"):
             raise _unfiltered("prompt")
         if self._input:
-            for message in request.chat.messages:
-                _join_texts(message)
+            for said in request.chat.messages:
+                _join_texts(said)
         await self._check(list(_texts(request)))
 
     async def check_texts(self, request: inference_pb2.EmbedRequest | inference_pb2.ScoreRequest) -> None:
