@@ -1,4 +1,6 @@
-"""What clients notice when the router is killed or hangs under load: python -m bench.router_loss [--faults 20] [--hang]
+"""What clients notice when the router is killed or hangs under load.
+
+    python -m bench.router_loss [--faults 20] [--hang] [--process telemetry]
 
 One whole mesh with four simulated workers and one router. Requests of both lanes keep coming, at a steady rate, without
 retries, while the router is killed with SIGKILL again and again; with --hang it is stopped for 3 s and goes on.
@@ -123,10 +125,13 @@ async def _until(check: Callable[[], bool], within: float = 30.0) -> float:
     return time.monotonic()
 
 
-async def _kill(mesh: Mesh) -> Fault:
-    pid = int(mesh.process("router")["pid"])
+async def _kill(mesh: Mesh, name: str) -> Fault:
+    pid = int(mesh.process(name)["pid"])
     fault = Fault(time.monotonic())
     os.kill(pid, signal.SIGKILL)
+    if name != "router":
+        fault.ended = _AFTERWARDS_SECONDS + await _until(lambda: int(mesh.process(name)["pid"]) != pid)
+        return fault
     await _until(lambda: _ready_workers(mesh) < 0)
     answers = await _until(lambda: _ready_workers(mesh) >= 0)
     knows = await _until(lambda: _ready_workers(mesh) == _WORKERS)
@@ -135,8 +140,8 @@ async def _kill(mesh: Mesh) -> Fault:
     return fault
 
 
-async def _hang(mesh: Mesh) -> Fault:
-    pid = int(mesh.process("router")["pid"])
+async def _hang(mesh: Mesh, name: str) -> Fault:
+    pid = int(mesh.process(name)["pid"])
     fault = Fault(time.monotonic())
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -147,8 +152,8 @@ async def _hang(mesh: Mesh) -> Fault:
     return fault
 
 
-async def measure(mesh: Mesh, faults: int, rate: float, *, hang: bool) -> tuple[list[Lane], list[Fault]]:
-    """Requests of both lanes, at `rate` a second each, while the router is lost `faults` times."""
+async def measure(mesh: Mesh, name: str, faults: int, rate: float, *, hang: bool) -> tuple[list[Lane], list[Fault]]:
+    """Requests of both lanes, at `rate` a second each, while a process is lost `faults` times."""
     suffered: list[Fault] = []
     async with mesh.async_sdk(timeout=30) as client, grpc.aio.insecure_channel(mesh.edge_target) as edge:
         lanes = [Lane("openai", openai_lane(client)), Lane("typed", typed_lane(edge, mesh.metadata))]
@@ -158,7 +163,7 @@ async def measure(mesh: Mesh, faults: int, rate: float, *, hang: bool) -> tuple[
                 tasks.create_task(_keep_sending(lane, rate, enough))
             for _ in range(faults):
                 await asyncio.sleep(_PAUSE_SECONDS)
-                suffered.append(await (_hang if hang else _kill)(mesh))
+                suffered.append(await (_hang if hang else _kill)(mesh, name))
             await asyncio.sleep(_PAUSE_SECONDS)
             enough.set()
     return lanes, suffered
@@ -191,13 +196,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second on each lane")
-    parser.add_argument("--hang", action="store_true", help="stop the router for 3 s instead of killing it")
+    parser.add_argument("--hang", action="store_true", help="stop it for 3 s instead of killing it")
+    parser.add_argument("--process", choices=["router", "telemetry"], default="router", help="what is lost")
     options = parser.parse_args()
     arguments = ["--engine", "sim", "--workers", str(_WORKERS), "--sim", _SIM]
     with tempfile.TemporaryDirectory() as folder, running_mesh(Path(folder) / "state", *arguments) as mesh:
-        lanes, faults = asyncio.run(measure(mesh, options.faults, options.rate, hang=options.hang))
-    print(f"the router {'hung' if options.hang else 'was killed'} {len(faults)} times")
-    if not options.hang:
+        lanes, faults = asyncio.run(measure(mesh, options.process, options.faults, options.rate, hang=options.hang))
+    print(f"the {options.process} {'hung' if options.hang else 'was killed'} {len(faults)} times")
+    if not options.hang and options.process == "router":
         # The launcher waits longer each time before it starts again what does not stay.
         print(f"  until the next one answers:            {_spread([fault.returned for fault in faults])}")
         print(f"  from then on until it knows the fleet: {_spread([fault.known for fault in faults])}")
