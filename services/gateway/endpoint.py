@@ -132,12 +132,14 @@ class _Answer:
         self._caller = caller
         # Several generations write to one client: one at a time.
         self._turn = asyncio.Lock()
+        self._alone = True
+        self._last = b""
 
     async def stream(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
         """Answers with events."""
+        self._alone = len(generates) == 1
         endings = await together([self._stream_one(*pair) for pair in zip(generates, renderers, strict=True)])
-        await self._response.send_events(renderers[0].usage(endings) + DONE)
-        await self._response.end()
+        await self._response.end(self._last + renderers[0].usage(endings) + DONE)
 
     async def whole(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
         """Answers in one piece."""
@@ -164,11 +166,18 @@ class _Answer:
                     running.write_to(renderer.writer(response.write_events))
                     pieces = await running.take()
                 assert running.ending is not None
-                async with self._turn:
-                    await response.send_events(head + renderer.last(running.ending))
+                await self._send_last(head + renderer.last(running.ending))
                 return running.ending
             finally:
                 record(running, self._body.model, self._response, self._metrics)
+
+    async def _send_last(self, events: bytes) -> None:
+        """Sends the last events of a generation; those of the only one, with the end of the stream."""
+        if self._alone:
+            self._last = events
+            return
+        async with self._turn:
+            await self._response.send_events(events)
 
     async def _whole_one(
         self, generate: pb.GenerateRequest, renderer: Renderer

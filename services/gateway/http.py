@@ -169,14 +169,18 @@ class Response:
 
     async def send_events(self, events: bytes) -> None:
         """Sends events; waits while the client's buffers are full."""
+        await self._own()
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        self._busy = False
+
+    async def _own(self) -> None:
+        """Has nobody else write, and what was begun to be written be gone."""
         if self._error is not None:
             raise self._error
         self._busy = True
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
             await unfinished
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        self._busy = False
 
     def write_events(self, events: bytes) -> bool:
         """Sends events without giving way to other tasks, which saves a wake-up a token.
@@ -221,10 +225,11 @@ class Response:
         """Calls back when the request is known to stand in the queue."""
         self._on_queued = call
 
-    async def end(self) -> None:
-        """Ends a stream of events."""
+    async def end(self, events: bytes = b"") -> None:
+        """Ends a stream, with its last events; waits while the client's buffers are full."""
+        await self._own()
         self.ended = True
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._send({"type": "http.response.body", "body": events})
 
     async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
@@ -251,8 +256,7 @@ class _Unfinished:
 async def error_response(response: Response, error: MeshError) -> None:
     """Answers with an error, or, when the answer has begun, ends it with one error event and no [DONE]."""
     if response.started:
-        await response.send_events(b"data: " + msgspec.json.encode(error.http_body()) + b"\n\n")
-        await response.end()
+        await response.end(b"data: " + msgspec.json.encode(error.http_body()) + b"\n\n")
         return
     headers = []
     if error.retry_after_seconds is not None:

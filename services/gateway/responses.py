@@ -81,8 +81,7 @@ class Responses:
                     await self._conversations.save(identity.tenant, renderer.id, turn)
                 # Only now: who is told that it is complete may ask what comes next at once.
                 if body.stream:
-                    await response.send_events(closing)
-                    await response.end()
+                    await response.end(closing)
                 else:
                     await response.send_json(200, answer)
             except MeshError as error:

@@ -260,3 +260,36 @@ async def test_a_stream_that_waits_says_where_it_stands_when_it_is_asked_to(tmp_
         assert all(text.endswith("data: [DONE]\n\n") for text in texts)
         quiet = [client.post("/v1/completions", json=body, headers=lane.headers) for _ in range(4)]
         assert not [answer for answer in await asyncio.gather(*quiet) if ": queued" in answer.text]
+
+
+def framed(method: str, path: str, lane: Lane, body: bytes = b"", *more: str) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "host: mesh", f"authorization: {lane.headers['authorization']}", *more]
+    if body:
+        lines += ["content-type: application/json", f"content-length: {len(body)}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+async def heard(lane: Lane, *sent: bytes, until: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(lane.base_url).port)
+    try:
+        said = b""
+        for data in sent:
+            writer.write(data)
+            said += await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        while not said.endswith(until):
+            said += await asyncio.wait_for(reader.read(1 << 16), 5)
+        return said
+    finally:
+        writer.close()
+
+
+async def test_heads_of_answers_go_out_whole_whatever_follows_them(lane: Lane) -> None:
+    whole = framed("GET", "/healthz", lane)
+    assert (await heard(lane, whole, whole, until=b'"ok"}')).count(b"HTTP/1.1 200 OK\r\n") == 2
+    no_body = await heard(lane, framed("HEAD", "/", lane, b"", "connection: close"), until=b"\r\n\r\n")
+    assert no_body.startswith(b"HTTP/1.1 200 OK\r\n")
+    body = b'{"model": "sim", "prompt": "hi", "max_tokens": 2, "stream": true}'
+    head, _, rest = framed("POST", "/v1/completions", lane, body, "expect: 100-continue").partition(b"\r\n\r\n")
+    said = await heard(lane, head + b"\r\n\r\n", rest, until=b"0\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+    assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
