@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tokenloom.telemetry.v1 import telemetry_pb2 as pb
 
 from services.telemetry.gpu import (
+    PLAIN_FIELDS,
     Change,
     Driver,
     DriverState,
@@ -44,38 +45,6 @@ _EVENTS: Final = {
 _STATE_FROM: Final = {value: key for key, value in _DRIVER_STATES.items()}
 _HEALTH_FROM: Final = {value: key for key, value in _HEALTH.items()}
 _EVENT_FROM: Final = {value: key for key, value in _EVENTS.items()}
-# Fields of a reading that have the same name and value in the message.
-_PLAIN: Final = (
-    "utilization_percent",
-    "memory_utilization_percent",
-    "memory_used_bytes",
-    "memory_total_bytes",
-    "temperature_celsius",
-    "power_watts",
-    "power_limit_watts",
-    "sm_clock_mhz",
-    "memory_clock_mhz",
-    "uncorrected_ecc_error_count",
-    "memory_temperature_celsius",
-    "slowdown_temperature_celsius",
-    "fan_speed_percent",
-    "performance_state",
-    "max_sm_clock_mhz",
-    "energy_joules",
-    "pcie_transmit_bytes_per_second",
-    "pcie_receive_bytes_per_second",
-    "pcie_link_generation",
-    "pcie_link_width",
-    "max_pcie_link_generation",
-    "max_pcie_link_width",
-    "pcie_replay_count",
-    "corrected_ecc_error_count",
-    "uncorrectable_remapped_row_count",
-    "row_remap_pending",
-    "row_remap_failed",
-    "recovery_action",
-    "mig_enabled",
-)
 
 
 def list_response(sample: Sample) -> pb.ListGpusResponse:
@@ -102,7 +71,7 @@ def nodes_from(nodes: Sequence[pb.Node]) -> tuple[Node, ...]:
 
 def gpu_from(gpu: pb.Gpu) -> Gpu:
     """A GPU of a message. What this version has no name for counts as what is harmless and nearest to it."""
-    values = {name: _present(gpu, name) for name in _PLAIN}
+    values = {name: _present(gpu, name) for name in PLAIN_FIELDS}
     return Gpu(
         uuid=gpu.uuid,
         index=gpu.index,
@@ -143,7 +112,7 @@ def _gpu(gpu: Gpu) -> pb.Gpu:
         processes=_processes(reading.processes),
         mig_instances=[_instance(each) for each in reading.mig_instances],
         recent_events=[_event(each) for each in gpu.events],
-        **{name: getattr(reading, name) for name in _PLAIN},
+        **{name: getattr(reading, name) for name in PLAIN_FIELDS},
     )
 
 

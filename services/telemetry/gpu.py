@@ -1,9 +1,11 @@
 """What a GPU and its driver are, in plain values: neither NVML nor gRPC is known here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Final
 
 __all__ = [
+    "PLAIN_FIELDS",
     "Card",
     "Change",
     "Driver",
@@ -144,6 +146,10 @@ class Reading:
     mig_enabled: bool | None = None
     mig_instances: tuple[MigInstance, ...] = ()
     processes: tuple[Process, ...] = ()
+
+
+PLAIN_FIELDS: Final = tuple(each.name for each in fields(Reading) if each.default is None)
+"""The fields of a reading that are one value each, or None where a card doesn't report it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from services.telemetry.gpu import Gpu, Sample
+from services.telemetry.gpu import PLAIN_FIELDS, Gpu, Sample
 from services.telemetry.sampler import Sampler
 
 __all__ = ["STREAM", "Publisher", "connect", "fields", "key"]
@@ -20,37 +20,6 @@ __all__ = ["STREAM", "Publisher", "connect", "fields", "key"]
 STREAM: Final = "tokenloom:gpu:samples"
 _STREAM_LENGTH: Final = 10_000
 _TIMEOUT_SECONDS: Final = 1.0
-_NUMBERS: Final = (
-    "utilization_percent",
-    "memory_utilization_percent",
-    "memory_used_bytes",
-    "memory_total_bytes",
-    "temperature_celsius",
-    "power_watts",
-    "power_limit_watts",
-    "sm_clock_mhz",
-    "memory_clock_mhz",
-    "uncorrected_ecc_error_count",
-    "memory_temperature_celsius",
-    "slowdown_temperature_celsius",
-    "fan_speed_percent",
-    "performance_state",
-    "max_sm_clock_mhz",
-    "energy_joules",
-    "pcie_transmit_bytes_per_second",
-    "pcie_receive_bytes_per_second",
-    "pcie_link_generation",
-    "pcie_link_width",
-    "max_pcie_link_generation",
-    "max_pcie_link_width",
-    "pcie_replay_count",
-    "corrected_ecc_error_count",
-    "uncorrectable_remapped_row_count",
-    "row_remap_pending",
-    "row_remap_failed",
-    "mig_enabled",
-    "recovery_action",
-)
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +57,7 @@ def _fields(gpu: Gpu) -> Iterator[tuple[str, str]]:
     yield "sample_time", f"{gpu.sample_time:.6f}"
     yield "health", gpu.health.value
     yield "health_reason", gpu.health_reason
-    for name in _NUMBERS:
+    for name in PLAIN_FIELDS:
         value = getattr(gpu.reading, name)
         if value is not None:
             yield name, str(value).lower() if isinstance(value, bool) else str(value)
