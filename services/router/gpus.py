@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
-import grpc.aio
-from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
+import grpc
+from tokenloom.telemetry.v1 import telemetry_pb2
 
-from services.common.rpc import channel
+from services.common.gpu_watch import follow_gpus
 from services.router.fleet import Clock, Fleet
 from services.router.reading import Condition, GpuReading, condition_of
 
@@ -16,7 +16,6 @@ __all__ = ["GpuWatch"]
 
 # What an agent said counts for so long after it fell silent; after that its GPUs are as good as any.
 _STALE_SECONDS: Final = 5.0
-_FIRST_BACKOFF_SECONDS: Final = 0.05
 _LONGEST_BACKOFF_SECONDS: Final = 0.5
 _log = logging.getLogger(__name__)
 
@@ -33,41 +32,32 @@ class GpuWatch:
         self._instances: dict[str, set[str]] = {}
         self._connected = False
         self._heard_at = clock()
-        self._backoff = _FIRST_BACKOFF_SECONDS
 
     async def run(self) -> None:
         """Follows the agent, and comes back to it whenever the stream ends. Never returns."""
-        async with channel(self._address) as to_agent, asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._forget_when_stale())
-            stub = telemetry_pb2_grpc.TelemetryServiceStub(to_agent)
-            while True:
-                await self._follow(stub)
-                await asyncio.sleep(self._backoff)
-                self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF_SECONDS)
+            await follow_gpus(self._address, self, longest_backoff_seconds=_LONGEST_BACKOFF_SECONDS)
 
-    async def _follow(self, stub: Any) -> None:
-        call = stub.WatchGpus(telemetry_pb2.WatchGpusRequest())
-        try:
-            async for message in call:
-                self._take(message, everything=not self._connected)
-        except grpc.aio.AioRpcError as error:
-            if self._connected or self._backoff == _FIRST_BACKOFF_SECONDS:
-                _log.info("telemetry is away", extra={"address": self._address, "code": error.code().name})
-        finally:
-            self._connected = False
-            call.cancel()
+    def away(self, code: grpc.StatusCode) -> None:
+        """The agent does not answer any more."""
+        _log.info("telemetry is away", extra={"address": self._address, "code": code.name})
 
-    def _take(self, message: telemetry_pb2.WatchGpusResponse, *, everything: bool) -> None:
+    def left(self) -> None:
+        """The stream is over."""
+        self._connected = False
+
+    def heard(self, message: telemetry_pb2.WatchGpusResponse, *, first: bool) -> None:
+        """The agent told something; everything, with the first message of a stream."""
         self._connected = True
         self._heard_at = self._clock()
-        self._backoff = _FIRST_BACKOFF_SECONDS
         conditions = {uuid: now for gpu in message.gpus if gpu.uuid for uuid, now in _conditions(gpu)}
         for gpu in message.gpus:
             if gpu.health == telemetry_pb2.GPU_HEALTH_LOST:
                 # A card that does not answer does not name its instances.
                 conditions |= dict.fromkeys(self._instances.get(gpu.uuid, ()), Condition(lost=True))
         gone = self._gone(message)
-        if everything:
+        if first:
             gone |= set(self._conditions) - set(conditions)
         self._conditions.update(conditions)
         self._fleet.set_gpus(conditions)

@@ -6,12 +6,12 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Final
 
-import grpc.aio
-from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
+import grpc
+from tokenloom.telemetry.v1 import telemetry_pb2
 
-from services.common.rpc import channel
+from services.common.gpu_watch import follow_gpus
 from services.telemetry.board import Board
 from services.telemetry.convert import gpu_from, nodes_from
 from services.telemetry.gpu import Driver, DriverState, Gpu, Node, Sample
@@ -22,7 +22,6 @@ __all__ = ["Hub"]
 # What an agent said is told for so long after it is gone; a restart takes less.
 _KEPT_SECONDS: Final = 3.0
 _LOOK_UP_SECONDS: Final = 5.0
-_FIRST_BACKOFF_SECONDS: Final = 0.05
 _LONGEST_BACKOFF_SECONDS: Final = 1.0
 _UNKNOWN: Final = Driver(state=DriverState.FAILED, message="its telemetry agent does not answer")
 _log = logging.getLogger(__name__)
@@ -118,7 +117,6 @@ class _Agent:
         self._kept_seconds = kept_seconds
         self._gpus: dict[str, Gpu] = {}
         self._nodes: tuple[Node, ...] = (Node(name=address, driver=_UNKNOWN, away=True),)
-        self._backoff = _FIRST_BACKOFF_SECONDS
         self._forgetting: asyncio.TimerHandle | None = None
 
     @property
@@ -127,39 +125,23 @@ class _Agent:
         return Sample(driver=_UNKNOWN, gpus=tuple(self._gpus.values()), nodes=self._nodes)
 
     async def run(self) -> None:
-        async with channel(self.address) as connection:
-            stub = telemetry_pb2_grpc.TelemetryServiceStub(connection)
-            while True:
-                await self._follow(stub)
-                await asyncio.sleep(self._backoff)
-                self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF_SECONDS)
+        await follow_gpus(self.address, self, longest_backoff_seconds=_LONGEST_BACKOFF_SECONDS)
 
-    async def _follow(self, stub: Any) -> None:
-        call = stub.WatchGpus(telemetry_pb2.WatchGpusRequest())
-        try:
-            async for message in call:
-                self._take(message)
-        except grpc.aio.AioRpcError as error:
-            if self.here or self._backoff == _FIRST_BACKOFF_SECONDS:
-                _log.warning("an agent is away", extra={"address": self.address, "code": error.code().name})
-        finally:
-            call.cancel()
-            if self.here:
-                self._leave()
+    def away(self, code: grpc.StatusCode) -> None:
+        _log.warning("an agent is away", extra={"address": self.address, "code": code.name})
 
-    def _take(self, message: telemetry_pb2.WatchGpusResponse) -> None:
-        if not self.here:
+    def heard(self, message: telemetry_pb2.WatchGpusResponse, *, first: bool) -> None:
+        if first:
             self._gpus.clear()
             self._stop_forgetting()
         self.here = True
-        self._backoff = _FIRST_BACKOFF_SECONDS
         self._gpus.update({gpu.uuid: gpu_from(gpu) for gpu in message.gpus})
         for uuid in message.removed_uuids:
             self._gpus.pop(uuid, None)
         self._nodes = nodes_from(message.nodes)
         self._tell()
 
-    def _leave(self) -> None:
+    def left(self) -> None:
         self.here = False
         self._forgetting = asyncio.get_running_loop().call_later(self._kept_seconds, self._forget)
         self._nodes = tuple(Node(name=node.name, driver=_UNKNOWN, away=True) for node in self._nodes)
