@@ -132,14 +132,14 @@ class _Answer:
         self._caller = caller
         # Several generations write to one client: one at a time.
         self._turn = asyncio.Lock()
-        self._alone = True
-        self._last = b""
 
     async def stream(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
         """Answers with events."""
-        self._alone = len(generates) == 1
-        endings = await together([self._stream_one(*pair) for pair in zip(generates, renderers, strict=True)])
-        await self._response.end(self._last + renderers[0].usage(endings) + DONE)
+        alone = len(generates) == 1
+        pairs = zip(generates, renderers, strict=True)
+        parts = await together([self._stream_one(*pair, alone=alone) for pair in pairs])
+        last = b"".join(events for events, _ in parts)
+        await self._response.end(last + renderers[0].usage([ending for _, ending in parts]) + DONE)
 
     async def whole(self, generates: Sequence[pb.GenerateRequest], renderers: Sequence[Renderer]) -> None:
         """Answers in one piece."""
@@ -148,7 +148,10 @@ class _Answer:
         body = renderers[0].whole(choices, parts[0][1], [ending for _, _, ending in parts])
         await self._response.send_json(200, msgspec.json.encode(body))
 
-    async def _stream_one(self, generate: pb.GenerateRequest, renderer: Renderer) -> Ending:
+    async def _stream_one(
+        self, generate: pb.GenerateRequest, renderer: Renderer, *, alone: bool
+    ) -> tuple[bytes, Ending]:
+        """Streams one generation; the last events of one that is `alone` are left to go out with the stream's end."""
         response = self._response
         async with self._generator.run(generate, self._caller, keep_ids=bool(self._body.return_token_ids)) as running:
             try:
@@ -166,18 +169,14 @@ class _Answer:
                     running.write_to(renderer.writer(response.write_events))
                     pieces = await running.take()
                 assert running.ending is not None
-                await self._send_last(head + renderer.last(running.ending))
-                return running.ending
+                last = head + renderer.last(running.ending)
+                if alone:
+                    return last, running.ending
+                async with self._turn:
+                    await response.send_events(last)
+                return b"", running.ending
             finally:
                 record(running, self._body.model, self._response, self._metrics)
-
-    async def _send_last(self, events: bytes) -> None:
-        """Sends the last events of a generation; those of the only one, with the end of the stream."""
-        if self._alone:
-            self._last = events
-            return
-        async with self._turn:
-            await self._response.send_events(events)
 
     async def _whole_one(
         self, generate: pb.GenerateRequest, renderer: Renderer

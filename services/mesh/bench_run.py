@@ -26,7 +26,6 @@ _DEFAULT_CONCURRENCY: Final = 8
 
 def run_bench(arguments: Namespace) -> int:
     """Runs the load and prints the report, also when it is interrupted; 1 where no request was answered."""
-
     load, prompts = _load_of(arguments), _prompts_of(arguments)
     door = _door_of(arguments)
     model = arguments.model or _first_model(door)
@@ -50,7 +49,6 @@ async def _run(
     result: Result,
     arguments: Namespace,
 ) -> None:
-
     async with opening as client:
         for prompt in islice(prompts, arguments.warm_up):
             if (error := (await client.ask(prompt)).error) is not None:

@@ -15,7 +15,7 @@ from services.common.settings import TelemetrySettings
 from services.mesh.config import MeshConfig
 from services.mesh.containers import METRICS_PORT, Container, containers, edge_of
 from services.mesh.envoy import bootstrap
-from services.mesh.k8s_pods import GRPC_PORT, HTTP_PORT, Wishes, claims, labels, pod, resource_of, slug
+from services.mesh.k8s_pods import GRPC_PORT, HTTP_PORT, Wishes, claims, labels, labels_of, pod, resource_of, slug
 
 __all__ = ["Growth", "manifests"]
 
@@ -72,11 +72,6 @@ def manifests(
     return [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}, *objects]
 
 
-def labels_of(component: str) -> dict[str, str]:
-    """What all pods of a kind are selected by."""
-    return {key: value for key, value in labels("", component).items() if value}
-
-
 def _containers(mesh: MeshConfig) -> list[Container]:
     listed = containers(mesh)
     if not _uses_gpus(mesh):
@@ -120,21 +115,12 @@ def _process(mesh: MeshConfig, container: Container, wishes: Wishes) -> list[dic
     component = "worker" if container.worker is not None else container.service
     mine = labels(name, component)
     stateful = container.worker is not None or container.service == "gateway"
-    spec: dict[str, Any] = {
-        "replicas": 1,
-        "selector": {"matchLabels": mine},
-        "template": {"metadata": _watched(mine, container), "spec": pod(mesh, container, wishes)},
-    }
+    made = _workload("StatefulSet" if stateful else "Deployment", name, mine, pod(mesh, container, wishes))
+    made["spec"]["template"]["metadata"] = _watched(mine, container)
     if stateful:
-        spec |= {"serviceName": _WORKERS if component == "worker" else name, "podManagementPolicy": "Parallel"}
+        made["spec"] |= {"serviceName": _WORKERS if component == "worker" else name, "podManagementPolicy": "Parallel"}
         if kept := claims(container):
-            spec["volumeClaimTemplates"] = kept
-    made = {
-        "apiVersion": "apps/v1",
-        "kind": "StatefulSet" if stateful else "Deployment",
-        "metadata": {"name": name, "labels": mine},
-        "spec": spec,
-    }
+            made["spec"]["volumeClaimTemplates"] = kept
     return [made] if component == "worker" else [made, _service(name, mine, **_ports(container))]
 
 
@@ -219,7 +205,7 @@ def _redis() -> list[dict[str, Any]]:
         "securityContext": {"allowPrivilegeEscalation": False},
     }
     spec = {"automountServiceAccountToken": False, "containers": [container]}
-    return [_deployment("redis", mine, spec), _service("redis", mine, redis=_REDIS_PORT)]
+    return [_workload("Deployment", "redis", mine, spec), _service("redis", mine, redis=_REDIS_PORT)]
 
 
 def _edge(mesh: MeshConfig) -> list[dict[str, Any]]:
@@ -249,15 +235,15 @@ def _edge(mesh: MeshConfig) -> list[dict[str, Any]]:
     service["spec"]["type"] = "ClusterIP" if _is_private(mesh) else "LoadBalancer"
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "edge"}, "data": config},
-        _deployment("edge", mine, spec),
+        _workload("Deployment", "edge", mine, spec),
         service,
     ]
 
 
-def _deployment(name: str, mine: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
+def _workload(kind: str, name: str, mine: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": "apps/v1",
-        "kind": "Deployment",
+        "kind": kind,
         "metadata": {"name": name, "labels": mine},
         "spec": {
             "replicas": 1,

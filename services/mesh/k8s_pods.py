@@ -9,7 +9,7 @@ from services.common.config import ConfigError
 from services.mesh.config import MeshConfig, WorkerConfig
 from services.mesh.containers import DEMO_FOLDER, METRICS_PORT, STATE_FOLDER, Container
 
-__all__ = ["GRPC_PORT", "HTTP_PORT", "Wishes", "claims", "labels", "pod", "resource_of", "slug"]
+__all__ = ["GRPC_PORT", "HTTP_PORT", "Wishes", "claims", "labels", "labels_of", "pod", "resource_of", "slug"]
 
 GRPC_PORT: Final = 50051
 HTTP_PORT: Final = 8000
@@ -42,13 +42,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")
 
 
+def labels_of(component: str) -> dict[str, str]:
+    """What all pods of a kind are selected by."""
+    return {"app.kubernetes.io/name": "tokenloom", "app.kubernetes.io/component": component}
+
+
 def labels(name: str, component: str) -> dict[str, str]:
     """What an object's pods are selected by."""
-    return {
-        "app.kubernetes.io/name": "tokenloom",
-        "app.kubernetes.io/component": component,
-        "app.kubernetes.io/instance": name,
-    }
+    return {**labels_of(component), "app.kubernetes.io/instance": name}
 
 
 def pod(mesh: MeshConfig, container: Container, wishes: Wishes) -> dict[str, Any]:
