@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -79,11 +79,6 @@ class Journal:
     def current(self) -> int:
         """The number of the file that is written to."""
         return self._number
-
-    @property
-    def open_rows(self) -> Sequence[UsageRow]:
-        """Requests that were let in and have not ended."""
-        return tuple(self._open.values())
 
     def open(self, row: UsageRow) -> None:
         """Notes a request that was let in."""

@@ -35,8 +35,6 @@ class KvCache:
     sliding_bytes: float
     window: int
     """Tokens that the latter keep; 0 where there are none."""
-    state_layers: int
-    """Layers that keep a state of fixed size instead."""
     kind: str
     """In words."""
 
@@ -69,7 +67,6 @@ def kv_cache(config: Mapping[str, Any], *, dtype_bytes: float, tensor_parallel: 
         full_bytes=full * per_layer * dtype_bytes * stages,
         sliding_bytes=sliding * per_layer * dtype_bytes * stages,
         window=window if sliding else 0,
-        state_layers=layers - full - sliding,
         kind=kind,
     )
 
