@@ -4,7 +4,6 @@ import gc
 import time
 from typing import Any, Literal
 
-import openai
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
@@ -12,7 +11,7 @@ from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel
 
-from tests.clients.loop import NAMED, QUESTION, Attempts, Target, serve
+from tests.clients.loop import NAMED, QUESTION, Attempts, Target, refusal, serve
 
 ASKED = [ChatMessage(role="user", content=QUESTION)]
 
@@ -81,20 +80,13 @@ def embeddings(target: Target) -> Any:
 
 
 def _error(target: Target, text: str = QUESTION, *, streamed: bool = False, **options: Any) -> Any:
-    asked = [ChatMessage(role="user", content=text)]
-    try:
+    said = [ChatMessage(role="user", content=text)]
+
+    def asked() -> None:
         asking = model(target, **options)
-        _ = list(asking.stream_chat(asked)) if streamed else asking.chat(asked)
-    except openai.APIStatusError as error:
-        return {
-            "class": type(error).__name__,
-            "status": error.status_code,
-            "code": error.code,
-            "param": error.param,
-            "message": error.message,
-            "request_id": bool(error.request_id),
-        }
-    raise AssertionError("no error")
+        _ = list(asking.stream_chat(said)) if streamed else asking.chat(said)
+
+    return refusal(asked)
 
 
 def bad_key(target: Target) -> Any:

@@ -12,8 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import openai
 
-__all__ = ["CHAT", "NAMED", "QUESTION", "THINKING", "WEATHER", "Attempts", "Target", "WeatherArguments", "serve"]
+__all__ = [
+    "CHAT",
+    "NAMED",
+    "QUESTION",
+    "THINKING",
+    "WEATHER",
+    "Attempts",
+    "Target",
+    "WeatherArguments",
+    "refusal",
+    "serve",
+]
 
 QUESTION = "How is the weather?"
 CHAT: list[dict[str, str]] = [{"role": "user", "content": QUESTION}]
@@ -77,6 +89,23 @@ class Attempts:
         """What happened."""
         waits = [later - sooner for sooner, later in zip(self.times, self.times[1:], strict=False)]
         return {"statuses": self.statuses, "retry_after": self.retry_after, "waits": waits}
+
+
+def refusal(ask: Callable[[], object]) -> dict[str, Any]:
+    """What the SDK's error says that a request ends with."""
+    try:
+        ask()
+    except openai.APIStatusError as error:
+        return {
+            # A library's own class has the SDK's as its base.
+            "class": next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "openai"),
+            "status": error.status_code,
+            "code": error.code,
+            "param": error.param,
+            "message": error.message,
+            "request_id": bool(error.request_id),
+        }
+    raise AssertionError("no error")
 
 
 def serve(scenarios: Mapping[str, Callable[[Target], Any]]) -> None:

@@ -7,7 +7,18 @@ from typing import Any, Literal
 import openai
 from pydantic import BaseModel
 
-from tests.clients.loop import CHAT, NAMED, QUESTION, THINKING, WEATHER, Attempts, Target, WeatherArguments, serve
+from tests.clients.loop import (
+    CHAT,
+    NAMED,
+    QUESTION,
+    THINKING,
+    WEATHER,
+    Attempts,
+    Target,
+    WeatherArguments,
+    refusal,
+    serve,
+)
 
 LONG: dict[str, Any] = {"max_tokens": 1900, "extra_body": {"ignore_eos": True}}
 
@@ -83,18 +94,7 @@ def embeddings(target: Target) -> Any:
 
 def _error(target: Target, **fields: Any) -> Any:
     key = fields.pop("api_key", target.key)
-    try:
-        ask(Target(target.url, key, key), **fields)
-    except openai.APIStatusError as error:
-        return {
-            "class": type(error).__name__,
-            "status": error.status_code,
-            "code": error.code,
-            "param": error.param,
-            "message": error.message,
-            "request_id": bool(error.request_id),
-        }
-    raise AssertionError("no error")
+    return refusal(lambda: ask(Target(target.url, key, key), **fields))
 
 
 def bad_key(target: Target) -> Any:

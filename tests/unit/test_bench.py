@@ -16,7 +16,7 @@ from services.mesh.bench_load import Load, Result, Shape, prompts_of, random_pro
 from services.mesh.bench_report import Objective, as_json, as_text, percentile
 from services.mesh.bench_sample import Prompt, Sample
 from services.mesh.edge_client import Door
-from tests.support.event_server import event_server
+from tests.support.far_server import far_server, plain, streamed
 
 SHAPE = Shape(prompt_tokens=20, output_tokens=10)
 
@@ -152,9 +152,11 @@ EVENTS = [
 async def test_answers_of_openais_api_are_understood(
     status: int, events: list[dict[str, Any]], done: bool, expected: tuple[str | None, int, int]
 ) -> None:
+    refused = plain({"error": {"message": "no", "code": "rate_limit_exceeded"}}, status)
+    answer = streamed(*events, done=done) if status == 200 else refused
     async with (
-        event_server(status, events, done=done) as url,
-        openai_client(Door(url, ""), model="m", endpoint="chat", ignore_eos=False, timeout=5) as client,
+        far_server({"/v1/chat/completions": answer}) as far,
+        openai_client(Door(far.url, ""), model="m", endpoint="chat", ignore_eos=False, timeout=5) as client,
     ):
         got = await client.ask(Prompt("hi", 5))
     assert (got.error, got.output_tokens, got.prompt_tokens) == expected
