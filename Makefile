@@ -1,4 +1,4 @@
-.PHONY: install up test test-clients check format proto proto-release lock clean
+.PHONY: install up test test-clients test-phoenix check format proto proto-release lock clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -32,6 +32,11 @@ test-clients: install
 	@scripts/client-venvs
 	$(BIN)/pytest tests/e2e/test_clients.py $(ARGS)
 
+# Traces in a backend that others wrote, which comes from PyPI.
+test-phoenix: install
+	@scripts/phoenix-venv
+	$(BIN)/pytest -v tests/e2e/test_phoenix.py $(ARGS)
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -58,4 +63,4 @@ lock: install
 	PATH="$(PWD)/$(BIN):$$PATH" scripts/lock $(ARGS)
 
 clean:
-	rm -rf $(VENV) .tokenloom .clients tests/clients/node/node_modules build dist
+	rm -rf $(VENV) .tokenloom .clients .phoenix tests/clients/node/node_modules build dist

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a process, on a port of their own that the edge never routes."""
+"""Prometheus metrics of a process, on a port of their own that the edge never routes; pushed as well where wanted."""
 
 import threading
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from opentelemetry import trace
 from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, make_wsgi_app
 
+from services.common.metrics_push import pushed
+from services.common.settings import ProcessSettings
 from services.common.trace_export import SpanCounts
 
 __all__ = [
@@ -85,19 +87,21 @@ class _SilentHandler(WSGIRequestHandler):
 
 
 @contextmanager
-def serve_metrics(address: str, registry: CollectorRegistry) -> Iterator[int]:
-    """Serves `registry` and what the process takes of the machine at http://ADDRESS/metrics, also as OpenMetrics.
+def serve_metrics(service: str, settings: ProcessSettings, registry: CollectorRegistry) -> Iterator[int]:
+    """Serves `registry` and what the process takes of the machine at http://ADDRESS/metrics, also as OpenMetrics; and
+    pushes it, if the settings say where to.
 
-    Yields the port (useful when `address` asks for port 0).
+    Yields the port (useful when the settings ask for port 0).
     """
     ProcessCollector(registry=registry)
     registry.register(SpanCounts())
-    host, _, port = address.rpartition(":")
+    host, _, port = settings.metrics.rpartition(":")
     server = make_server(host, int(port), make_wsgi_app(registry), _Server, _SilentHandler)
     thread = threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True)
     thread.start()
     try:
-        yield server.server_port
+        with pushed(service, settings.name, settings.metrics_push, registry):
+            yield server.server_port
     finally:
         server.shutdown()
         server.server_close()

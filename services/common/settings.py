@@ -20,6 +20,7 @@ __all__ = [
     "GuardrailSettings",
     "JwtSettings",
     "LedgerSettings",
+    "MetricsPushSettings",
     "ModelSettings",
     "ModerationFilter",
     "PatternsFilter",
@@ -50,6 +51,15 @@ class TracingSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     """Of the others, each process keeps its part of those that failed, moved to another worker, or took so long."""
 
 
+class MetricsPushSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Where metrics are pushed beside being served, and how often."""
+
+    endpoint: Address
+    """A backend that takes metrics over OTLP gRPC."""
+    seconds: Annotated[float, Meta(ge=0.5, le=3600)] = 15.0
+    """Between two pushes."""
+
+
 class ProcessSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What every process has."""
 
@@ -63,6 +73,8 @@ class ProcessSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     """Where spans go, over OTLP gRPC; null exports none."""
     tracing: TracingSettings = TracingSettings()
     """Which ones."""
+    metrics_push: MetricsPushSettings | None = None
+    """Where metrics go, over OTLP gRPC; null: they wait for scrapes only."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

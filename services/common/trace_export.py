@@ -1,24 +1,37 @@
-"""Sends spans to a backend; one that is away costs a bounded queue, and what is lost is counted."""
+"""Sends spans to a backend; one that is away costs a bounded queue and nothing else, and what is lost is counted."""
 
-import os
+import logging
 import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Final
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+import grpc
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["Exporter", "Outbound", "SpanCounts"]
+from services.common.otlp import PASSING, channel_to, headers_of
+from services.common.trace_spans import Recorded
+from services.common.trace_wire import export_request, resource_message
 
+__all__ = ["Outbound", "SpanCounts"]
+
+_log = logging.getLogger(__name__)
+_METHOD: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 _QUEUE_SPANS: Final = 4096
-# Encoding a span takes 40 us in which nothing else runs in a process.
-_BATCH_SPANS: Final = 64
+_BATCH_SPANS: Final = 512
+# A span takes 8 us, and while some are written nothing else runs in a process: as many as delay a token by a quarter of
+# a millisecond, and then whoever waits is let in.
+_SLICE_SPANS: Final = 32
+_BREATH_SECONDS: Final = 0.0005
+_DELAY_SECONDS: Final = 0.5
 _EXPORT_SECONDS: Final = 2.0
-_DELAY_MS: Final = 500
+_FIRST_PAUSE_SECONDS: Final = 1.0
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+_SHORTEST_CALL_SECONDS: Final = 0.05
 # What has become of this process's spans; there is one exporter in a process at most.
 _counts: Final = Counter[str]()
 _OUTCOMES: Final = ("exported", "failed", "dropped")
@@ -39,58 +52,108 @@ class SpanCounts(Collector):
         yield spans
 
 
-class Exporter(OTLPSpanExporter):
-    """Exports from the process that made it; a forked copy of gRPC hangs instead of sending."""
-
-    def __init__(self, endpoint: str) -> None:
-        """`endpoint` is `host:port`."""
-        super().__init__(endpoint=endpoint, insecure=True, timeout=_EXPORT_SECONDS)
-        self._home = os.getpid()
-        self.taken = 0
-        """Spans that it was given so far."""
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Sends a batch, or forgets it in a copy."""
-        self.taken += len(spans)
-        if os.getpid() != self._home:
-            return SpanExportResult.SUCCESS
-        result = super().export(spans)
-        _counts["exported" if result is SpanExportResult.SUCCESS else "failed"] += len(spans)
-        return result
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    request: bytes
+    spans: int
 
 
 class Outbound:
-    """Spans on their way out: a bounded queue, which a thread empties in batches."""
+    """Spans on their way out: a bounded queue, which a thread empties in batches.
 
-    def __init__(self, exporter: Exporter) -> None:
-        self._exporter = exporter
-        self._batches = BatchSpanProcessor(
-            exporter,
-            max_queue_size=_QUEUE_SPANS,
-            schedule_delay_millis=_DELAY_MS,
-            max_export_batch_size=_BATCH_SPANS,
+    While the backend takes nothing, one batch is offered again after pauses that grow to half a minute, and no other is
+    written; what ends meanwhile waits in the queue or, once that is full, is dropped.
+    """
+
+    def __init__(self, endpoint: str, resource: Mapping[str, Any]) -> None:
+        """`endpoint` is `host:port`; `resource` has the attributes of the process."""
+        self._resource = resource_message(resource)
+        self._queue: deque[Recorded] = deque()
+        self._refused: _Batch | None = None
+        self._is_away = False
+        self._closing = threading.Event()
+        self._ends_at = float("inf")
+        self._channel = channel_to(endpoint)
+        self._export: grpc.UnaryUnaryMultiCallable[bytes, ExportTraceServiceResponse] = self._channel.unary_unary(
+            _METHOD, response_deserializer=ExportTraceServiceResponse.FromString
         )
-        self._given = 0
+        self._metadata = headers_of("traces")
+        self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
+        self._thread.start()
 
-    def send(self, span: ReadableSpan) -> None:
-        """Queues a span that is sampled; while the queue is full it is dropped."""
-        # The library would write a log line for each.
-        if self._given - self._exporter.taken >= _QUEUE_SPANS:
+    def send(self, span: Recorded) -> None:
+        """Queues a span that has ended; while the queue is full it is dropped. From any thread."""
+        if len(self._queue) >= _QUEUE_SPANS:
             _counts["dropped"] += 1
-            return
-        self._given += 1
-        self._batches.on_end(span)
-
-    def flush(self) -> bool:
-        """Sends what is queued, for as long as the backend takes."""
-        return self._batches.force_flush()
+        else:
+            self._queue.append(span)
 
     def close(self, *, within: float) -> None:
         """Sends what is queued, for `within` seconds at most, and ends."""
-        # The library's own flush takes its time limit for each batch, and each batch tries several times.
-        flushing = threading.Thread(target=self._batches.force_flush, name="spans", daemon=True)
-        flushing.start()
-        flushing.join(within)
+        self._ends_at = time.monotonic() + within
+        self._closing.set()
+        self._thread.join(within)
         # What is under way is broken off.
-        self._exporter.shutdown()
-        self._batches.shutdown()  # type: ignore[no-untyped-call]  # untyped upstream
+        self._channel.close()
+        self._thread.join(1)
+        _counts["dropped"] += len(self._queue)
+        self._queue.clear()
+
+    def _run(self) -> None:
+        pause = _DELAY_SECONDS
+        while not self._closing.wait(pause):
+            is_first = pause == _DELAY_SECONDS
+            if self._send_queued():
+                pause = _DELAY_SECONDS
+            else:
+                pause = _FIRST_PAUSE_SECONDS if is_first else min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        self._send_queued()
+        if self._refused is not None:
+            _counts["failed"] += self._refused.spans
+
+    def _send_queued(self) -> bool:
+        """Whether the backend took all there was."""
+        while self._refused is not None or self._queue:
+            batch, self._refused = self._refused or self._written(), None
+            if not self._offer(batch):
+                return False
+        return True
+
+    def _written(self) -> _Batch:
+        slices, count = [], 0
+        while self._queue and count < _BATCH_SPANS:
+            spans = [self._queue.popleft() for _ in range(min(_SLICE_SPANS, len(self._queue)))]
+            # Requests that stand one behind the other are one request.
+            slices.append(export_request(self._resource, spans))
+            count += len(spans)
+            if not self._closing.is_set():
+                time.sleep(_BREATH_SECONDS)
+        return _Batch(b"".join(slices), count)
+
+    def _offer(self, batch: _Batch) -> bool:
+        left = min(_EXPORT_SECONDS, self._ends_at - time.monotonic())
+        if left < _SHORTEST_CALL_SECONDS:
+            self._refused = batch
+            return False
+        try:
+            answer = self._export(batch.request, timeout=left, metadata=self._metadata)
+        except grpc.RpcError as error:
+            self._note_failure(batch, error)
+            return False
+        if self._is_away:
+            _log.info("spans are taken again")
+            self._is_away = False
+        rejected = min(answer.partial_success.rejected_spans, batch.spans)
+        _counts["exported"] += batch.spans - rejected
+        _counts["failed"] += rejected
+        return True
+
+    def _note_failure(self, batch: _Batch, error: Any) -> None:
+        facts = {"status": error.code().name, "cause": error.details()}
+        if error.code() in PASSING:
+            if not self._is_away:
+                _log.warning("spans are not taken", extra=facts)
+            self._is_away, self._refused = True, batch
+        else:
+            _log.warning("spans were refused", extra={"spans": batch.spans, **facts})
+            _counts["failed"] += batch.spans

@@ -1,29 +1,33 @@
 """OpenTelemetry tracing: the provider of a process, and W3C trace context where there are no headers to carry it."""
 
-import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Final
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import Span
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 from services.common.settings import TracingSettings
-from services.common.trace_export import Exporter, Outbound
-from services.common.trace_sampling import Head, Keeper
+from services.common.trace_export import Outbound
+from services.common.trace_sampling import Keeper
+from services.common.trace_spans import Provider
 
-__all__ = ["FIRST_OUTPUT", "context_from", "gen_ai", "provider", "traceparent_of", "tracer"]
+__all__ = ["FIRST_OUTPUT", "context_from", "gen_ai", "provider", "resource_of", "traceparent_of", "tracer"]
 
 FIRST_OUTPUT: Final = "first token"
 """The event of a span whose generation began to show."""
 _NAME: Final = "tokenloom"
 _CLOSING_SECONDS: Final = 2.0
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
+_USUAL: Final = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+_FLAGS: Final = tuple(TraceFlags(flags) for flags in range(256))
+_EMPTY: Final = Context()
 
 
 class _Own:
@@ -47,12 +51,10 @@ def provider(
     if endpoint is None:
         yield
         return
-    resource = Resource.create({"service.name": f"tokenloom-{service}", "service.instance.id": instance or service})
-    tracing = TracerProvider(resource=resource, sampler=Head(settings.sample_ratio), shutdown_on_exit=False)
-    outbound = Outbound(Exporter(endpoint))
-    tracing.add_span_processor(Keeper(outbound, slow_seconds=settings.slow_seconds))
-    # A backend that is away is said once by the exporter itself, at a level that people see; not for every batch.
-    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    outbound = Outbound(endpoint, resource_of(service, instance).attributes)
+    keeper = Keeper(outbound.send, slow_seconds=settings.slow_seconds)
+    tracing = Provider(settings.sample_ratio, keeper.on_end)
+    # vLLM makes its spans by the process's provider.
     trace.set_tracer_provider(tracing)
     _Own.tracer = tracing.get_tracer(_NAME)
     try:
@@ -70,10 +72,26 @@ def context_from(traceparent: str | None, tracestate: str | None = None) -> Cont
     """The context that a `traceparent` header tells of; None when there is none."""
     if not traceparent:
         return None
+    if not tracestate and (usual := _USUAL.fullmatch(traceparent)):
+        trace_id, span_id, flags = usual.groups()
+        # What the library's propagator makes of it, in a third of the time.
+        parent = SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=_FLAGS[int(flags, 16)])
+        return trace.set_span_in_context(NonRecordingSpan(parent), _EMPTY)
     carrier: dict[str, str] = {"traceparent": traceparent}
     if tracestate:
         carrier["tracestate"] = tracestate
     return _PROPAGATOR.extract(carrier)
+
+
+def resource_of(service: str, instance: str = "") -> Resource:
+    """What everything that a process exports says of it."""
+    return Resource.create(
+        {
+            "service.name": f"tokenloom-{service}",
+            "service.instance.id": instance or service,
+            "service.version": version("tokenloom"),
+        }
+    )
 
 
 def traceparent_of(span: Span) -> str:

@@ -52,7 +52,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
     registry = CollectorRegistry()
     metrics = GatewayMetrics(registry)
     async with AsyncExitStack() as resources:
-        resources.enter_context(serve_metrics(settings.metrics, registry))
+        resources.enter_context(serve_metrics("gateway", settings, registry))
         keys = KeyDirectory(lambda: KeyStore(settings.database))
         tokens = None if settings.jwt is None else JwtTokens(settings.jwt)
         authenticator = Authenticator(keys, tokens)

@@ -54,7 +54,7 @@ class Worker:
     async def run(self, stop: asyncio.Event) -> int:
         """Serves until `stop` is set, then drains; returns the exit code."""
         settings = self._settings
-        with serve_metrics(settings.metrics, self._registry) as metrics_port:
+        with serve_metrics("inference", settings, self._registry) as metrics_port:
             # Probes get an answer while the engine starts, which may take minutes.
             async with rpc.serve(
                 settings.listen,

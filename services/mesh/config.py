@@ -16,6 +16,7 @@ from services.common.settings import (
     GuardrailSettings,
     JwtSettings,
     LedgerSettings,
+    MetricsPushSettings,
     ModelSettings,
     Name,
     SimSettings,
@@ -107,6 +108,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     """Where spans go, over OTLP gRPC; null exports none."""
     tracing: TracingSettings = TracingSettings()
     """Which ones."""
+    metrics_push: MetricsPushSettings | None = None
+    """Where our processes' metrics go, over OTLP gRPC, beside being served for scrapes; null: nowhere."""
     redis_url: str | None = None
     """Where GPU readings are published besides gRPC and Prometheus, and replicas of the gateway share limits."""
     database_url: str | None = None

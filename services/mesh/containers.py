@@ -81,6 +81,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
         metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
         tracing=mesh.tracing,
+        metrics_push=mesh.metrics_push,
         redis_url=mesh.redis_url or _REDIS_URL,
     )
     yield Container(name="telemetry", service="telemetry", address=next(hosts), settings=telemetry)
@@ -91,6 +92,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
             metrics=f"{_ANY}:{METRICS_PORT}",
             otlp_endpoint=mesh.otlp_endpoint,
             tracing=mesh.tracing,
+            metrics_push=mesh.metrics_push,
             picker=f"{_ANY}:{_PICKER}",
             telemetry=[f"telemetry:{_GRPC}"],
             routing=mesh.routing,
@@ -113,6 +115,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
         metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
         tracing=mesh.tracing,
+        metrics_push=mesh.metrics_push,
         http=f"{_ANY}:{_HTTP}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
@@ -138,6 +141,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         metrics=f"{_ANY}:{METRICS_PORT}",
         otlp_endpoint=mesh.otlp_endpoint,
         tracing=mesh.tracing,
+        metrics_push=mesh.metrics_push,
         advertise=f"{address}:{_GRPC}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         pool=pool.name,

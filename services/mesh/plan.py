@@ -173,6 +173,7 @@ class _Planner:
             metrics=f"{_HOST}:{ports['metrics']}",
             otlp_endpoint=self._mesh.otlp_endpoint,
             tracing=self._mesh.tracing,
+            metrics_push=self._mesh.metrics_push,
             **settings,
         )
         return ProcessPlan(

@@ -74,7 +74,7 @@ async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> 
     core = _Core(settings, RouterMetrics(registry))
     registry.register(FleetCollector(core.fleet, core.admission, core.policies, core.clock))
     doors = _Doors(core, tracer or process_tracer(), fallbacks=settings.picker_fallbacks)
-    with serve_metrics(settings.metrics, registry) as metrics_port:
+    with serve_metrics("router", settings, registry) as metrics_port:
         core.policy_file.load()
         async with (
             serve(

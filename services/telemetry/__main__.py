@@ -51,7 +51,7 @@ async def run(settings: TelemetrySettings, stop: asyncio.Event) -> int:
                 agents=lambda: {} if hub is None else hub.agents,
             )
         )
-        metrics_port = resources.enter_context(serve_metrics(settings.metrics, registry))
+        metrics_port = resources.enter_context(serve_metrics("telemetry", settings, registry))
         board = sampler if hub is None else hub
         server = await resources.enter_async_context(serve(settings.listen, lambda it: _register(it, board)))
         _log.info("listening", extra={"grpc_port": server.port, "metrics_port": metrics_port})

@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
+from tests.support.waiting import wait_until
+
 __all__ = ["ReceivedSpan", "Receiver", "otlp_receiver"]
 
 
@@ -29,17 +31,22 @@ class ReceivedSpan:
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
     """Collects spans."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, refuses: bool) -> None:
         self.endpoint = ""
+        self.calls = 0
+        self._refuses = refuses
         self._lock = Lock()
         self._spans: list[ReceivedSpan] = []
 
     def Export(
         self,
         request: trace_service_pb2.ExportTraceServiceRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
+        context: grpc.ServicerContext,
     ) -> trace_service_pb2.ExportTraceServiceResponse:
-        """Takes a batch."""
+        """Takes a batch, or refuses it for good."""
+        self.calls += 1
+        if self._refuses:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not these")
         received = [
             _received(span, _attributes(group.resource.attributes))
             for group in request.resource_spans
@@ -60,14 +67,18 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
         spans = {span.span_id: span for span in self.trace(trace_id)}
         return {(_label(spans[span.parent_id]), _label(span)) for span in spans.values() if span.parent_id in spans}
 
+    def wait_for(self, trace_id: str, names: set[str], *, within: float) -> None:
+        """Until spans of these names are there."""
+        wait_until(lambda: names <= {span.name for span in self.trace(trace_id)}, within=within)
+
 
 @contextmanager
-def otlp_receiver() -> Iterator[Receiver]:
+def otlp_receiver(address: str = "127.0.0.1:0", *, refuses: bool = False) -> Iterator[Receiver]:
     """Receives spans at `receiver.endpoint` until the block is left."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
-    receiver = Receiver()
+    receiver = Receiver(refuses=refuses)
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]  # untyped upstream
-    receiver.endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    receiver.endpoint = f"127.0.0.1:{server.add_insecure_port(address)}"
     server.start()
     try:
         yield receiver
