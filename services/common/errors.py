@@ -24,6 +24,7 @@ class Reason(StrEnum):
     ALREADY_EXISTS = "ALREADY_EXISTS"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    REQUEST_TIMEOUT = "REQUEST_TIMEOUT"
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
     UNSUPPORTED_MEDIA_TYPE = "UNSUPPORTED_MEDIA_TYPE"
     RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"
@@ -58,6 +59,7 @@ TABLE: Final[dict[Reason, ReasonRow]] = {
     Reason.ALREADY_EXISTS: ReasonRow("ALREADY_EXISTS", 409, "invalid_request_error", "already_exists"),
     Reason.FAILED_PRECONDITION: ReasonRow("FAILED_PRECONDITION", 409, "invalid_request_error", "failed_precondition"),
     Reason.METHOD_NOT_ALLOWED: ReasonRow("UNIMPLEMENTED", 405, "invalid_request_error", "method_not_allowed"),
+    Reason.REQUEST_TIMEOUT: ReasonRow("DEADLINE_EXCEEDED", 408, "invalid_request_error", "request_timeout"),
     Reason.REQUEST_TOO_LARGE: ReasonRow("RESOURCE_EXHAUSTED", 413, "invalid_request_error", "request_too_large"),
     Reason.UNSUPPORTED_MEDIA_TYPE: ReasonRow(
         "INVALID_ARGUMENT", 415, "invalid_request_error", "unsupported_media_type"

@@ -274,6 +274,8 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     """Requests that may wait inside the engine beyond those that run; the next one is refused with NO_CAPACITY."""
     drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
     """How long running generations may go on after SIGTERM."""
+    client_timeout_seconds: Positive = 30.0
+    """How long a client of the typed API may take nothing of its answer before its generation is stopped."""
     report_seconds: Annotated[float, Meta(gt=0, le=0.25)] = 0.1
     """Longest between two load reports."""
 
@@ -447,3 +449,5 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     """Longest that one request may take, queueing included."""
     drain_seconds: Annotated[float, Meta(ge=0)] = 30.0
     """How long running streams may go on after SIGTERM."""
+    client_timeout_seconds: Positive = 30.0
+    """How long a client may send nothing of its request, or take nothing of its answer, before it is given up."""

@@ -94,6 +94,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 authorization=authorization,
                 metrics=metrics,
                 is_ready=lambda: routers.can_place and keys.is_loaded and not stop.is_set(),
+                client_seconds=settings.client_timeout_seconds,
             )
 
             def register(server: grpc.aio.Server) -> list[str]:

@@ -18,7 +18,7 @@ from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.console import Console
 from services.gateway.generation import Caller
 from services.gateway.guardrails import Guardrails
-from services.gateway.http import ClientLeftError, Receive, Request, Response, Send, error_response
+from services.gateway.http import ABORT, ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
@@ -44,8 +44,10 @@ class App:
         authorization: HttpAuthorization,
         metrics: GatewayMetrics,
         is_ready: Callable[[], bool],
+        client_seconds: float = 30.0,
     ) -> None:
-        """`is_ready` tells whether /readyz should say so."""
+        """`is_ready` tells whether /readyz should say so. `client_seconds`: how long a client may stand still."""
+        self._client_seconds = client_seconds
         self._routes = routes
         self._authenticator = authenticator
         self._accounts = accounts
@@ -63,9 +65,10 @@ class App:
         if scope["path"].startswith(AUTHORIZATION_PATH):
             await self._authorization(scope, receive, send)
             return
-        request = Request(scope, receive)
+        request = Request(scope, receive, client_seconds=self._client_seconds)
         request_id = request.header(b"x-request-id") or uuid.uuid4().hex
-        response = Response(send, request_id)
+        abort = scope.get("extensions", {}).get(ABORT)
+        response = Response(send, request_id, client_seconds=self._client_seconds, abort=abort)
         if request.path in ("/healthz", "/readyz"):
             await self._probe(request, response)
             return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
+from services.gateway.http import ABORT
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -70,6 +71,8 @@ def protocol_with(authorization: HttpAuthorization) -> type[HttpToolsProtocol]:
                 if self.cycle is not before:
                     held: Any = _HeldHead(self.cycle, self.transport)
                     self.cycle.transport = held
+                    extensions: Any = {ABORT: self.transport.abort}
+                    self.scope["extensions"] = extensions
 
         def on_body(self, body: bytes) -> None:
             if self._answer is None:

@@ -11,7 +11,16 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 
-__all__ = ["QUEUE_HEADER", "ClientLeftError", "Request", "Response", "error_response", "kept_alive", "while_connected"]
+__all__ = [
+    "ABORT",
+    "QUEUE_HEADER",
+    "ClientLeftError",
+    "Request",
+    "Response",
+    "error_response",
+    "kept_alive",
+    "while_connected",
+]
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -22,18 +31,27 @@ _NOT_MODIFIED: Final = 304
 QUEUE_HEADER: Final = b"x-queue-status"
 """With "1": say in comments where a stream's request stands in the queue, from the moment that it does."""
 _KEEP_ALIVE_SECONDS: Final = 10.0
+_CLIENT_SECONDS: Final = 30.0
+ABORT: Final = "tokenloom.abort"
+"""The extension of ASGI that cuts the connection of a request."""
+# A body that comes more slowly is not waited for, whatever its size.
+_LEAST_BYTES_PER_SECOND: Final = 4096
 # Proxies and clients on the way give up on a connection on which nothing moves.
 _WAITING: Final = b": waiting\n\n"
 
 
 class ClientLeftError(Exception):
-    """The client closed its connection before the answer was complete."""
+    """The client closed its connection, or stood still for too long, before the answer was complete."""
 
 
 class Request:
     """A request on its way in."""
 
-    def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
+    def __init__(
+        self, scope: MutableMapping[str, Any], receive: Receive, *, client_seconds: float = _CLIENT_SECONDS
+    ) -> None:
+        """`client_seconds`: how long the body may take to come, beside what its size takes."""
+        self._client_seconds = client_seconds
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self._query: bytes = scope.get("query_string", b"")
@@ -92,12 +110,16 @@ class Request:
         """The body as it comes.
 
         Raises:
-            MeshError: it is larger than `limit` bytes; reading stops there.
+            MeshError: it is larger than `limit` bytes, or comes too slowly; reading stops there.
             ClientLeftError: the client left before the end.
         """
-        size = 0
+        size, began = 0, asyncio.get_running_loop().time()
         while True:
-            message = await self._receive()
+            try:
+                async with asyncio.timeout_at(began + self._client_seconds + size / _LEAST_BYTES_PER_SECOND):
+                    message = await self._receive()
+            except TimeoutError:
+                raise MeshError(Reason.REQUEST_TIMEOUT, "the request did not arrive in time") from None
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
             part: bytes = message.get("body", b"")
@@ -117,8 +139,18 @@ class Request:
 class Response:
     """An answer on its way out. `started` tells whether its status is gone already."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(
+        self,
+        send: Send,
+        request_id: str,
+        *,
+        client_seconds: float = _CLIENT_SECONDS,
+        abort: Callable[[], None] | None = None,
+    ) -> None:
+        """`client_seconds`: how long a client may take nothing; then `abort` cuts its connection."""
         self._send = send
+        self._client_seconds = client_seconds
+        self._abort = abort
         self._headers: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
         self.request_id = request_id
         self.started = False
@@ -151,14 +183,14 @@ class Response:
         length = [] if status == _NOT_MODIFIED else [(b"content-length", str(len(body)).encode())]
         await self._start(status, [*length, *headers])
         self.ended = True
-        await self._send({"type": "http.response.body", "body": body})
+        await self._deliver({"type": "http.response.body", "body": body})
 
     async def send_bytes(self, parts: AsyncIterator[bytes], *, length: int) -> None:
         """Sends a file."""
         headers = ((b"content-type", b"application/octet-stream"), (b"content-length", str(length).encode()))
         await self._start(200, headers)
         async for part in parts:
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+            await self._deliver({"type": "http.response.body", "body": part, "more_body": True})
         await self.end()
 
     async def start_events(self) -> None:
@@ -168,9 +200,13 @@ class Response:
         await self._start(200, [(b"content-type", b"text/event-stream; charset=utf-8"), *no_buffering])
 
     async def send_events(self, events: bytes) -> None:
-        """Sends events; waits while the client's buffers are full."""
+        """Sends events; waits while the client's buffers are full.
+
+        Raises:
+            ClientLeftError: they are full for so long that the client is given up.
+        """
         await self._own()
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        await self._deliver({"type": "http.response.body", "body": events, "more_body": True})
         self._busy = False
 
     async def _own(self) -> None:
@@ -180,7 +216,25 @@ class Response:
         self._busy = True
         if self._unfinished is not None:
             unfinished, self._unfinished = self._unfinished, None
-            await unfinished
+            await self._finish(unfinished)
+
+    async def _deliver(self, message: Message) -> None:
+        sending = self._send(message)
+        try:
+            blocker = sending.send(None)  # type: ignore[attr-defined]  # servers' send() is a coroutine function
+        except StopIteration:
+            # Nearly always: a timer is for those that have to wait.
+            return
+        await self._finish(_Unfinished(sending, blocker))
+
+    async def _finish(self, unfinished: "_Unfinished") -> None:
+        try:
+            async with asyncio.timeout(self._client_seconds):
+                await unfinished
+        except TimeoutError:
+            if self._abort is not None:
+                self._abort()
+            raise ClientLeftError from None
 
     def write_events(self, events: bytes) -> bool:
         """Sends events without giving way to other tasks, which saves a wake-up a token.
@@ -229,11 +283,11 @@ class Response:
         """Ends a stream, with its last events; waits while the client's buffers are full."""
         await self._own()
         self.ended = True
-        await self._send({"type": "http.response.body", "body": events})
+        await self._deliver({"type": "http.response.body", "body": events})
 
     async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status
-        await self._send({"type": "http.response.start", "status": status, "headers": [*self._headers, *headers]})
+        await self._deliver({"type": "http.response.start", "status": status, "headers": [*self._headers, *headers]})
 
 
 class _Unfinished:

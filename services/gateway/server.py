@@ -16,6 +16,7 @@ __all__ = ["serve_http"]
 
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 """An ASGI application."""
+_SEND_BUFFER_BYTES = 128 << 10
 _KEEP_ALIVE_SECONDS = 75
 """Longer than the edge keeps an idle connection, so that never both ends close it while a request is on its way."""
 
@@ -40,6 +41,9 @@ async def serve_http(
     """
     host, _, port = address.rpartition(":")
     listener = socket.create_server((host, int(port)), backlog=2048)
+    # Connections inherit it. The kernel would take megabytes for a client that reads nothing, and its generation would
+    # go on meanwhile.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     config = uvicorn.Config(
         app,
         loop="none",

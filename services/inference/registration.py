@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 import grpc.aio
@@ -34,8 +34,19 @@ _STATES: Final = {
 class Registration:
     """A worker's streams to its routers, each of which is opened again whenever it ends."""
 
-    def __init__(self, registration: router_pb2.Registration, gate: Gate, *, report_seconds: float) -> None:
-        """`report_seconds` is the longest between two reports."""
+    def __init__(
+        self,
+        registration: router_pb2.Registration,
+        gate: Gate,
+        *,
+        report_seconds: float,
+        abandoned: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """`report_seconds` is the longest between two reports.
+
+        `abandoned` gives the ids of requests that were given up lately.
+        """
+        self._abandoned = abandoned
         self._registration = registration
         self._gate = gate
         self._report_seconds = report_seconds
@@ -79,6 +90,7 @@ class Registration:
         while True:
             state, load = self._now()
             report = convert.load_to_proto(load, _STATES[state], self._gate.reason)
+            report.abandoned_request_ids.extend(self._abandoned())
             cards = self._cards(told)
             if cards != told:
                 told = cards

@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -16,20 +16,31 @@ from services.inference.engine import AdapterControl, card_of, cards_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
 from services.inference.lifecycle import Lifecycle
+from services.inference.patience import Abandoned, Writing, bounded_writes
 from services.inference.pooling_calls import PoolingCalls
 from services.inference.session import Session
 
 __all__ = ["InferenceServicer", "WorkerServicer", "register"]
 
+_CLIENT_SECONDS: Final = 30.0
+
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """The public, typed way in."""
 
-    def __init__(self, gate: Gate, generations: Generations, *, worker: str = "") -> None:
-        """`worker`: the name of this worker, for the accounts of calls."""
+    def __init__(
+        self, gate: Gate, generations: Generations, *, worker: str = "", client_seconds: float = _CLIENT_SECONDS
+    ) -> None:
+        """`worker`: the name of this worker, for the accounts of calls.
+
+        `client_seconds`: how long a client may take nothing of its answer.
+        """
         self._gate = gate
         self._generations = generations
         self._worker = worker
+        self._client_seconds = client_seconds
+        self.abandoned = Abandoned()
+        """The requests whose clients took nothing for so long."""
         self.pooling = PoolingCalls(gate, generations)
         """What is answered beside Generate."""
 
@@ -52,7 +63,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         run = self._start(request, call, context)
         try:
             await run.submit()
-            await self._stream(call, request.model, context)
+            async with bounded_writes(self._client_seconds) as writing:
+                await self._stream(call, request.model, context, writing)
+        except TimeoutError:
+            self.abandoned.note(str(metadata_of(context).get("x-request-id", "")))
+            raise MeshError(Reason.NO_CAPACITY, "the output is not read in time") from None
         finally:
             run.cancel()
 
@@ -111,7 +126,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise
         return self._generations.start(engine, generation, call, request_id)
 
-    async def _stream(self, call: Call, model: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _stream(
+        self, call: Call, model: str, context: grpc.aio.ServicerContext[Any, Any], writing: Writing
+    ) -> None:
+        loop = asyncio.get_running_loop()
         async with aclosing(call.events()) as events:
             async for event in events:
                 if event.HasField("delta"):
@@ -126,7 +144,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                             *timing_metadata(model, self._worker, event.completed.timings),
                         )
                     )
+                writing.since = loop.time()
                 await context.write(event)
+                writing.since = None
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):

@@ -47,7 +47,9 @@ class Worker:
             self._registry.register(VllmCollector())
         tracer = tracing.tracer() if settings.otlp_endpoint else None
         self._generations = Generations(Spans(tracer, worker=settings.name), WorkerMetrics(self._registry))
-        self._inference = InferenceServicer(self._gate, self._generations, worker=settings.name)
+        self._inference = InferenceServicer(
+            self._gate, self._generations, worker=settings.name, client_seconds=settings.client_timeout_seconds
+        )
         lifecycle = Lifecycle(self._gate, self._generations, drain_seconds=settings.drain_seconds)
         self._sessions = WorkerServicer(self._gate, self._generations, lifecycle)
 
@@ -121,7 +123,9 @@ class Worker:
             pool=settings.pool,
             gpus=gpu_uuids(settings.gpu, os.environ),
         )
-        return Registration(who, self._gate, report_seconds=settings.report_seconds)
+        return Registration(
+            who, self._gate, report_seconds=settings.report_seconds, abandoned=self._inference.abandoned.recent
+        )
 
     async def _report_health(self, server: rpc.Server) -> None:
         told = None

@@ -92,6 +92,9 @@ class EdgeConfig(_Struct, kw_only=True, frozen=True):
     port: Port = 8080
     admin_port: Port | None = None
     """Envoy's own admin interface, on the loopback address; null takes a free port."""
+    client_timeout_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    """How long a client may stand still: send nothing more of what it began, take nothing of its answer, or be gone
+    without a word. Then it is given up, and what it asked for is stopped."""
 
 
 class MeshConfig(_Struct, kw_only=True, frozen=True):

@@ -70,6 +70,7 @@ def edge_of(mesh: MeshConfig) -> Edge:
         fallback=f"127.0.0.1:{_FALLBACK}",
         otlp=mesh.otlp_endpoint,
         sample_ratio=mesh.tracing.sample_ratio,
+        client_timeout=mesh.edge.client_timeout_seconds,
     )
 
 
@@ -127,6 +128,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
         guardrails=mesh.guardrails,
         batches=mesh.batches,
         drain_seconds=mesh.drain_seconds,
+        client_timeout_seconds=mesh.edge.client_timeout_seconds,
     )
     return Container(name=name, service="gateway", address=address, settings=settings)
 
@@ -154,6 +156,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         upstream=worker.upstream,
         watchdog=worker.watchdog,
         drain_seconds=mesh.drain_seconds,
+        client_timeout_seconds=mesh.edge.client_timeout_seconds,
     )
     return Container(
         name=worker.name,

@@ -1,5 +1,6 @@
 """The configuration of the edge: one Envoy bootstrap, for the launcher and for containers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ __all__ = ["Edge", "bootstrap"]
 _MAX_CONNECTIONS: Final = 10_000
 _MAX_HEAP_BYTES: Final = 2 << 30
 _BUFFER_BYTES: Final = 32 << 10
+# Longest until a connection's first byte, and from the first byte of a request until its headers are complete.
+_FIRST_SECONDS: Final = 10.0
 # Dropped before anything reads them: who a client is, and where its request goes, is ours to say.
 _FORGEABLE_PREFIXES: Final = ("x-tokenloom-", "x-gateway-destination-endpoint", "x-envoy-")
 _FORGEABLE: Final = ("x-request-id",)
@@ -49,6 +52,8 @@ class Edge:
     sample_ratio: float = 1.0
     """Share of the requests that are traced, of those whose client hasn't decided that already."""
     access_log: str = "/dev/stdout"
+    client_timeout: float = 30.0
+    """How many seconds a client may stand still."""
 
 
 def bootstrap(edge: Edge) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
         "application_log_config": {"log_format": {"json_format": _LOG_LINE}},
         "overload_manager": _overload_manager(),
         "layered_runtime": {
-            "layers": [{"name": "tracing", "static_layer": _RUNTIME}, {"name": "admin", "admin_layer": {}}]
+            "layers": [{"name": "ours", "static_layer": _RUNTIME}, {"name": "admin", "admin_layer": {}}]
         },
         "static_resources": {
             "listeners": [_listener(edge), *([] if edge.fallback is None else [fallback_listener(edge.fallback)])],
@@ -79,8 +84,12 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
     }
 
 
-# Envoy would keep a span for 5 s: whoever looks into a slow request should not have to wait for its edge.
-_RUNTIME: Final = {"tracing.opentelemetry.flush_interval_ms": 1000}
+_RUNTIME: Final = {
+    # Envoy would keep a span for 5 s: whoever looks into a slow request should not have to wait for its edge.
+    "tracing.opentelemetry.flush_interval_ms": 1000,
+    # One connection's requests take turns with those of the others.
+    "http.max_requests_per_io_cycle": 8,
+}
 _LOG_LINE: Final = {
     "time": "%Y-%m-%dT%H:%M:%S.%eZ",
     "level": "%l",
@@ -134,9 +143,17 @@ def _overload_manager() -> dict[str, Any]:
             },
         ],
         "actions": [
-            {"name": f"envoy.overload_actions.{action}", "triggers": [{"name": heap, "threshold": {"value": value}}]}
-            for action, value in (("shrink_heap", 0.95), ("stop_accepting_requests", 0.98))
+            {
+                "name": "envoy.overload_actions.reset_high_memory_stream",
+                "triggers": [{"name": heap, "scaled": {"scaling_threshold": 0.85, "saturation_threshold": 0.95}}],
+            },
+            *(
+                {"name": f"envoy.overload_actions.{name}", "triggers": [{"name": heap, "threshold": {"value": value}}]}
+                for name, value in (("shrink_heap", 0.95), ("stop_accepting_requests", 0.98))
+            ),
         ],
+        # Streams that hold less than 2**15 bytes are never among those that are reset.
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": 15},
     }
 
 
@@ -145,6 +162,15 @@ def _listener(edge: Edge) -> dict[str, Any]:
         "name": "edge",
         "address": socket_address(edge.listen),
         "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
+        "socket_options": list(_socket_options(edge.client_timeout)),
+        # It waits for a first byte: who connects and says nothing is not kept.
+        "listener_filters": [
+            {
+                "name": "envoy.filters.listener.tls_inspector",
+                "typed_config": any_of("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"),
+            }
+        ],
+        "listener_filters_timeout": f"{min(_FIRST_SECONDS, edge.client_timeout):g}s",
         "filter_chains": [
             {
                 "filters": [
@@ -163,7 +189,7 @@ def _connection_manager(edge: Edge) -> dict[str, Any]:
         server_name="tokenloom",
         **_identity_of_clients(),
         **_hygiene(),
-        **_limits(),
+        **_limits(edge.client_timeout),
         **({} if edge.otlp is None else {"tracing": _tracing(edge.sample_ratio)}),
         access_log=[_access_log(edge.access_log), *(usage_log(name) for name, _ in edge.accounting)],
         local_reply_config=local_replies(),
@@ -202,26 +228,49 @@ def _hygiene() -> dict[str, Any]:
         "common_http_protocol_options": {
             "headers_with_underscores_action": "REJECT_REQUEST",
             "max_headers_count": 100,
-            "idle_timeout": "900s",
+            # Of a connection without a request: the edge has places for so many of them only.
+            "idle_timeout": "120s",
         },
         "max_request_headers_kb": 60,
         "strip_any_host_port": False,
     }
 
 
-def _limits() -> dict[str, Any]:
+def _limits(client_timeout: float) -> dict[str, Any]:
     return {
-        "request_headers_timeout": "10s",
+        "request_headers_timeout": f"{min(_FIRST_SECONDS, client_timeout):g}s",
+        # A body may be a large file, and only the gateway knows of which size: it is stricter where it can be.
+        "request_timeout": "900s",
         # A stream on which nothing at all moves; routes to engines have a longer one of their own.
         "stream_idle_timeout": "300s",
+        # What is left of an answer that is complete.
+        "stream_flush_timeout": f"{client_timeout:g}s",
         "delayed_close_timeout": "1s",
         "drain_timeout": "5s",
         "http2_protocol_options": {
             "max_concurrent_streams": 100,
             "initial_stream_window_size": 64 << 10,
             "initial_connection_window_size": 1 << 20,
+            # Together less than the client's time, with 15% more that Envoy adds to the interval now and then.
+            "connection_keepalive": {"interval": f"{client_timeout / 2:g}s", "timeout": f"{client_timeout / 3:g}s"},
         },
     }
+
+
+def _socket_options(client_timeout: float) -> Iterator[dict[str, Any]]:
+    """Has the kernel find out about clients that are gone without a word, by the numbers that Linux has for that."""
+    solsocket, tcp = 1, 6
+    idle = max(1, round(client_timeout / 2))
+    options = (
+        ("SO_KEEPALIVE", solsocket, 9, 1),
+        ("TCP_KEEPIDLE", tcp, 4, idle),
+        ("TCP_KEEPINTVL", tcp, 5, max(1, idle // 3)),
+        ("TCP_KEEPCNT", tcp, 6, 3),
+        # Also for one that is there and takes nothing of what was sent.
+        ("TCP_USER_TIMEOUT", tcp, 18, round(client_timeout * 1000)),
+    )
+    for description, level, name, value in options:
+        yield {"description": description, "level": level, "name": name, "int_value": value, "state": "STATE_LISTENING"}
 
 
 def _tracing(sample_ratio: float) -> dict[str, Any]:

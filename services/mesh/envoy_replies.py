@@ -70,7 +70,7 @@ _REPLIES: Final = (
         grpc_error=_NO_METHOD,
     ),
     _reply(405, Reason.METHOD_NOT_ALLOWED, "this path takes another method: see the allow header"),
-    _reply(408, Reason.INVALID_REQUEST, "the request did not arrive in time", code="request_timeout"),
+    _reply(408, Reason.REQUEST_TIMEOUT, "the request did not arrive in time"),
     _reply(413, Reason.REQUEST_TOO_LARGE, "the request is larger than 4 MiB"),
     _reply(415, Reason.UNSUPPORTED_MEDIA_TYPE, "this path speaks gRPC: send content-type application/grpc"),
     _reply(431, Reason.INVALID_REQUEST, "the request's headers are too large", code="headers_too_large"),

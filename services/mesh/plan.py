@@ -118,6 +118,7 @@ class _Planner:
             upstream=worker.upstream,
             watchdog=worker.watchdog,
             drain_seconds=self._mesh.drain_seconds,
+            client_timeout_seconds=self._mesh.edge.client_timeout_seconds,
         )
 
     def _model(self, pool: PoolConfig, worker: WorkerConfig) -> ModelSettings:
@@ -145,6 +146,7 @@ class _Planner:
             guardrails=self._mesh.guardrails,
             batches=self._mesh.batches,
             drain_seconds=self._mesh.drain_seconds,
+            client_timeout_seconds=self._mesh.edge.client_timeout_seconds,
         )
 
     def _python(
@@ -214,6 +216,7 @@ class _Planner:
             fallback=f"{_HOST}:{ports['fallback']}",
             otlp=self._mesh.otlp_endpoint,
             sample_ratio=self._mesh.tracing.sample_ratio,
+            client_timeout=self._mesh.edge.client_timeout_seconds,
         )
         # What it says at level info before it has read the bootstrap would not be JSON.
         options = ("--disable-hot-restart", "--file-flush-interval-msec", "200", "--log-level", "warning")

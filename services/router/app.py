@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from services.router.policy_file import PolicyFile
 from services.router.prefixes import Prefixes
 from services.router.scheduler import Scheduler
 from services.router.servicer import RouterServicer
+from services.router.worker import Worker
 
 __all__ = ["RunningRouter", "running"]
 
@@ -156,7 +157,9 @@ class _Doors:
 
     def __init__(self, core: _Core, tracer: Tracer, *, fallbacks: int) -> None:
         self._admission = core.admission
-        self._inside = RouterServicer(core.fleet, core.admission, core.prefixes, tracer)
+        self._picker = Picker(core.admission, tracer, fallbacks=fallbacks)
+        self._edge_picker = EdgePicker(core.admission, tracer)
+        self._inside = RouterServicer(core.fleet, core.admission, core.prefixes, tracer, abandon=self._abandon)
         self._admin = AdminServicer(
             fleet=core.fleet,
             admission=core.admission,
@@ -165,8 +168,10 @@ class _Doors:
             policy_file=core.policy_file,
             clock=core.clock,
         )
-        self._picker = Picker(core.admission, tracer, fallbacks=fallbacks)
-        self._edge_picker = EdgePicker(core.admission, tracer)
+
+    def _abandon(self, worker: Worker, request_ids: Collection[str]) -> None:
+        self._edge_picker.abandon(worker, request_ids)
+        self._picker.abandon(worker, request_ids)
 
     @asynccontextmanager
     async def edge(self, address: str | None) -> AsyncIterator[int]:

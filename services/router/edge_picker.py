@@ -1,6 +1,6 @@
 """envoy.service.ext_proc.v3.ExternalProcessor for our own edge: the same picking, over a leaner server."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from services.common.errors import MeshError, Reason
 from services.router.admission import Admission
 from services.router.exchange import MAX_SHOWN_BYTES, Exchange
 from services.router.http2 import Stream, serve_streams
+from services.router.worker import Worker
 
 __all__ = ["EdgePicker"]
 
@@ -42,6 +43,11 @@ class EdgePicker:
         """Lets go of every request that has its worker, cleanly: the edge goes on with it without the picker."""
         for call in tuple(self._calls):
             call.let_go()
+
+    def abandon(self, worker: Worker, request_ids: Collection[str]) -> None:
+        """Ends those requests that a worker has given up, since their clients take nothing."""
+        for call in tuple(self._calls):
+            call.abandon(worker, request_ids)
 
     def _open(self, stream: Stream, headers: Mapping[bytes, bytes]) -> "_EdgeCall":
         traceparent = headers.get(b"traceparent")
@@ -83,6 +89,10 @@ class _EdgeCall:
         """The request is over; its lease is free."""
         self._picker.forget(self)
         self._exchange.close()
+
+    def abandon(self, worker: Worker, request_ids: Collection[str]) -> None:
+        """Ends the request, if it is one that the worker has given up."""
+        self._exchange.abandon(worker, request_ids)
 
     def let_go(self) -> None:
         """Ends the call, if the request has its worker."""

@@ -5,7 +5,7 @@ the client is gone, and so does the lease.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import msgspec
@@ -20,7 +20,7 @@ from services.router.prompt import GrpcBody, JsonBody, Wanted
 from services.router.request import Request
 from services.router.spans import end_span, start_span
 from services.router.ticket import Ticket
-from services.router.worker import Outcome
+from services.router.worker import Outcome, Worker
 
 __all__ = ["MAX_SHOWN_BYTES", "Exchange"]
 
@@ -109,6 +109,20 @@ class Exchange:
             return
         self.is_over, self._picked = True, None
         self._send(extproc.refusal(error, to_grpc=self._is_grpc))
+
+    def abandon(self, worker: Worker, request_ids: Collection[str]) -> bool:
+        """Ends the request if it is one that its worker has given up, since its client takes nothing; tells whether.
+
+        The lease is free at once; Envoy, whose answer is under way, can but reset it.
+        """
+        ticket = self._ticket
+        if self.is_over or ticket is None or ticket.lease is None or ticket.lease.worker is not worker:
+            return False
+        if ticket.request.request_id not in request_ids:
+            return False
+        self.close()
+        self.refuse(MeshError(Reason.NO_CAPACITY, "the output is not read in time"))
+        return True
 
     def close(self, outcome: Outcome = Outcome.CANCELLED, **usage: int) -> None:
         """The request is over, with that usage if it is known; its lease is free."""

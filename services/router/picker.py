@@ -1,7 +1,7 @@
 """envoy.service.ext_proc.v3.ExternalProcessor over grpc.aio: the endpoint picker of any gateway that wants one."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 import grpc.aio
@@ -11,6 +11,7 @@ from opentelemetry.trace import Tracer
 from services.common.rpc import metadata_of
 from services.router.admission import Admission
 from services.router.exchange import Exchange
+from services.router.worker import Worker
 
 __all__ = ["Picker"]
 
@@ -24,6 +25,7 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         self._tracer = tracer
         self._fallbacks = fallbacks
         self._calls: dict[Exchange, asyncio.Task[Any]] = {}
+        self._abandoned: set[Exchange] = set()
         self._closing = False
 
     def close(self) -> None:
@@ -31,6 +33,13 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         self._closing = True
         for exchange, call in self._calls.items():
             if exchange.is_picked:
+                call.cancel()
+
+    def abandon(self, worker: Worker, request_ids: Collection[str]) -> None:
+        """Ends those requests that a worker has given up, since their clients take nothing."""
+        for exchange, call in tuple(self._calls.items()):
+            if exchange.abandon(worker, request_ids):
+                self._abandoned.add(exchange)
                 call.cancel()
 
     async def Process(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
@@ -56,10 +65,12 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         except asyncio.CancelledError:
             # Our own call for attention, and cheaper than listening for two things all the time: the stream ends with
             # OK. An error would have Envoy break a response that is on its way.
-            if not self._closing:
+            if not self._closing and exchange not in self._abandoned:
                 raise
             call.uncancel()
+            await answers.flush()
         finally:
+            self._abandoned.discard(exchange)
             del self._calls[exchange]
             exchange.close()
             inbox.close()

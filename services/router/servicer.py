@@ -1,7 +1,7 @@
 """tokenloom.router.v1.RouterService: the sessions of gateways and the registrations of workers."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Final
 
 from opentelemetry.trace import Span, Tracer
@@ -24,6 +24,11 @@ __all__ = ["RouterServicer"]
 # A gateway that has not read so many answers is stuck.
 _MOST_ANSWERS: Final = 65_536
 _log = logging.getLogger(__name__)
+Abandon = Callable[[Worker, Collection[str]], None]
+
+
+def _nobody_hears(_worker: Worker, _request_ids: Collection[str]) -> None:
+    """What is done where no picker serves."""
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
@@ -37,8 +42,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         tracer: Tracer,
         *,
         most_answers: int = _MOST_ANSWERS,
+        abandon: Abandon | None = None,
     ) -> None:
-        """A gateway that leaves more than `most_answers` unread loses its session."""
+        """A gateway that leaves more than `most_answers` unread loses its session.
+
+        `abandon` hears which requests a worker has given up.
+        """
+        self._abandon = abandon or _nobody_hears
         self._fleet = fleet
         self._admission = admission
         self._prefixes = prefixes
@@ -80,7 +90,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         _log.info("worker registered", extra={"worker": worker.worker_id, "endpoint": worker.endpoint})
         try:
             async with reading(
-                request_iterator, _Reports(self._fleet, self._prefixes, worker).take, ended=worker.leave
+                request_iterator,
+                _Reports(self._fleet, self._prefixes, worker, self._abandon).take,
+                ended=worker.leave,
             ) as reader:
                 async for command in _commands(worker):
                     yield command
@@ -191,15 +203,18 @@ class _Session:
 class _Reports:
     """What one worker reports."""
 
-    def __init__(self, fleet: Fleet, prefixes: Prefixes, worker: Worker) -> None:
+    def __init__(self, fleet: Fleet, prefixes: Prefixes, worker: Worker, abandon: Abandon) -> None:
         self._fleet = fleet
         self._prefixes = prefixes
         self._worker = worker
+        self._abandon = abandon
 
     def take(self, message: router_pb2.RegisterRequest) -> None:
         match message.WhichOneof("message"):
             case "load":
                 self._fleet.report(self._worker, wire.load(message.load, self._worker.card))
+                if message.load.abandoned_request_ids:
+                    self._abandon(self._worker, frozenset(message.load.abandoned_request_ids))
             case "kv_cache_events":
                 events = message.kv_cache_events
                 self._prefixes.tell(

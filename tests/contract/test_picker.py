@@ -335,6 +335,29 @@ async def test_a_client_that_leaves_frees_its_lease(how: str) -> None:
         assert time.monotonic() - left < 0.05
 
 
+async def test_a_request_that_its_worker_has_given_up_ends_and_no_other() -> None:
+    async with (
+        running_router() as (router, to_router),
+        worker_link(router, to_router) as link,
+        worker_link(router, to_router, "worker-1", endpoint="127.0.0.1:5002", models=("other",)) as other,
+    ):
+        envoys = {name: Envoy(to_router) for name in ("stuck", "well")}
+        for name, envoy in envoys.items():
+            await envoy.headers(x_request_id=name)
+            await envoy.body(framed(HELLO))
+            await envoy.picked()
+            await envoy.answer()
+        # A worker has nothing to say about the requests of another one.
+        await other.report(abandoned_request_ids=["stuck", "well"])
+        await link.report(abandoned_request_ids=["stuck", "unknown"])
+        assert (await envoys["stuck"].refused()).status.code == 429
+        assert await envoys["stuck"].call.read() is grpc.aio.EOF
+        assert leases(router) == 1
+        await link.report(abandoned_request_ids=["stuck"])
+        await envoys["well"].send_response(grpc_status="0")
+        assert (await envoys["well"].answer()).WhichOneof("response") == "response_headers"
+
+
 @pytest.mark.parametrize("how", ["cancel", "half-close"])
 async def test_a_client_that_leaves_while_it_waits_leaves_the_line(how: str) -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router) as link:

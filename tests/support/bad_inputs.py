@@ -25,6 +25,7 @@ _COMPLETION = {"model": "sim", "prompt": "hi", "max_tokens": 1}
 _LONGEST_SECONDS = 1.0
 _MOST_GROWTH_BYTES = 64 << 20
 _BYSTANDER_TOKENS = 80
+_EXPOSED = ("envoy", "gateway", "router")
 _RUNNING = "tokenloom_inference_requests_running"
 _BEGUN = "tokenloom_inference_time_to_first_token_seconds_count"
 
@@ -164,12 +165,12 @@ def assert_harmless(mesh: Mesh) -> Iterator[Asked]:
 
     A bystander's streams are whole and right; engines begin nothing but them and what may be accepted; workers refuse
     only what takes a worker; a new request is answered within a second afterwards, and engines are idle after it; the
-    gateway never takes 64 MiB more than before.
+    processes that clients' bytes go through never take 64 MiB more than before.
     """
-    gateway = psutil.Process(mesh.process("gateway")["pid"])
+    processes = {name: psutil.Process(mesh.process(name)["pid"]) for name in _EXPOSED}
     begun, refused, asked = _sum(mesh, _BEGUN), _refused(mesh), Asked()
     bystander = _Bystander(mesh)
-    with _growth_of(gateway) as growth, bystander.reading():
+    with _growth_of(processes) as growth, bystander.reading():
         yield asked
     began = time.monotonic()
     assert stream_text(mesh, "fresh", 1) == expected_text(tokenize("fresh"), 1)
@@ -184,7 +185,7 @@ def assert_harmless(mesh: Mesh) -> Iterator[Asked]:
     if not (asked.may_begin or asked.may_reach):
         expected = refused + asked.by_worker
         assert _settled(lambda: _refused(mesh), expected) == expected, "refused by workers"
-    assert growth() < _MOST_GROWTH_BYTES
+    assert {name: size for name, size in growth().items() if size > _MOST_GROWTH_BYTES} == {}
 
 
 def _settled(read: Callable[[], float], expected: float) -> float:
@@ -296,19 +297,21 @@ def stream_text(mesh: Mesh, prompt: str, tokens: int) -> str:
 
 
 @contextmanager
-def _growth_of(process: psutil.Process) -> Iterator[Callable[[], int]]:
-    """Yields what tells, after the block, by how many bytes a process's memory grew in it at most."""
-    sizes = [process.memory_info().rss]
+def _growth_of(processes: dict[str, psutil.Process]) -> Iterator[Callable[[], dict[str, int]]]:
+    """Yields what tells, after the block, by how many bytes each process's memory grew in it at most."""
+    first = {name: process.memory_info().rss for name, process in processes.items()}
+    most = dict(first)
     stopped = threading.Event()
 
     def watch() -> None:
         while not stopped.wait(0.05):
-            sizes.append(process.memory_info().rss)
+            for name, process in processes.items():
+                most[name] = max(most[name], process.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield lambda: max(sizes) - sizes[0]
+        yield lambda: {name: size - first[name] for name, size in most.items()}
     finally:
         stopped.set()
         watcher.join()

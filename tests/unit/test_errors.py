@@ -19,6 +19,7 @@ ROWS = [
     ("ALREADY_EXISTS", "ALREADY_EXISTS", 409, "invalid_request_error", "already_exists"),
     ("FAILED_PRECONDITION", "FAILED_PRECONDITION", 409, "invalid_request_error", "failed_precondition"),
     ("METHOD_NOT_ALLOWED", "UNIMPLEMENTED", 405, "invalid_request_error", "method_not_allowed"),
+    ("REQUEST_TIMEOUT", "DEADLINE_EXCEEDED", 408, "invalid_request_error", "request_timeout"),
     ("REQUEST_TOO_LARGE", "RESOURCE_EXHAUSTED", 413, "invalid_request_error", "request_too_large"),
     ("UNSUPPORTED_MEDIA_TYPE", "INVALID_ARGUMENT", 415, "invalid_request_error", "unsupported_media_type"),
     ("RATE_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", 429, "rate_limit_error", "rate_limit_exceeded"),

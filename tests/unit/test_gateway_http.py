@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from services.gateway.http import Response
+from services.common.errors import MeshError, Reason
+from services.gateway.http import ClientLeftError, Request, Response
 
 
 class Server:
@@ -67,3 +68,42 @@ async def test_a_servers_failure_is_raised_where_the_stream_is_read_not_where_it
     assert not response.write_events(b"a")
     with pytest.raises(RuntimeError, match="broken"):
         await response.send_events(b"b")
+
+
+@pytest.mark.parametrize("begun", ["out of turn", "in turn"])
+async def test_a_client_that_takes_nothing_for_too_long_is_cut_off(begun: str) -> None:
+    server, cut = Server(), asyncio.Event()
+    response = Response(server.send, "r", client_seconds=0.05, abort=cut.set)
+    server.room.clear()
+    if begun == "out of turn":
+        assert response.write_events(b"a")
+    with pytest.raises(ClientLeftError):
+        await asyncio.wait_for(response.send_events(b"b"), 1)
+    assert cut.is_set()
+    assert server.sent == []
+
+
+async def test_a_body_that_comes_too_slowly_for_its_size_is_not_waited_for() -> None:
+    async def drip() -> MutableMapping[str, Any]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"method": "POST", "path": "/", "headers": headers}, drip, client_seconds=0.1)
+    with pytest.raises(MeshError) as caught:
+        await asyncio.wait_for(request.json_body(1000), 1)
+    assert caught.value.reason is Reason.REQUEST_TIMEOUT
+
+
+async def test_a_body_may_take_as_long_as_its_size_needs() -> None:
+    sent = 0
+
+    async def come() -> MutableMapping[str, Any]:
+        nonlocal sent
+        await asyncio.sleep(0.02)
+        sent += 1
+        return {"type": "http.request", "body": bytes(1000), "more_body": sent < 10}
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"method": "POST", "path": "/", "headers": headers}, come, client_seconds=0.1)
+    assert len(await request.json_body(100_000)) == 10_000

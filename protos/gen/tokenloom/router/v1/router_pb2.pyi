@@ -615,6 +615,7 @@ class LoadReport(_message.Message):
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     STATE_REASON_FIELD_NUMBER: _builtins.int
+    ABANDONED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     running_count: _builtins.int
     """Sequences that run."""
     waiting_count: _builtins.int
@@ -647,6 +648,10 @@ class LoadReport(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.ModelCard]:
         """Its models, when they changed since it registered: an adapter was loaded or unloaded. None: unchanged."""
 
+    @_builtins.property
+    def abandoned_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Requests of the typed API that it gave up in the last seconds, by their ids, as their clients take nothing."""
+
     def __init__(
         self,
         *,
@@ -663,10 +668,11 @@ class LoadReport(_message.Message):
         output_tokens_per_second: _builtins.float = ...,
         models: _abc.Iterable[_inference_pb2.ModelCard] | None = ...,
         state_reason: _builtins.str = ...,
+        abandoned_request_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_step_duration", b"decode_step_duration", "decode_step_per_sequence_duration", b"decode_step_per_sequence_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_step_duration", b"decode_step_duration", "decode_step_per_sequence_duration", b"decode_step_per_sequence_duration", "kv_usage_ratio", b"kv_usage_ratio", "models", b"models", "output_tokens_per_second", b"output_tokens_per_second", "pending_prefill_token_count", b"pending_prefill_token_count", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_query_token_count", b"prefix_query_token_count", "running_count", b"running_count", "state", b"state", "state_reason", b"state_reason", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned_request_ids", b"abandoned_request_ids", "decode_step_duration", b"decode_step_duration", "decode_step_per_sequence_duration", b"decode_step_per_sequence_duration", "kv_usage_ratio", b"kv_usage_ratio", "models", b"models", "output_tokens_per_second", b"output_tokens_per_second", "pending_prefill_token_count", b"pending_prefill_token_count", "prefill_tokens_per_second", b"prefill_tokens_per_second", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_query_token_count", b"prefix_query_token_count", "running_count", b"running_count", "state", b"state", "state_reason", b"state_reason", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
