@@ -4,7 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import grpc.aio
@@ -16,12 +16,13 @@ from google.rpc import status_pb2
 from services.common.errors import MeshError, Reason
 from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
+from services.gateway.accounts import Account
 from services.gateway.guardrails import Guardrails
 from services.gateway.http import Receive, Request, Send
 from services.gateway.identity import Authenticator, Identity
 from services.gateway.typed_lane import ACCOUNT_HEADER, TypedAccounts
 
-__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "Trail"]
+__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "KnownAnswer", "Trail"]
 
 AUTHORIZATION_PATH: Final = "/authz/"
 """Where checks over HTTP come in; what follows is the path that the client asked for."""
@@ -34,6 +35,8 @@ _INFERENCE: Final = "inference"
 """The right that the routes to workers need."""
 _EMPTY: Final = (b"content-length", b"0")
 _Headers = list[tuple[bytes, bytes]]
+KnownAnswer = tuple[bytes, Callable[[], None]]
+"""An answer, and what is done in the same turn once it is written: the edge need not wait until a call is noted."""
 Trail = Callable[[str, str], Awaitable[None]]
 """Writes down who asks for what, by key id and path; raises MeshError when that can't be done."""
 _READING: Final = ("List", "Watch", "Get", "Explain")
@@ -90,8 +93,11 @@ class HttpAuthorization:
         self._guardrails = guardrails
         self._accounts = accounts
 
-    def known_answer(self, url: bytes, headers: _Headers) -> bytes | None:
-        """The whole HTTP answer to a check that passes and needs no waiting; None: ask in the usual way."""
+    def known_answer(self, url: bytes, headers: _Headers) -> KnownAnswer | None:
+        """The whole HTTP answer to a check that passes and needs no waiting, and what is to be done right after it.
+
+        None: ask in the usual way.
+        """
         keys = [value for name, value in headers if name == b"authorization"]
         rights = [value for name, value in headers if name == _RIGHT]
         if len(keys) != 1 or len(rights) != 1:
@@ -103,20 +109,19 @@ class HttpAuthorization:
             # What operators do is written down first.
             return None
         if rights[0] != _INFERENCE.encode():
-            return _passed_bytes(identity)
+            return _passed_bytes(identity), _nothing
         return self._entered_at_once(identity, url, headers)
 
-    def _entered_at_once(self, identity: Identity, url: bytes, headers: _Headers) -> bytes | None:
+    def _entered_at_once(self, identity: Identity, url: bytes, headers: _Headers) -> KnownAnswer | None:
         if _is_filtered(self._guardrails, identity) or identity.limits != NO_LIMITS or identity.endpoints is not None:
             return None
         if self._accounts is None:
-            return _passed_bytes(identity)
+            return _passed_bytes(identity), _nothing
         ids = [value for name, value in headers if name == _REQUEST_ID]
         path, request_id = url.decode("latin-1"), ids[0].decode("latin-1") if ids else ""
         account = self._accounts.begin(identity, path, request_id)
-        account.enter_now()
-        self._accounts.keep(account)
-        return b"%s%s: %s\r\n\r\n" % (_passed_bytes(identity)[:-2], _ACCOUNT, account.id.encode())
+        answer = b"%s%s: %s\r\n\r\n" % (_passed_bytes(identity)[:-2], _ACCOUNT, account.id.encode())
+        return answer, partial(_keep, self._accounts, account)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers one check: 200 with the headers to add, or the refusal that the client is to get."""
@@ -147,6 +152,15 @@ class HttpAuthorization:
         await account.enter()
         self._accounts.keep(account)
         return [(_ACCOUNT, account.id.encode())]
+
+
+def _keep(accounts: TypedAccounts, account: Account) -> None:
+    account.enter_now()
+    accounts.keep(account)
+
+
+def _nothing() -> None:
+    """Nothing is to be done after the answer."""
 
 
 async def _check(

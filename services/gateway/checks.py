@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
+from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization, KnownAnswer
 from services.gateway.http import ABORT
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ def protocol_with(authorization: HttpAuthorization) -> type[HttpToolsProtocol]:
     """The protocol that answers checks of known keys by itself, without a task. All else is as uvicorn has it."""
 
     class WithChecks(HttpToolsProtocol):
-        _answer: bytes | None = None
+        _known: KnownAnswer | None = None
 
         def on_headers_complete(self) -> None:
-            self._answer = None
+            self._known = None
             is_check = self.url.startswith(_PATH) and self.parser.should_keep_alive()
             if is_check and (self.cycle is None or self.cycle.response_complete):
-                self._answer = authorization.known_answer(self.url, self.headers)
-            if self._answer is None:
+                self._known = authorization.known_answer(self.url, self.headers)
+            if self._known is None:
                 before = self.cycle
                 super().on_headers_complete()
                 if self.cycle is not before:
@@ -75,14 +75,16 @@ def protocol_with(authorization: HttpAuthorization) -> type[HttpToolsProtocol]:
                     self.scope["extensions"] = extensions
 
         def on_body(self, body: bytes) -> None:
-            if self._answer is None:
+            if self._known is None:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
-            if self._answer is None:
+            if self._known is None:
                 super().on_message_complete()
             else:
-                self.transport.write(self._answer)
+                answer, then = self._known
+                self.transport.write(answer)
+                then()
                 self.on_response_complete()
 
     return WithChecks
