@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import msgspec
 
-from services.mesh.config import MeshConfig
-from services.mesh.containers import DEMO_FOLDER, NETWORK, STATE_FOLDER, Container, containers
+from services.mesh.config import MeshConfig, TlsConfig
+from services.mesh.containers import DEMO_FOLDER, NETWORK, STATE_FOLDER, TLS_FILES, Container, containers
 
 __all__ = ["compose_file"]
 
@@ -34,6 +34,7 @@ def compose_file(mesh: MeshConfig) -> dict[str, Any]:
         "name": "tokenloom",
         "services": services,
         "configs": _configs(mesh, listed),
+        **({} if mesh.edge.tls is None else {"secrets": _secrets(mesh.edge.tls)}),
         "volumes": {"state": {}, "models": {}, "edge": {}},
         "networks": {"mesh": {"ipam": {"config": [{"subnet": str(NETWORK)}]}}},
     }
@@ -128,11 +129,20 @@ def _envoy(mesh: MeshConfig) -> dict[str, Any]:
         "image": _ENVOY_IMAGE,
         "command": ["-c", _EDGE_FILE],
         "volumes": ["edge:/run/edge:ro"],
+        **({} if mesh.edge.tls is None else {"secrets": _secret_files(mesh.edge.tls)}),
         "ports": [f"{mesh.edge.host}:{mesh.edge.port}:{mesh.edge.port}"],
         "networks": ["mesh"],
         "restart": "unless-stopped",
         "depends_on": {"edge-config": {"condition": "service_completed_successfully"}},
     }
+
+
+def _secrets(tls: TlsConfig) -> dict[str, Any]:
+    return {f"edge-{name}": {"file": path} for name, path in tls.files.items()}
+
+
+def _secret_files(tls: TlsConfig) -> list[dict[str, str]]:
+    return [{"source": f"edge-{name}", "target": TLS_FILES[name]} for name in tls.files]
 
 
 def _configs(mesh: MeshConfig, listed: list[Container]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """mesh.yaml: the fleet, described once for the launcher and for containers."""
 
+import os
+import ssl
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -30,6 +32,7 @@ __all__ = [
     "EdgeConfig",
     "MeshConfig",
     "PoolConfig",
+    "TlsConfig",
     "WorkerConfig",
     "demo_model",
     "load_mesh",
@@ -85,6 +88,49 @@ class PoolConfig(_Struct, kw_only=True, frozen=True):
         return worker.model if worker.model is not None else self.serves[0]
 
 
+class TlsConfig(_Struct, kw_only=True, frozen=True):
+    """What the edge shows of itself, and wants to see of clients. Files are in PEM form."""
+
+    certificate: Annotated[str, Meta(min_length=1)]
+    """The edge's certificate, and behind it those between it and its root."""
+    key: Annotated[str, Meta(min_length=1)]
+    """Its private key, without a password."""
+    client_ca: Annotated[str, Meta(min_length=1)] | None = None
+    """The roots of clients' certificates, one of which every client has to show, beside its key; null: none has to."""
+    minimum: Literal["1.2", "1.3"] = "1.2"
+    """The least version of TLS that is spoken."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Those that are named, by their keys."""
+        named = {"certificate": self.certificate, "key": self.key, "client_ca": self.client_ca}
+        return {name: path for name, path in named.items() if path is not None}
+
+    def check(self, where: str) -> None:
+        """Checks that the files are there, and belong together.
+
+        Raises:
+            ConfigError: one can't be used; it is named.
+        """
+        for name, path in self.files.items():
+            if not os.access(path, os.R_OK):
+                raise ConfigError(f"{where}.{name}: there is no file that can be read, got the value {path!r}")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # It would ask on the terminal for the password of a key that has one.
+            context.load_cert_chain(self.certificate, self.key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            said = f"no certificate in PEM form and its key: {_ssl_words(error)}"
+            message = f"{where}: certificate {self.certificate!r} and key {self.key!r} are {said}"
+            raise ConfigError(message) from None
+        if self.client_ca is not None:
+            try:
+                context.load_verify_locations(self.client_ca)
+            except (OSError, ValueError) as error:
+                said = f"has no certificate in PEM form: {_ssl_words(error)}"
+                raise ConfigError(f"{where}.client_ca: {self.client_ca!r} {said}") from None
+
+
 class EdgeConfig(_Struct, kw_only=True, frozen=True):
     """Where clients come in."""
 
@@ -92,6 +138,8 @@ class EdgeConfig(_Struct, kw_only=True, frozen=True):
     port: Port = 8080
     admin_port: Port | None = None
     """Envoy's own admin interface, on the loopback address; null takes a free port."""
+    tls: TlsConfig | None = None
+    """How clients are spoken to over TLS; null: in plain text."""
     client_timeout_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """How long a client may stand still: send nothing more of what it began, take nothing of its answer, or be gone
     without a word. Then it is given up, and what it asked for is stopped."""
@@ -178,11 +226,15 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
         return next(model for model in self.models if model.name == name)
 
     def check_folders(self, where: str) -> "MeshConfig":
-        """Checks that the folders of models are there, and returns itself. A Hugging Face id is no folder.
+        """Checks that the folders of models and the files of TLS are there, and returns itself.
+
+        A Hugging Face id is no folder.
 
         Raises:
             ConfigError: one is missing.
         """
+        if self.edge.tls is not None:
+            self.edge.tls.check(f"{where}: edge.tls")
         for index, model in enumerate(self.models):
             if model.path is not None and model.path.startswith("/") and not Path(model.path).is_dir():
                 raise ConfigError(f"{where}: models[{index}].path: there is no folder, got the value {model.path!r}")
@@ -251,7 +303,11 @@ def load_mesh(path: Path) -> MeshConfig:
         # It names the key at fault more exactly.
         policy_from(raw["routing"], where=f"{path}: routing")
     mesh = config.convert(raw, MeshConfig, where=str(path)).check(str(path))
-    return msgspec.structs.replace(mesh, models=[_with_paths(model, path.parent) for model in mesh.models])
+    return msgspec.structs.replace(
+        mesh,
+        models=[_with_paths(model, path.parent) for model in mesh.models],
+        edge=_with_tls_paths(mesh.edge, path.parent),
+    )
 
 
 def parse_sim(text: str) -> SimSettings:
@@ -286,6 +342,18 @@ def _with_paths(model: ModelSettings, folder: Path) -> ModelSettings:
         None if model.adapters_dir is None else str((folder / Path(model.adapters_dir).expanduser()).resolve())
     )
     return msgspec.structs.replace(model, path=_resolved(model.path, folder), adapters_dir=adapters_dir)
+
+
+def _with_tls_paths(edge: EdgeConfig, folder: Path) -> EdgeConfig:
+    """Files of TLS are looked for beside the mesh.yaml, unless they are said to be elsewhere."""
+    if edge.tls is None:
+        return edge
+    found = {name: str((folder / Path(path).expanduser()).resolve()) for name, path in edge.tls.files.items()}
+    return msgspec.structs.replace(edge, tls=msgspec.structs.replace(edge.tls, **found))
+
+
+def _ssl_words(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or error).lower().replace("_", " ")
 
 
 def _resolved(path: str | None, folder: Path) -> str | None:

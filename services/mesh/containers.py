@@ -15,12 +15,19 @@ from services.common.settings import (
 )
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge
+from services.mesh.envoy_tls import EdgeTls
 
-__all__ = ["DEMO_FOLDER", "METRICS_PORT", "NETWORK", "STATE_FOLDER", "Container", "containers", "edge_of"]
+__all__ = ["DEMO_FOLDER", "METRICS_PORT", "NETWORK", "STATE_FOLDER", "TLS_FILES", "Container", "containers", "edge_of"]
 
 NETWORK: Final = IPv4Network("172.28.0.0/24")
 STATE_FOLDER: Final = "/var/lib/tokenloom"
 DEMO_FOLDER: Final = "/models/demo"
+TLS_FILES: Final = {
+    "certificate": "/run/secrets/edge/tls.crt",
+    "key": "/run/secrets/edge/tls.key",
+    "client_ca": "/run/secrets/edge/ca.crt",
+}
+"""Where the edge's container has what mesh.yaml names under edge.tls."""
 _GRPC: Final = 50051
 _PICKER: Final = 50052
 _HTTP: Final = 8000
@@ -56,6 +63,7 @@ def containers(mesh: MeshConfig) -> list[Container]:
 
 def edge_of(mesh: MeshConfig) -> Edge:
     """How the edge finds the others from its own container."""
+    tls = mesh.edge.tls
     return Edge(
         listen=f"{_ANY}:{mesh.edge.port}",
         admin=f"127.0.0.1:{mesh.edge.admin_port or _ADMIN}",
@@ -71,6 +79,7 @@ def edge_of(mesh: MeshConfig) -> Edge:
         otlp=mesh.otlp_endpoint,
         sample_ratio=mesh.tracing.sample_ratio,
         client_timeout=mesh.edge.client_timeout_seconds,
+        tls=None if tls is None else EdgeTls(minimum=tls.minimum, **{name: TLS_FILES[name] for name in tls.files}),
     )
 
 

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -45,14 +46,14 @@ class Door:
     def channel(self) -> grpc.Channel:
         """A channel to the edge."""
         if self.url.startswith("https://"):
-            return grpc.secure_channel(self._target, grpc.ssl_channel_credentials(), options=_MAX_MESSAGE)
+            return grpc.secure_channel(self._target, _credentials(), options=_MAX_MESSAGE)
         return grpc.insecure_channel(self._target, options=_MAX_MESSAGE)
 
     def async_channel(self, number: int = 0) -> grpc.aio.Channel:
         """The same for asyncio. An async context manager. Each `number` has a connection of its own."""
         options = [*_MAX_MESSAGE, ("tokenloom.connection", number)]
         if self.url.startswith("https://"):
-            return grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=options)
+            return grpc.aio.secure_channel(self._target, _credentials(), options=options)
         return grpc.aio.insecure_channel(self._target, options=options)
 
     @property
@@ -114,6 +115,12 @@ def ask_gateway(door: Door, path: str, body: dict[str, Any] | None = None, *, ti
         raise MeshError(Reason.INTERNAL, f"{door.url}{path} answers no JSON") from error
 
 
+def _credentials() -> grpc.ChannelCredentials:
+    # gRPC has roots of its own; HTTP clients take those of SSL_CERT_FILE, and so shall it.
+    roots = os.environ.get("SSL_CERT_FILE")
+    return grpc.ssl_channel_credentials(None if roots is None else Path(roots).read_bytes())
+
+
 def _error_of(status: int, body: bytes) -> MeshError:
     try:
         said: dict[str, Any] = json.loads(body)["error"]
@@ -127,4 +134,4 @@ def _door(state: State) -> Door:
     mesh = state.read_mesh()
     if mesh is None:
         raise MeshError(Reason.NO_READY_WORKER, f"no mesh runs in {state.folder}")
-    return Door(str(mesh["edge"]), str(mesh["admin_key"]))
+    return Door(str(mesh["operators"]), str(mesh["admin_key"]))

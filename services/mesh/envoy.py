@@ -10,6 +10,7 @@ from services.mesh.envoy_fallback import fallback_cluster, fallback_listener
 from services.mesh.envoy_filters import http_filters
 from services.mesh.envoy_replies import local_replies
 from services.mesh.envoy_routes import route_config
+from services.mesh.envoy_tls import EdgeTls, transport
 from services.mesh.envoy_types import any_of, socket_address
 
 __all__ = ["Edge", "bootstrap"]
@@ -54,6 +55,10 @@ class Edge:
     access_log: str = "/dev/stdout"
     client_timeout: float = 30.0
     """How many seconds a client may stand still."""
+    tls: EdgeTls | None = None
+    """How clients are spoken to over TLS; None: in plain text."""
+    operators: str | None = None
+    """Where the edge also listens in plain text, for operators on this machine; None: nowhere."""
 
 
 def bootstrap(edge: Edge) -> dict[str, Any]:
@@ -68,7 +73,11 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
             "layers": [{"name": "ours", "static_layer": _RUNTIME}, {"name": "admin", "admin_layer": {}}]
         },
         "static_resources": {
-            "listeners": [_listener(edge), *([] if edge.fallback is None else [fallback_listener(edge.fallback)])],
+            "listeners": [
+                _listener("edge", edge.listen, edge, edge.tls),
+                *([] if edge.operators is None else [_listener("operators", edge.operators, edge)]),
+                *([] if edge.fallback is None else [fallback_listener(edge.fallback)]),
+            ],
             "clusters": [
                 *clusters(
                     gateways=edge.gateways,
@@ -157,10 +166,13 @@ def _overload_manager() -> dict[str, Any]:
     }
 
 
-def _listener(edge: Edge) -> dict[str, Any]:
+def _listener(name: str, address: str, edge: Edge, tls: EdgeTls | None = None) -> dict[str, Any]:
+    first = f"{min(_FIRST_SECONDS, edge.client_timeout):g}s"
+    manager = {"name": "envoy.filters.network.http_connection_manager", "typed_config": _connection_manager(edge)}
+    handshake = {} if tls is None else {"transport_socket": transport(tls), "transport_socket_connect_timeout": first}
     return {
-        "name": "edge",
-        "address": socket_address(edge.listen),
+        "name": name,
+        "address": socket_address(address),
         "per_connection_buffer_limit_bytes": _BUFFER_BYTES,
         "socket_options": list(_socket_options(edge.client_timeout)),
         # It waits for a first byte: who connects and says nothing is not kept.
@@ -170,14 +182,8 @@ def _listener(edge: Edge) -> dict[str, Any]:
                 "typed_config": any_of("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"),
             }
         ],
-        "listener_filters_timeout": f"{min(_FIRST_SECONDS, edge.client_timeout):g}s",
-        "filter_chains": [
-            {
-                "filters": [
-                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": _connection_manager(edge)}
-                ]
-            }
-        ],
+        "listener_filters_timeout": first,
+        "filter_chains": [{"filters": [manager], **handshake}],
     }
 
 

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -13,7 +14,7 @@ import yaml
 from services.common.config import ConfigError
 from services.common.settings import TelemetrySettings
 from services.mesh.config import MeshConfig
-from services.mesh.containers import METRICS_PORT, Container, containers, edge_of
+from services.mesh.containers import METRICS_PORT, TLS_FILES, Container, containers, edge_of
 from services.mesh.envoy import bootstrap
 from services.mesh.k8s_pods import GRPC_PORT, HTTP_PORT, Wishes, claims, labels, labels_of, pod, resource_of, slug
 
@@ -25,6 +26,7 @@ _WORKERS: Final = "workers"
 _AGENTS: Final = "telemetry-agents"
 _PICKER_PORT: Final = 50052
 _REDIS_PORT: Final = 6379
+_TLS_FOLDER: Final = str(Path(TLS_FILES["certificate"]).parent)
 _DRAIN_SECONDS: Final = 5
 _GPU_NODES: Final = {"nvidia.com/gpu.present": "true"}
 _SHARED: Final = "nvidia.com/gpu.shared"
@@ -217,18 +219,24 @@ def _edge(mesh: MeshConfig) -> list[dict[str, Any]]:
         "image": _ENVOY_IMAGE,
         "args": ["-c", "/etc/envoy/envoy.yaml"],
         "ports": [{"name": "http", "containerPort": port}],
-        "readinessProbe": {"httpGet": {"path": "/readyz", "port": port}, "periodSeconds": 2, "failureThreshold": 2},
+        "readinessProbe": {**_edge_probe(mesh), "periodSeconds": 2, "failureThreshold": 2},
         "livenessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 10},
         # It is taken out of the service before it stops.
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_DRAIN_SECONDS)]}}},
-        "volumeMounts": [{"name": "config", "mountPath": "/etc/envoy", "readOnly": True}],
+        "volumeMounts": [
+            {"name": "config", "mountPath": "/etc/envoy", "readOnly": True},
+            *({"name": name, "mountPath": _TLS_FOLDER, "readOnly": True} for name in _tls_volumes(mesh)),
+        ],
         "securityContext": {"allowPrivilegeEscalation": False},
     }
     spec = {
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": int(mesh.drain_seconds) + 2 * _DRAIN_SECONDS,
         "containers": [container],
-        "volumes": [{"name": "config", "configMap": {"name": "edge"}}],
+        "volumes": [
+            {"name": "config", "configMap": {"name": "edge"}},
+            *({"name": name, "secret": {"secretName": name}} for name in _tls_volumes(mesh)),
+        ],
     }
     config = {"envoy.yaml": json.dumps(bootstrap(edge), indent=1)}
     service = _service("edge", mine, http=port)
@@ -238,6 +246,20 @@ def _edge(mesh: MeshConfig) -> list[dict[str, Any]]:
         _workload("Deployment", "edge", mine, spec),
         service,
     ]
+
+
+def _tls_volumes(mesh: MeshConfig) -> list[str]:
+    """The Secret of type kubernetes.io/tls, made by cert-manager or by hand, with ca.crt where clients need one."""
+    return [] if mesh.edge.tls is None else ["edge-tls"]
+
+
+def _edge_probe(mesh: MeshConfig) -> dict[str, Any]:
+    port, tls = mesh.edge.port, mesh.edge.tls
+    if tls is not None and tls.client_ca is not None:
+        # The kubelet has no certificate to show.
+        return {"tcpSocket": {"port": port}}
+    scheme = {} if tls is None else {"scheme": "HTTPS"}
+    return {"httpGet": {"path": "/readyz", "port": port, **scheme}}
 
 
 def _workload(kind: str, name: str, mine: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,13 @@ class Launcher:
         """Where clients come in."""
         host = self._mesh.edge.host
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104  # compared, not bound
-        return f"http://{shown}:{self._mesh.edge.port}"
+        return f"{'http' if self._mesh.edge.tls is None else 'https'}://{shown}:{self._mesh.edge.port}"
+
+    @property
+    def _door(self) -> str:
+        """Where whoever is on this machine comes in, without TLS in any case."""
+        ports = [child.plan.ports["operators"] for child in self._children if "operators" in child.plan.ports]
+        return f"http://127.0.0.1:{ports[0]}" if ports else self.url
 
     async def run(self, stop: asyncio.Event) -> int:
         """Runs the mesh until `stop` is set; returns the exit code."""
@@ -121,11 +127,11 @@ class Launcher:
         names = {name for pool in self._mesh.pools for name in pool.serves}
         try:
             async with asyncio.timeout(_MODELS_SECONDS):
-                await poll(lists_models(self.url, self._admin_key, names))
+                await poll(lists_models(self._door, self._admin_key, names))
         except TimeoutError:
             listed = ", ".join(sorted(names))
             raise StartError(
-                f"everything runs, but {self.url}/v1/models does not list {listed} after {_MODELS_SECONDS:g} s"
+                f"everything runs, but {self._door}/v1/models does not list {listed} after {_MODELS_SECONDS:g} s"
             ) from None
 
     async def _keep(self, stop: asyncio.Event) -> None:
@@ -160,7 +166,8 @@ class Launcher:
     def _write(self) -> None:
         processes = [_entry(child.plan, child.pid) for child in self._children]
         self._state.targets_file.write_text(json.dumps(local_targets(child.plan for child in self._children), indent=2))
-        self._state.write_mesh({"edge": self.url, "admin_key": self._admin_key, "processes": processes})
+        mesh = {"edge": self.url, "operators": self._door, "admin_key": self._admin_key, "processes": processes}
+        self._state.write_mesh(mesh)
 
     def _greeting(self) -> str:
         model = self._mesh.pools[0].serves[0]

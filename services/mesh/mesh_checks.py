@@ -49,7 +49,7 @@ def mesh_findings(state: State, *, requests: bool) -> Iterator[Finding]:
     yield from _processes(mesh, state)
     yield from _logs(mesh, state)
     yield from _stores(state)
-    yield from fleet_findings(Door(str(mesh["edge"]), str(mesh["admin_key"])), requests=requests)
+    yield from fleet_findings(Door(str(mesh["operators"]), str(mesh["admin_key"])), requests=requests)
 
 
 def fleet_findings(door: Door, *, requests: bool) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from services.common.settings import (
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy
+from services.mesh.envoy_tls import EdgeTls
 from services.mesh.ports import PortPicker
 from services.mesh.probe import Probe, grpc_health, http_ok
 from services.mesh.state import State
@@ -202,6 +203,10 @@ class _Planner:
             "admin": self._mesh.edge.admin_port or self._ports.pick(),
             "fallback": self._ports.pick(),
         }
+        tls = self._mesh.edge.tls
+        if tls is not None:
+            # Whoever runs commands here need not know whom the certificate is for, nor show one.
+            ports["operators"] = self._ports.pick()
         edge = Edge(
             listen=f"{self._mesh.edge.host}:{ports['http']}",
             admin=f"{_HOST}:{ports['admin']}",
@@ -217,6 +222,8 @@ class _Planner:
             otlp=self._mesh.otlp_endpoint,
             sample_ratio=self._mesh.tracing.sample_ratio,
             client_timeout=self._mesh.edge.client_timeout_seconds,
+            tls=None if tls is None else EdgeTls(**msgspec.structs.asdict(tls)),
+            operators=None if tls is None else f"{_HOST}:{ports['operators']}",
         )
         # What it says at level info before it has read the bootstrap would not be JSON.
         options = ("--disable-hot-restart", "--file-flush-interval-msec", "200", "--log-level", "warning")

@@ -50,7 +50,7 @@ def completes(mesh: Mesh, key: str | None = None) -> int:
 
 def test_mesh_json_has_one_entry_for_each_process(mesh: Mesh) -> None:
     state = mesh.state
-    assert state.keys() == {"edge", "admin_key", "processes"}
+    assert state.keys() == {"edge", "operators", "admin_key", "processes"}
     listed = {process["name"]: process for process in state["processes"]}
     assert {name: process["service"] for name, process in listed.items()} == {
         "telemetry": "telemetry",
@@ -66,6 +66,7 @@ def test_mesh_json_has_one_entry_for_each_process(mesh: Mesh) -> None:
     assert listed["worker-0"]["ports"].keys() == {"grpc", "metrics"}
     assert listed["gateway"]["ports"].keys() == {"grpc", "http", "metrics"}
     assert listed["envoy"]["ports"].keys() == {"http", "admin", "fallback"}
+    assert state["operators"] == state["edge"]
     assert state["edge"] == f"http://127.0.0.1:{listed['envoy']['ports']['http']}"
     assert (mesh.state_dir / "mesh.json").stat().st_mode & 0o777 == 0o600
     assert (mesh.state_dir / "admin_key").stat().st_mode & 0o777 == 0o600

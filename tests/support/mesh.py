@@ -25,6 +25,8 @@ class Mesh:
     """A mesh that is up."""
 
     state_dir: Path
+    entrance: str = "edge"
+    """Which of its listeners is gone in by: the one for clients, or, where that speaks TLS, "operators"."""
     clients: ExitStack = field(default_factory=ExitStack)
     """What sdk() has made, closed with the mesh: a connection that nobody closes is a warning in whoever comes next."""
 
@@ -37,7 +39,7 @@ class Mesh:
     @property
     def edge(self) -> str:
         """The edge's URL."""
-        return str(self.state["edge"])
+        return str(self.state[self.entrance])
 
     @property
     def edge_target(self) -> str:
