@@ -23,9 +23,9 @@ from services.gateway.accounts import Account
 from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import Guard, log_content
 from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent
-from services.gateway.quarantine import Quarantine
+from services.gateway.quarantine import Losses, Quarantine
 from services.gateway.router_client import Lease, OnQueued, RouterClient
-from services.gateway.stream import Stream, WorkerLostError
+from services.gateway.stream import Loss, Stream, WorkerLostError
 from services.gateway.worker_sessions import WorkerSessions
 
 __all__ = ["Caller", "Generation", "Generator"]
@@ -86,8 +86,8 @@ class Generation:
         self._left_workers: list[str] = []
         self._moves: list[Move] = []
         self._victims = 0
-        # Of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
-        self._suspected = generator.quarantine.check(request)
+        # Also of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
+        self._losses = generator.quarantine.check(request)
         self._output_limit = 0
         self.started_at = monotonic()
         self.first_token_at: float | None = None
@@ -224,7 +224,7 @@ class Generation:
             request_id=self._caller.request_id,
             request=self._request,
             priority=self._caller.priority,
-            lost_engine_count=self._suspected + self._victims,
+            lost_engine_count=self._losses.suspicion,
         )
         # A prompt plus the tokens emitted so far is all that a generation is.
         submission.request.emitted_token_ids.extend(self._stream.token_ids)
@@ -313,7 +313,7 @@ class Generation:
         at_seconds = monotonic() - self.started_at
         self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
         self._left_workers.append(lease.worker_id)
-        self._victims += lost.refusal is None
+        self._victims += lost.loss is not Loss.NOTHING
         self._check_movable(lost)
         if self._resumes_exactly:
             self._stream.recover()
@@ -328,10 +328,13 @@ class Generation:
             raise (lost.refusal or _engine_failed()) from lost
 
     def _check_movable(self, lost: WorkerLostError) -> None:
-        if lost.refusal is not None and len(self._left_workers) >= _MAX_MOVES:
-            raise lost.refusal
-        if lost.refusal is None:
-            self._quarantine.note_loss(self._request, fatal=lost.fatal)
+        if lost.loss is Loss.NOTHING:
+            if len(self._left_workers) >= _MAX_MOVES:
+                raise (lost.refusal or _engine_failed()) from lost
+        else:
+            losses = Losses(engines=lost.loss is Loss.ENGINE, workers=lost.loss is Loss.WORKER)
+            self._losses += losses
+            self._quarantine.note(self._request, losses, fatal=lost.fatal)
         if lost.fatal or self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
             raise _engine_failed() from lost
 

@@ -11,16 +11,34 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.errors import MeshError, Reason
 
-__all__ = ["Quarantine"]
+__all__ = ["Losses", "Quarantine"]
 
 _REMEMBERED_SECONDS: Final = 900.0
 _REMEMBERED: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class Losses:
+    """What was lost with a request in it."""
+
+    engines: int = 0
+    workers: int = 0
+    """Whole workers, of which nobody knows why."""
+
+    @property
+    def suspicion(self) -> int:
+        """How many of them may be its doing: machines fail and are taken away, so one lost worker tells nothing."""
+        return self.engines + max(0, self.workers - 1)
+
+    def __add__(self, other: "Losses") -> "Losses":
+        """Both together."""
+        return Losses(self.engines + other.engines, self.workers + other.workers)
+
+
+@dataclass(frozen=True, slots=True)
 class _Record:
     at: float
-    losses: int
+    losses: Losses
     fatal: bool
 
 
@@ -32,17 +50,17 @@ class Quarantine:
         self._clock = clock
         self._records: OrderedDict[bytes, _Record] = OrderedDict()
 
-    def note_loss(self, request: pb.GenerateRequest, *, fatal: bool) -> None:
-        """A worker or its engine was lost with this request; `fatal`: because of it."""
+    def note(self, request: pb.GenerateRequest, losses: Losses, *, fatal: bool) -> None:
+        """So much was lost with this request; `fatal`: because of it."""
         key = _fingerprint(request)
         known = self._records.pop(key, None)
-        losses = known.losses if known else 0
-        self._records[key] = _Record(self._clock(), losses + 1, fatal or (known is not None and known.fatal))
+        before = known.losses if known else Losses()
+        self._records[key] = _Record(self._clock(), before + losses, fatal or (known is not None and known.fatal))
         while len(self._records) > _REMEMBERED:
             self._records.popitem(last=False)
 
-    def check(self, request: pb.GenerateRequest) -> int:
-        """Lets a request pass; returns how many workers and engines were lost with it within the last 15 minutes.
+    def check(self, request: pb.GenerateRequest) -> Losses:
+        """Lets a request pass; returns what was lost with it within the last 15 minutes.
 
         Raises:
             MeshError: ENGINE_FAILED, one was lost because of it.
@@ -53,7 +71,7 @@ class Quarantine:
         # Nearly always there are none, and then a request isn't even looked at.
         record = self._records.get(_fingerprint(request)) if self._records else None
         if record is None:
-            return 0
+            return Losses()
         if record.fatal:
             raise MeshError(Reason.ENGINE_FAILED, "this request makes engines fail")
         return record.losses

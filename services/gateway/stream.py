@@ -2,22 +2,37 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 from services.common.errors import MeshError
 from services.gateway.pieces import Ending, Piece, Prompt
 
-__all__ = ["Stream", "WorkerLostError"]
+__all__ = ["Loss", "Stream", "WorkerLostError"]
+
+
+class Loss(Enum):
+    """What was lost with a generation."""
+
+    ENGINE = "engine"
+    """Its engine, as the worker told."""
+    WORKER = "worker"
+    """The whole worker, which told nothing."""
+    NOTHING = "nothing"
+    """The worker was gone, or turned the generation away, before it ran there."""
 
 
 class WorkerLostError(Exception):
     """The worker of a generation is gone, or doesn't take it; the generation may go on elsewhere."""
 
-    def __init__(self, message: str, *, refusal: MeshError | None = None, fatal: bool = False) -> None:
+    def __init__(
+        self, message: str, *, loss: Loss = Loss.ENGINE, refusal: MeshError | None = None, fatal: bool = False
+    ) -> None:
         """`refusal` is what a worker said that is well and turned the generation away: it drains, or is full.
 
         `fatal`: engines die of this request, it must not go on.
         """
         super().__init__(message)
+        self.loss = loss
         self.refusal = refusal
         self.fatal = fatal
 

@@ -14,13 +14,14 @@ from services.common.outbox import Outbox, OutboxFullError
 from services.common.rpc import MAX_MESSAGE_BYTES, channel
 from services.common.status import error_from_status
 from services.gateway import convert_output
-from services.gateway.stream import Stream, WorkerLostError
+from services.gateway.stream import Loss, Stream, WorkerLostError
 
 __all__ = ["WorkerSessions"]
 
 _log = logging.getLogger(__name__)
 _MAX_WAITING_EDITS: Final = 10_000
 _CONNECT_SECONDS: Final = 2.0
+_GONE: Final = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _TURNED_AWAY: Final = (Reason.NO_READY_WORKER, Reason.NO_CAPACITY)
 
 
@@ -32,6 +33,7 @@ class _Session:
         self._outbox = Outbox(worker_pb2.SessionRequest, max_edits=_MAX_WAITING_EDITS)
         self._streams: dict[int, Stream] = {}
         self._next_handle = 1
+        self._connected = False
         self.lost = False
 
     async def run(self) -> None:
@@ -39,11 +41,12 @@ class _Session:
         try:
             async with channel(self._endpoint) as connection:
                 async with asyncio.timeout(_CONNECT_SECONDS):
-                    await connection.channel_ready()
+                    await _connect(connection)
+                self._connected = True
                 call = worker_pb2_grpc.WorkerServiceStub(connection).Session(self._requests())
                 async for message in call:
                     self._apply(message)
-        except (grpc.aio.AioRpcError, TimeoutError) as error:
+        except (grpc.aio.AioRpcError, OSError) as error:
             _log.warning("worker session lost", extra={"worker": self._endpoint, "cause": _cause(error)})
         finally:
             self._lose()
@@ -65,7 +68,7 @@ class _Session:
         try:
             self._outbox.edit().submissions.append(submission)
         except OutboxFullError as error:
-            raise WorkerLostError(f"{self._endpoint} does not read") from error
+            raise WorkerLostError(f"{self._endpoint} does not read", loss=Loss.NOTHING) from error
         self._next_handle += 1
         self._streams[handle] = stream
         return handle
@@ -83,8 +86,12 @@ class _Session:
         self.lost = True
         self._outbox.close()
         streams, self._streams = self._streams, {}
+        if self._connected:
+            lost = WorkerLostError(f"the session with {self._endpoint} ended", loss=Loss.WORKER)
+        else:
+            lost = WorkerLostError(f"{self._endpoint} can't be reached", loss=Loss.NOTHING)
         for stream in streams.values():
-            stream.fail(WorkerLostError(f"the session with {self._endpoint} ended"))
+            stream.fail(lost)
 
     def _apply(self, message: worker_pb2.SessionResponse) -> None:
         for start in message.starts:
@@ -181,13 +188,21 @@ class WorkerSessions:
             session.close()
 
 
+async def _connect(connection: grpc.aio.Channel) -> None:
+    """Raises ConnectionError at the first refusal: a worker that is picked listens, so one that doesn't is gone."""
+    while (state := connection.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state in _GONE:
+            raise ConnectionError
+        await connection.wait_for_state_change(state)
+
+
 def _cause(error: Exception) -> str:
     return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else "no connection"
 
 
 def _failure(error: MeshError, *, fatal: bool) -> MeshError | WorkerLostError:
     if error.reason in _TURNED_AWAY:
-        return WorkerLostError(error.message, refusal=error)
+        return WorkerLostError(error.message, loss=Loss.NOTHING, refusal=error)
     if error.reason is Reason.ENGINE_FAILED:
         return WorkerLostError(error.message, fatal=fatal)
     return error

@@ -8,6 +8,7 @@ import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.errors import MeshError, Reason
+from services.gateway.quarantine import Losses
 from services.gateway.quarantine import Quarantine as GatewayQuarantine
 from services.inference.engine import ChatMessage, EngineLostError, Generation, Sampling
 from services.inference.quarantine import FatalRequestError, Quarantine, fingerprint
@@ -139,23 +140,42 @@ def test_a_gateway_refuses_what_took_engines_down_for_more_than_ten_minutes() ->
     clock = Clock()
     quarantine = GatewayQuarantine(clock)
     poison, other = pb.GenerateRequest(model="m", text="poison"), pb.GenerateRequest(model="m", text="other")
-    assert quarantine.check(poison) == 0
-    quarantine.note_loss(poison, fatal=True)
-    quarantine.note_loss(poison, fatal=False)
+    assert quarantine.check(poison) == Losses()
+    quarantine.note(poison, Losses(engines=1), fatal=True)
+    quarantine.note(poison, Losses(engines=1), fatal=False)
     clock.now += 601
-    assert quarantine.check(other) == 0
+    assert quarantine.check(other) == Losses()
     with pytest.raises(MeshError) as caught:
         quarantine.check(pb.GenerateRequest(model="m", text="poison"))
     assert (caught.value.row.http, caught.value.code) == (500, "engine_error")
     clock.now += 300
-    assert quarantine.check(poison) == 0
+    assert quarantine.check(poison) == Losses()
 
 
 def test_a_gateway_tells_how_many_were_lost_with_a_request_until_it_completes() -> None:
     quarantine = GatewayQuarantine()
     request = pb.GenerateRequest(model="m", text="x")
-    quarantine.note_loss(request, fatal=False)
-    quarantine.note_loss(request, fatal=False)
-    assert quarantine.check(request) == 2
+    quarantine.note(request, Losses(engines=1), fatal=False)
+    quarantine.note(request, Losses(engines=1), fatal=False)
+    assert quarantine.check(request).suspicion == 2
     quarantine.clear(request)
-    assert quarantine.check(request) == 0
+    assert quarantine.check(request) == Losses()
+
+
+@pytest.mark.parametrize(
+    ("losses", "suspicion"),
+    [
+        ([], 0),
+        ([Losses(workers=1)], 0),
+        ([Losses(workers=1)] * 2, 1),
+        ([Losses(engines=1)], 1),
+        ([Losses(workers=1), Losses(engines=1)], 1),
+        ([Losses(engines=1), Losses(workers=1), Losses(workers=1)], 2),
+    ],
+    ids=["none", "a worker", "two workers", "an engine", "one of each", "three"],
+)
+def test_one_worker_that_vanished_makes_nobody_suspect(losses: list[Losses], suspicion: int) -> None:
+    quarantine, request = GatewayQuarantine(), pb.GenerateRequest(model="m", text="any")
+    for loss in losses:
+        quarantine.note(request, loss, fatal=False)
+    assert quarantine.check(request).suspicion == suspicion
