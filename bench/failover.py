@@ -141,10 +141,15 @@ async def disturbed(mesh: Mesh, asked: Sequence[dict[str, Any]], killer: Killer,
         return await stream_all(mesh.edge_target, mesh.key, asked, flowing=all_flow.set)
 
 
+def served_model(mesh: Mesh) -> str:
+    """The name of the mesh's model."""
+    models = httpx.get(f"{mesh.edge}/v1/models", headers=mesh.headers).raise_for_status().json()
+    return str(models["data"][0]["id"])
+
+
 async def measure(mesh: Mesh, options: argparse.Namespace) -> bool:
     """Prints every repetition and the sum; true when all is as promised."""
-    models = httpx.get(f"{mesh.edge}/v1/models", headers=mesh.headers).raise_for_status().json()["data"]
-    asked = bodies(options, models[0]["id"])
+    asked = bodies(options, await asyncio.to_thread(served_model, mesh))
     draw = random.Random(options.seed)
     killer = Killer(mesh, draw, options.workers, twice=options.second_kill)
     # The first makes connections and caches.
