@@ -3,9 +3,11 @@
 What starts half a minute and is asked beside it, over every parameter; tests/e2e/test_pooling.py has the same server.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,11 +15,12 @@ import msgspec
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import WorkerSettings
+from services.common.settings import UpstreamSettings, WorkerSettings
 from services.inference.engine import (
     Capability,
     ChatMessage,
     ChatOptions,
+    EngineLostError,
     FinishReason,
     Generation,
     Sampling,
@@ -206,6 +209,28 @@ async def test_a_model_that_is_not_there_is_named_at_the_start(server: str) -> N
     with pytest.raises(Exception, match="has no model 'nope', it has 'demo'"):
         async with OpenAIEngine(_other_model(settings_for(server)), {}):
             pass
+
+
+async def test_an_engine_that_hangs_behind_a_healthy_server_is_known_to_within_3_s(tmp_path: Path) -> None:
+    default = UpstreamSettings(url="http://far").probe_seconds
+    with vllm_server(tmp_path, own_process=True) as server:
+        await asyncio.to_thread(server.wait, within=200)
+        async with engine_on(server.url, probe_seconds=default) as engine:
+            # A prompt that fills several steps is none.
+            assert (await run(engine, generation("word " * 1_500))).error is None
+            kept, core = Kept(), server.engine_core()
+            await engine.submit(generation(sampling=replace(GREEDY, max_tokens=1_500)), kept)
+            await eventually(lambda: len(kept.token_ids) > 10, within=10)
+            core.suspend()
+            try:
+                await asyncio.wait_for(kept.ended.wait(), 3)
+                assert isinstance(kept.error, EngineLostError)
+                assert engine.load.trouble == "the server behind this worker makes no progress"
+                assert (await asyncio.to_thread(httpx.get, f"{server.url}/health")).status_code == 200
+            finally:
+                core.resume()
+            await eventually(lambda: not engine.load.trouble, within=5)
+            assert (await run(engine, generation())).reason is FinishReason.LENGTH
 
 
 def _other_model(settings: WorkerSettings) -> WorkerSettings:

@@ -232,11 +232,13 @@ class UpstreamSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
     """Longest that it may take to take a connection."""
     timeout_seconds: Positive = 120.0
     """Longest that it may stay silent with a request."""
-    probe_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
-    """How often it is asked whether it is there."""
-    canary_seconds: Annotated[float, Meta(ge=1)] | None = None
-    """How often it is made to generate a token while it has nothing else to do; null: only at the start, and when it
-    was away."""
+    probe_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
+    """How often it is asked whether it is there. Two answers in a row that take longer than a second, or than twice as
+    long as this, say that it is not."""
+    canary_seconds: Annotated[float, Meta(ge=0.25)] | None = None
+    """How often its engine is asked whether it works, by a token that it generates or at less cost where it can tell,
+    while nothing else shows it. null: every 0.75 s; of the flavour "openai", which may cost money, only while it brings
+    nothing of what it has to do, every second."""
 
     def __post_init__(self) -> None:
         """Raises ValueError: the URL is none that can be asked."""

@@ -32,12 +32,15 @@ from services.inference.openai_resume import resumption
 from services.inference.openai_stream import Meters, Stream, usage_of
 from services.inference.openai_tokens import Tokens, estimate
 from services.inference.openai_upstream import Upstream, UpstreamLostError, key_of
+from services.inference.openai_watch import Pending, ServerWatch
 from services.inference.pooling import check_can
 
 __all__ = ["OpenAIEngine"]
 
 _log = logging.getLogger(__name__)
 _RETRY_SECONDS: Final = 1.0
+# Of a server that costs nobody anything.
+_CANARY_SECONDS: Final = 0.75
 # For what is asked beside generations.
 _FURTHER_CONNECTIONS: Final = 8
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -66,6 +69,7 @@ class OpenAIEngine:
         self._prefill = PrefillMeter()
         self._served_seconds = MovingMean()
         self._streams: dict[str, Stream] = {}
+        self._watching: list[asyncio.Task[None]] = []
         self._tasks = asyncio.TaskGroup()
         self._pooler: UpstreamPooler | None = None
         self._told_of_estimates = False
@@ -85,7 +89,10 @@ class OpenAIEngine:
             if Capability.EMBED in self._card.capabilities:
                 self._pooler = UpstreamPooler(self._upstream, self._card, self._model, self._settings.max_queued)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            self._watching = self._tasks.create_task(self._health.watch(lambda: bool(self._streams)))
+            self._watching = [
+                self._tasks.create_task(self._health.watch(), name="upstream health"),
+                self._tasks.create_task(self._watch().run(self._settings.watchdog), name="upstream watchdog"),
+            ]
             self._stack = stack.pop_all()
         return self
 
@@ -93,7 +100,8 @@ class OpenAIEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Fails what still runs."""
-        self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         stopping = MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=_RETRY_SECONDS)
         for stream in list(self._streams.values()):
             stream.fail(stopping)
@@ -190,6 +198,21 @@ class OpenAIEngine:
         """What this worker has there: outputs and jobs."""
         jobs = self._pooler.count if self._pooler is not None else 0
         return jobs + sum(stream.sequences for stream in self._streams.values())
+
+    def _watch(self) -> ServerWatch:
+        told = self._upstream_settings.canary_seconds
+        idle_seconds = _CANARY_SECONDS if told is None and self._flavour.is_free else told
+        step_tokens = self._flavour.step_tokens
+        return ServerWatch(self._health, self._todo, idle_seconds=idle_seconds, step_tokens=step_tokens)
+
+    def _todo(self) -> Pending:
+        return Pending(
+            requests=self._own,
+            tokens=sum(stream.pending for stream in self._streams.values()),
+            tokens_per_second=self._prefill.tokens_per_second,
+            batches=self._meters.batches,
+            jobs=self._pooler.count if self._pooler is not None else 0,
+        )
 
     def _check_alive(self) -> None:
         if self._health.trouble:

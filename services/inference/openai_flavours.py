@@ -86,6 +86,12 @@ class Flavour:
     """The path that tells its health; empty: the models are asked for."""
     metrics: str = ""
     """The path of metrics with vLLM's names."""
+    engine: str = ""
+    """The path of what the engine itself answers between two steps, at no cost; empty: it has to generate."""
+    step_tokens: int | None = None
+    """Tokens of prompts that it computes in one step, unless it was told otherwise; None: not known."""
+    is_free: bool = True
+    """Whether a token now and then costs nobody money."""
 
 
 _FLAVOURS: Final = {
@@ -95,6 +101,7 @@ _FLAVOURS: Final = {
         capabilities=_PLAIN,
         chat_forms=frozenset({"json_schema", "json_object"}),
         token_prompts=True,
+        is_free=False,
     ),
     "vllm": Flavour(
         name="vllm",
@@ -108,6 +115,7 @@ _FLAVOURS: Final = {
         has_tokenizer=True,
         health="/health",
         metrics="/metrics",
+        step_tokens=8192,
     ),
     "llama_cpp": Flavour(
         name="llama_cpp",
@@ -121,6 +129,8 @@ _FLAVOURS: Final = {
         choices=False,
         open_ended=True,
         health="/health",
+        engine="/slots",
+        step_tokens=2048,
     ),
     "llama_cpp_python": Flavour(
         name="llama_cpp_python",

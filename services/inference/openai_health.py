@@ -25,8 +25,16 @@ _STARTING: Final = "the server behind this worker does not answer yet"
 _AWAY: Final = "the server behind this worker does not answer"
 _LONGEST_PROBE_SECONDS: Final = 5.0
 # One answer that is late says little; so many in a row say that nothing comes.
-_MOST_LATE: Final = 3
+_MOST_LATE: Final = 2
 _VLLM: Final = "vllm:"
+# What the engine itself tells with every step, and what is read of it.
+_OF_ENGINE: Final = tuple(
+    _VLLM + name
+    for name in (
+        "num_requests_running", "num_requests_waiting{", "kv_cache_usage_perc", "prefix_cache_queries_total",
+        "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total", "iteration_tokens_total_count",
+    )
+)  # fmt: skip  # a table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +98,24 @@ class Health:
         self._model = settings.upstream.model or settings.model.name
         self._lose_silent = lose_silent
         self._soon = asyncio.Event()
-        self._canary_at = time.monotonic()
+        self._engine_path = flavour.engine
         self.own: Callable[[], int] = int
         """How many requests the worker has there."""
         self.seen = Seen()
-        self.trouble = _STARTING
-        """Why the worker takes nothing; empty: it does."""
+        self._values: Mapping[str, float] = {}
+        self.away = _STARTING
+        """Why its front is not to be used; empty: it is."""
+        self.stalled = ""
+        """Why its engine is not, whatever the front says; empty: it is."""
+        self.progress = 0
+        """Goes up whenever what its metrics say of its engine has changed."""
         self.starts = 0
         """How often the server was found well after it was not."""
+
+    @property
+    def trouble(self) -> str:
+        """Why the worker takes nothing; empty: it does."""
+        return self.away or self.stalled
 
     async def start(self) -> EngineCard:
         """Waits until the server is there and works.
@@ -124,15 +142,16 @@ class Health:
         """Something broke off: asks now rather than when it is time."""
         self._soon.set()
 
-    async def watch(self, is_busy: Callable[[], bool]) -> None:
-        """Asks for as long as it runs; `is_busy` tells whether the worker has requests there."""
-        failures, well_at, ill_at = 0, time.monotonic(), 0.0
+    async def watch(self) -> None:
+        """Asks its front for as long as it runs."""
+        failures, well_at, ill_at, begun = 0, time.monotonic(), 0.0, time.monotonic()
         while True:
-            await self._wait()
+            # One that is late has had its time.
+            await self._wait(until=begun + self._settings.probe_seconds)
             begun = time.monotonic()
             try:
                 await self._probe()
-                if self.trouble or self._canary_is_due(is_busy()):
+                if self.away:
                     await self._canary()
             except MeshError as error:
                 failures += 1
@@ -143,26 +162,27 @@ class Health:
                     self._ill(error, ill_at if failures >= _MOST_LATE else well_at)
                 continue
             failures, well_at = 0, begun
-            if self.trouble:
+            if self.away:
                 self._well()
 
-    async def _wait(self) -> None:
+    async def _wait(self, *, until: float) -> None:
         try:
-            async with asyncio.timeout(self._settings.probe_seconds):
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
                 await self._soon.wait()
         except TimeoutError:
             return
         self._soon.clear()
 
     def _ill(self, error: MeshError, silent_since: float) -> None:
-        if not self.trouble:
+        if not self.away:
             _log.error("the server is away", extra={"url": self._settings.url, "cause": error.message})
-        self.trouble, self.seen = _AWAY, Seen()
+        self.away, self.seen = _AWAY, Seen()
         self._lose_silent(silent_since)
 
     def _well(self) -> None:
         self.starts += 1
-        self.trouble = ""
+        # What it has just done, its engine did.
+        self.away = self.stalled = ""
         _log.info("the server is well", extra={"url": self._settings.url, "model": self._model})
 
     def _check_bearable(self, error: MeshError) -> None:
@@ -177,14 +197,36 @@ class Health:
         await self._upstream.get(self._flavour.health, seconds=seconds, at_root=True)
         if self._flavour.metrics:
             metrics = await self._upstream.get(self._flavour.metrics, seconds=seconds, at_root=True)
-            self.seen = _seen(metrics, self._model, self.own())
+            values = _values(metrics, self._model)
+            self.progress += values != self._values
+            self._values, self.seen = values, _seen(values, self.own())
 
-    def _canary_is_due(self, is_busy: bool) -> bool:  # what it is asked about
-        if is_busy:
-            # Who brings output needs no canary.
-            self._canary_at = time.monotonic()
-        every = self._settings.canary_seconds
-        return every is not None and time.monotonic() - self._canary_at >= every
+    def stall(self, reason: str) -> None:
+        """Its engine is known not to work: what waits for it fails."""
+        if not self.trouble:
+            _log.error("the server's engine is stalled", extra={"url": self._settings.url})
+        self.stalled = reason
+        self._lose_silent(time.monotonic())
+
+    def answered(self) -> None:
+        """Its engine has answered."""
+        if self.stalled and not self.away:
+            self._well()
+
+    async def ask_engine(self) -> None:
+        """Returns when its engine has done a little, or has told something of itself. Raises MeshError: it did not."""
+        if self._engine_path:
+            seconds = self._settings.timeout_seconds
+            try:
+                await self._upstream.get(self._engine_path, seconds=seconds, at_root=True)
+            except MeshError as error:
+                if error.reason is not Reason.UNIMPLEMENTED:
+                    raise
+                # It was started so that it doesn't tell.
+                self._engine_path = ""
+            else:
+                return
+        await self._canary()
 
     async def _canary(self) -> None:
         """Has the server do a little work. Raises MeshError: it does not."""
@@ -202,7 +244,6 @@ class Health:
             if error.reason in (Reason.MODEL_NOT_FOUND, Reason.UNIMPLEMENTED, Reason.INVALID_REQUEST):
                 raise MeshError(Reason.ENGINE_FAILED, f"its canary is refused: {error.message}") from error
             raise
-        self._canary_at = time.monotonic()
 
     async def _embed(self) -> int:
         answer = await self._upstream.post("/embeddings", {"model": self._model, "input": "1"})
@@ -236,12 +277,8 @@ class Health:
         )
 
 
-def _seen(text: bytes, model: str, own: int) -> Seen:
-    """What metrics with vLLM's names say; nothing where they are others."""
-    try:
-        values = _values(text.decode(), model)
-    except ValueError:
-        return Seen()
+def _seen(values: Mapping[str, float], own: int) -> Seen:
+    """What metrics with vLLM's names say of requests."""
     there = values.get("num_requests_running", 0.0) + values.get("num_requests_waiting", 0.0)
     return Seen(
         kv_usage=min(1.0, max(0.0, values.get("kv_cache_usage_perc", 0.0))),
@@ -251,12 +288,17 @@ def _seen(text: bytes, model: str, own: int) -> Seen:
     )
 
 
-def _values(text: str, model: str) -> Mapping[str, float]:
+def _values(text: bytes, model: str) -> Mapping[str, float]:
+    """Of the metrics that come out of vLLM's engine, by their names; none where they are others."""
     values: dict[str, float] = {}
-    # The parser is slow, and most of the text is of no interest.
-    lines = (line for line in text.splitlines() if line.startswith(_VLLM) and f'model_name="{model}"' in line)
-    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
-        for sample in family.samples:
-            name = sample.name.removeprefix(_VLLM)
-            values[name] = values.get(name, 0.0) + sample.value
+    try:
+        # The parser is slow, and most of the text is of no interest.
+        told = (line for line in text.decode().splitlines() if line.startswith(_OF_ENGINE))
+        lines = [line for line in told if f'model_name="{model}"' in line]
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples:
+                name = sample.name.removeprefix(_VLLM)
+                values[name] = values.get(name, 0.0) + sample.value
+    except ValueError:
+        return {}
     return values

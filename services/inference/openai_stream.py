@@ -36,6 +36,8 @@ class Meters:
         self.output = TokenRate()
         self.decoding = 0
         """Sequences that bring output."""
+        self.batches = 0
+        """How often any stream brought something."""
 
 
 class Stream:
@@ -115,6 +117,7 @@ class Stream:
             MeshError: the server tells of an error, or makes no sense.
         """
         tokens, now = 0, time.monotonic()
+        self._meters.batches += 1
         was_decoding = self.first_at is not None
         for event in events:
             chunk = self._decoded(event)

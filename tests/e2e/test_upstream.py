@@ -22,7 +22,7 @@ pools:
     workers:
       - name: far-0
         engine: openai
-        upstream: {{url: "{url}/v1", model: demo, flavour: llama_cpp, probe_seconds: 0.1}}
+        upstream: {{url: "{url}/v1", model: demo, flavour: llama_cpp}}
 """
 SAID: Any = [{"role": "user", "content": "Tell me a story."}]
 # More than it says within a second.

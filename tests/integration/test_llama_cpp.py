@@ -1,9 +1,11 @@
 """The engine that is a server with OpenAI's API, before a real llama.cpp."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ import msgspec
 import pytest
 
 from services.common.errors import MeshError, Reason
+from services.common.settings import UpstreamSettings
 from services.inference.engine import ChatMessage, FinishReason, Generation, Sampling, StructuredOutput
 from services.inference.openai_engine import OpenAIEngine
 from tests.support.llama_server import LlamaServer, llama_server
@@ -129,14 +132,15 @@ def _is_idle(server: LlamaServer) -> bool:
     return not any(slot["is_processing"] for slot in httpx.get(f"{server.url}/slots").json())
 
 
-async def test_a_server_that_hangs_is_known_to_and_taken_back(server: LlamaServer) -> None:
-    async with OpenAIEngine(settings_for(server.url, flavour="llama_cpp", probe_seconds=0.05), {}) as engine:
+async def test_a_server_that_hangs_is_known_to_within_3_s_and_taken_back(server: LlamaServer) -> None:
+    default = UpstreamSettings(url=server.url).probe_seconds
+    async with OpenAIEngine(settings_for(server.url, flavour="llama_cpp", probe_seconds=default), {}) as engine:
         starts = engine.load.starts
         kept = Kept()
         await engine.submit(generation(sampling=replace(GREEDY, max_tokens=900)), kept)
         server.hang()
         try:
-            await eventually(lambda: bool(engine.load.trouble), within=5)
+            await eventually(lambda: bool(engine.load.trouble), within=3)
             with pytest.raises(MeshError) as caught:
                 await run(engine, generation())
             assert caught.value.reason is Reason.NO_READY_WORKER
@@ -148,3 +152,31 @@ async def test_a_server_that_hangs_is_known_to_and_taken_back(server: LlamaServe
         await eventually(lambda: not engine.load.trouble, within=5)
         assert engine.load.starts == starts + 1
         assert (await run(engine, generation(sampling=GREEDY))).reason is FinishReason.LENGTH
+
+
+async def test_a_server_that_is_slow_with_a_long_prompt_is_left_alone(tmp_path: Path) -> None:
+    with llama_server(tmp_path, context=16_384) as server:
+        default = UpstreamSettings(url=server.url).probe_seconds
+        async with OpenAIEngine(settings_for(server.url, flavour="llama_cpp", probe_seconds=default), {}) as engine:
+            kept = Kept()
+            begun = time.monotonic()
+            crawling = asyncio.create_task(_crawl(server))
+            try:
+                await engine.submit(generation("word " * 3_500, sampling=GREEDY), kept)
+                await asyncio.wait_for(kept.ended.wait(), 30)
+            finally:
+                crawling.cancel()
+                await asyncio.wait([crawling])
+                server.go_on()
+            assert time.monotonic() - begun > 3
+            assert kept.reason is FinishReason.LENGTH
+            assert (engine.load.trouble, engine.load.starts) == ("", 1)
+
+
+async def _crawl(server: LlamaServer) -> None:
+    """Lets it have a fifth of the time, in pieces."""
+    while True:
+        server.hang()
+        await asyncio.sleep(0.2)
+        server.go_on()
+        await asyncio.sleep(0.05)

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from services.common.settings import ModelSettings, UpstreamSettings, WorkerSettings
+from services.common.settings import ModelSettings, UpstreamSettings, WatchdogSettings, WorkerSettings
 from services.inference.engine import ChatMessage, Generation, Sampling
 from services.inference.openai_engine import OpenAIEngine
 from tests.support.sinks import Kept
@@ -11,7 +11,9 @@ from tests.support.sinks import Kept
 __all__ = ["generation", "run", "settings_for"]
 
 
-def settings_for(url: str, *, max_queued: int = 64, **upstream: Any) -> WorkerSettings:
+def settings_for(
+    url: str, *, max_queued: int = 64, watchdog: WatchdogSettings | None = None, **upstream: Any
+) -> WorkerSettings:
     """Of a worker before the server at `url`, whose model is "demo" there and "here" here."""
     given = {"model": "demo", "probe_seconds": 0.1, **upstream}
     return WorkerSettings(
@@ -24,6 +26,7 @@ def settings_for(url: str, *, max_queued: int = 64, **upstream: Any) -> WorkerSe
         engine="openai",
         upstream=UpstreamSettings(url=f"{url}/v1", **given),
         max_queued=max_queued,
+        watchdog=watchdog or WatchdogSettings(),
         start_seconds=30,
     )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.support.demo_model import demo_model
 from tests.support.ports import free_port
@@ -21,8 +22,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "1",
 }
 
 
@@ -43,6 +44,11 @@ class VllmServer:
             time.sleep(0.1)
         return self
 
+    def engine_core(self) -> psutil.Process:
+        """The engine's own process, of a server that has one."""
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        return next(child for child in children if "EngineCore" in child.name())
+
     def _answers(self) -> bool:
         try:
             return httpx.get(f"{self.url}/health", timeout=1).status_code == 200
@@ -51,8 +57,13 @@ class VllmServer:
 
 
 @contextmanager
-def vllm_server(folder: Path, *arguments: str, model: Path | None = None) -> Iterator[VllmServer]:
-    """Starts it, on `model` instead and with further arguments; it is not ready yet."""
+def vllm_server(
+    folder: Path, *arguments: str, model: Path | None = None, own_process: bool = False
+) -> Iterator[VllmServer]:
+    """Starts it, on `model` instead and with further arguments; it is not ready yet.
+
+    `own_process`: the engine has a process of its own, as it has by default, and takes longer to start.
+    """
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
     command += [
@@ -68,9 +79,10 @@ def vllm_server(folder: Path, *arguments: str, model: Path | None = None) -> Ite
     command += ["--enforce-eager", "--dtype", "float32", "--block-size", "32"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), *arguments]
     log = folder / "vllm-server.log"
+    split = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process))}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **_ENVIRONMENT}, start_new_session=True
+            command, stdout=output, stderr=output, env={**os.environ, **_ENVIRONMENT, **split}, start_new_session=True
         )
     try:
         yield VllmServer(f"http://127.0.0.1:{port}", process, log)
