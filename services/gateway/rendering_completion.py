@@ -109,8 +109,9 @@ class CompletionRenderer:
     def _top(self, score: TokenScore) -> dict[str, float] | None:
         if score.rank < 0:
             return None
-        top = {rendering.token_name(other, self._show): rendering.logprob(other) for other in score.alternatives}
-        return top | {rendering.token_name(score, self._show): rendering.logprob(score)}
+        # Tokens may have the same text, and then the last one's value stays, as with vLLM's server.
+        others = (other for other in score.alternatives if other.token_id != score.token_id)
+        return {rendering.token_name(each, self._show): rendering.logprob(each) for each in (score, *others)}
 
 
 _UNKNOWN_RANK = -1

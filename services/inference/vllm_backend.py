@@ -37,6 +37,7 @@ from services.inference.vllm_nursery import Nursery
 from services.inference.vllm_params import Limits, Plan
 from services.inference.vllm_prompts import Prompts
 from services.inference.vllm_replay import Replay
+from services.inference.vllm_token_text import TokenTexts
 
 if TYPE_CHECKING:
     from services.inference.vllm_parsing import Parsing, Reading
@@ -92,7 +93,7 @@ class Backend:
         self.dead: type[Exception] = EngineDeadError
         """What vLLM raises when its engine process is gone."""
         self._dropped_weights = False
-        self._texts: dict[int, str] = {}
+        self.texts = TokenTexts(llm.get_tokenizer())
         self._forms = form_checker(llm)
         if self._forms is not None:
             # They are checked already, where they can't hold up everybody else.
@@ -246,7 +247,7 @@ class Backend:
         """The text of each token on its own; gives way to other tasks meanwhile."""
         texts: list[str] = []
         for token_id in token_ids:
-            texts.append(self.token_text(token_id))
+            texts.append(self.texts.alone(token_id))
             if not len(texts) % _TEXTS_A_TURN:
                 await asyncio.sleep(0)
         return texts
@@ -263,13 +264,6 @@ class Backend:
         parents = self.llm.output_processor.parent_requests
         for internal_id in [key for key, parent in parents.items() if parent.external_req_id == request_id]:
             del parents[internal_id]
-
-    def token_text(self, token_id: int) -> str:
-        """The text of one token on its own."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self.llm.get_tokenizer().decode([token_id])
-        return text
 
     @contextmanager
     def refusals(self, field: str) -> Iterator[None]:

@@ -330,7 +330,7 @@ class VllmEngine:
         self._check_room(self._ready())
         if generation.id in self._streams:
             raise MeshError(Reason.INTERNAL, "two generations have the same id")
-        stream = Stream(generation, sink, self._backend.token_text)
+        stream = Stream(generation, sink, self._backend.texts)
         # From here on it counts as load, and can be aborted.
         self._streams[generation.id] = stream
         try:

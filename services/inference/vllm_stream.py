@@ -1,7 +1,7 @@
 """One generation inside vLLM: what its outputs become for its sink."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     # It imports vLLM.
     from services.inference.vllm_parsing import Reader, Reading
     from services.inference.vllm_replay import Replay
+    from services.inference.vllm_token_text import TokenTexts
 
 __all__ = ["Stream"]
 
@@ -35,14 +36,15 @@ _REASONS: Final = {
 }
 # JSON has no infinity, so vLLM's server says this too.
 _RULED_OUT: Final = -9999.0
+_MOST_OF_A_CHARACTER: Final = 4
 _NO_TIME: Final = Timings(queue=0.0, prefill=0.0, decode=0.0)
 
 
 class Stream:
     """A generation from its submission to its end. Its sink hears nothing before `accept()` and after `close()`."""
 
-    def __init__(self, generation: Generation, sink: Sink, token_text: Callable[[int], str]) -> None:
-        """`token_text` gives the text of one token on its own."""
+    def __init__(self, generation: Generation, sink: Sink, texts: "TokenTexts") -> None:
+        """`texts` are those of the engine's tokens."""
         self.generation = generation
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the engine has taken it; fails when it doesn't."""
@@ -51,7 +53,9 @@ class Stream:
         self.pending_prefill_tokens = 0
         """Prompt tokens, until the first output."""
         self._sink = sink
-        self._token_text = token_text
+        self._texts = texts
+        self._past = generation.emitted_token_ids[-_MOST_OF_A_CHARACTER:]
+        """The last tokens of the output, where vLLM does not keep them: it has one choice then."""
         self._cached = 0
         self._output_tokens = len(generation.emitted_token_ids)
         self.reading: Reading | None = None
@@ -174,7 +178,11 @@ class Stream:
     def _logprobs(self, ids: Sequence[int], found: Sequence[Mapping[int, Any]]) -> Sequence[TokenLogprobs]:
         # A stop string that only the replay sees leaves tokens of the last output out.
         count = self.generation.sampling.logprob_count or 0
-        return [self._token_logprobs(token, by_token, count) for token, by_token in zip(ids, found, strict=False)]
+        logprobs = []
+        for token, by_token in zip(ids, found, strict=False):
+            logprobs.append(self._token_logprobs(token, by_token, count))
+            self._past = [*self._past, token][-_MOST_OF_A_CHARACTER:]
+        return logprobs
 
     def _token_logprobs(self, token: int, by_token: Mapping[int, Any], count: int) -> TokenLogprobs:
         # vLLM adds the token itself to the likeliest ones when it isn't among them.
@@ -186,7 +194,11 @@ class Stream:
 
     def _token_logprob(self, token: int, found: Any) -> TokenLogprob:
         logprob = max(found.logprob, _RULED_OUT)
-        return TokenLogprob(token_id=token, token=self._token_text(token), logprob=logprob, rank=found.rank)
+        # vLLM knows it unless it makes no text of this output.
+        text = found.decoded_token
+        if text is None:
+            text = self._texts.after(token, self._past)
+        return TokenLogprob(token_id=token, token=text, logprob=logprob, rank=found.rank)
 
 
 def _timings(first: Any, last: Any) -> Timings:

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass, replace
 
-from services.inference.engine import Engine, Generation
+from services.inference.engine import Engine, Generation, TokenLogprobs
 from tests.support.sinks import Kept
 
 __all__ = ["Resumed", "resume_everywhere"]
@@ -57,8 +57,8 @@ def _differences(whole: Kept, cut: int, text: str, rest: Kept) -> str:
         f"usage {usage}": usage == (whole.usage.prompt, whole.usage.output),
         f"reason {rest.reason}": rest.reason is whole.reason,
         f"stop cause {rest.stop_cause!r}": rest.stop_cause == whole.stop_cause,
-        "the tokens of log-probabilities": [entry.chosen.token_id for entry in rest.logprobs]
-        == [entry.chosen.token_id for entry in whole.logprobs[cut:]],
+        "the tokens of log-probabilities": len(rest.logprobs) == len(whole.logprobs[cut:])
+        and all(map(_same_texts, rest.logprobs, whole.logprobs[cut:])),
         "log-probabilities": round(_farthest(whole, cut, rest), _LOGPROB_DIGITS) == 0,
     }
     return "; ".join(what for what, is_same in same.items() if not is_same)
@@ -67,3 +67,11 @@ def _differences(whole: Kept, cut: int, text: str, rest: Kept) -> str:
 def _farthest(whole: Kept, cut: int, rest: Kept) -> float:
     pairs = zip(whole.logprobs[cut:], rest.logprobs, strict=False)
     return max((abs(one.chosen.logprob - other.chosen.logprob) for one, other in pairs), default=0.0)
+
+
+def _same_texts(one: TokenLogprobs, other: TokenLogprobs) -> bool:
+    if (one.chosen.token_id, one.chosen.token) != (other.chosen.token_id, other.chosen.token):
+        return False
+    # Which alternatives there are may be a matter of the last bit.
+    texts = {each.token_id: each.token for each in one.alternatives}
+    return all(texts.get(each.token_id, each.token) == each.token for each in other.alternatives)
