@@ -22,6 +22,7 @@ from typing import Any, Final
 import httpx
 import uvloop
 
+from bench import http_parity_responses
 from bench.http_parity_cases import BAD, GOOD, NAMES, ONLY_OURS, OTHERWISE, STRICTER, UNSERVED, Body
 from tests.support.demo_model import demo_model
 from tests.support.mesh import running_mesh
@@ -41,6 +42,7 @@ _OPTIONS: Final = (
 )
 _DONE: Final = "[DONE]"
 _SLACK: Final = 5e-4
+_UNSERVED: Final = {**UNSERVED, http_parity_responses.PATH: http_parity_responses.UNSERVED}
 _BASES: Final[dict[str, Body]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "How is the weather?"}]},
     "/v1/completions": {"prompt": "How is the weather?"},
@@ -56,6 +58,7 @@ class Choice:
     calls: dict[int, list[str]] = field(default_factory=dict)
     """Name and arguments."""
     tokens: list[str] = field(default_factory=list)
+    token_bytes: list[list[int] | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
     tops: list[dict[str, float]] = field(default_factory=list)
@@ -105,13 +108,25 @@ class Answer:
     @staticmethod
     def _take_scores(choice: Choice, scores: dict[str, Any]) -> None:
         for entry in scores.get("content") or ():
-            choice.tokens += [entry["token"], *(other["token"] for other in entry["top_logprobs"])]
+            others = _others(entry)
+            each = [entry, *others]
+            choice.tokens += [one["token"] for one in each]
+            # vLLM's of others than the chosen one are those of token_id:N, where that is asked for.
+            choice.token_bytes += [one["bytes"] for one in each if not one["token"].startswith("token_id:")]
             choice.logprobs.append(entry["logprob"])
-            choice.tops.append({other["token"]: other["logprob"] for other in entry["top_logprobs"]})
+            choice.tops.append({other["token"]: other["logprob"] for other in others})
         choice.tokens += scores.get("tokens") or ()
         choice.offsets += scores.get("text_offset") or ()
         choice.logprobs += scores.get("token_logprobs") or ()
         choice.tops += [top or {} for top in scores.get("top_logprobs") or ()]
+
+
+def _others(entry: Body) -> list[Body]:
+    """The alternatives but the chosen one, which takes a place among vLLM's even when it is not among the likeliest."""
+    tops: list[Body] = entry["top_logprobs"]
+    same = [(top["token"], top["logprob"]) == (entry["token"], entry["logprob"]) for top in tops]
+    drop = same.index(True) if True in same else len(tops) - 1
+    return tops[:drop] + tops[drop + 1 :]
 
 
 def _ranked(entries: Iterable[dict[str, Any] | None] | None) -> list[Any]:
@@ -154,9 +169,9 @@ def differences(ours: Answer, theirs: Answer) -> list[str]:
     for index, choice in sorted(ours.choices.items()):
         where, other = f"choices[{index}].", theirs.choices[index]
         found += _unequal(where, choice, other, ("text", "reasoning", "calls", "token_ids", "finish", "stop"))
-        if len(choice.tokens) != len(other.tokens) or not all(map(_same_token, choice.tokens, other.tokens)):
-            found.append(f"{where}tokens: {choice.tokens}, not {other.tokens}")
-        if _counts_alike(other.tokens):
+        found += _unequal(where, choice, other, ("tokens", "token_bytes"))
+        if not any(token.startswith("token_id:") for token in other.tokens):
+            # vLLM counts the tokens as it writes them.
             found += _unequal(where, choice, other, ("offsets",))
         if not _near(choice.logprobs, other.logprobs):
             found.append(f"{where}logprobs: {choice.logprobs}, not {other.logprobs}")
@@ -176,20 +191,8 @@ def _other_field(ours: Answer, theirs: Answer) -> list[str]:
     return [] if same else [f"field: ours {ours.error}, theirs {theirs.error}"]
 
 
-def _same_token(ours: str, theirs: str) -> bool:
-    """Of a token that ends inside a character ours is what it is by itself, theirs what it adds to those before it."""
-    return ours == theirs or "\N{REPLACEMENT CHARACTER}" in ours
-
-
 def _same_top(ours: dict[str, float], theirs: dict[str, float]) -> bool:
-    if any("\N{REPLACEMENT CHARACTER}" in token for token in ours):
-        return True
     return ours.keys() == theirs.keys() and _near(list(ours.values()), [theirs[token] for token in ours])
-
-
-def _counts_alike(tokens: Sequence[str]) -> bool:
-    """Whether vLLM's offsets are those of the text: it counts the tokens as it writes them."""
-    return not any(token in ("", "\N{REPLACEMENT CHARACTER}") or token.startswith("token_id:") for token in tokens)
 
 
 def _unequal(where: str, ours: object, theirs: object, names: Sequence[str]) -> list[str]:
@@ -239,16 +242,18 @@ async def compare(path: str, ours: httpx.AsyncClient, theirs: httpx.AsyncClient)
 async def unexplained(path: str, ours: httpx.AsyncClient, theirs: httpx.AsyncClient) -> int:
     """Prints vLLM's fields that are neither compared nor excused, and excuses for fields that we do take."""
     known, wanted = await fields(ours, path), await fields(theirs, path)
-    tried = {name for body, _ in requests(path) for name in body}
+    asked = http_parity_responses.requests() if path == http_parity_responses.PATH else requests(path)
+    tried = {name for body, _ in asked for name in body}
     bad = 0
-    for name in sorted(wanted - tried - UNSERVED[path].keys()):
+    for name in sorted(wanted - tried - _UNSERVED[path].keys()):
         bad += 1
         print(f"{path}: vLLM's field {name} is not tried")
-    for name in sorted(UNSERVED[path].keys() & known | (tried & wanted) - known):
+    for name in sorted(_UNSERVED[path].keys() & known | (tried & wanted) - known):
         bad += 1
         print(f"{path}: {name} is {'taken, and excused' if name in known else 'compared, and not taken'}")
-    for name in sorted(UNSERVED[path]):
-        answer = await ask(ours, path, {"model": "demo", **_BASES[path], name: None})
+    for name in sorted(_UNSERVED[path]):
+        base = _BASES.get(path) or {"input": "How?"}
+        answer = await ask(ours, path, {"model": "demo", **base, name: None})
         if answer.error.get("code") != "unknown_parameter" or answer.error["param"] != name:
             bad += 1
             print(f"{path}: {name} is not refused by its name: {answer.status} {answer.error}")
@@ -262,24 +267,30 @@ async def fields(client: httpx.AsyncClient, path: str) -> set[str]:
     return set(document["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"])
 
 
-async def compare_all(edge: str, headers: dict[str, str], server: str) -> int:
-    """Compares all paths; returns the number of differences."""
+async def compare_all(edge: str, headers: dict[str, str], server: str, only: Sequence[str]) -> int:
+    """Compares these paths; returns the number of differences."""
     async with (
         httpx.AsyncClient(base_url=edge, headers=headers) as ours,
         httpx.AsyncClient(base_url=server) as theirs,
     ):
-        return sum([await compare(path, ours, theirs) + await unexplained(path, ours, theirs) for path in _BASES])
+        found = [await compare(path, ours, theirs) for path in only if path in _BASES]
+        if http_parity_responses.PATH in only:
+            found.append(await http_parity_responses.compare(ours, theirs))
+        return sum([*found, *[await unexplained(path, ours, theirs) for path in only]])
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reasons", action="store_true", help="only print what differs on purpose, and why")
-    if parser.parse_args().reasons:
-        for path, reasons in UNSERVED.items():
+    parser.add_argument("--only", choices=(*_BASES, http_parity_responses.PATH), help="one path; default: all")
+    options = parser.parse_args()
+    only = [options.only] if options.only else [*_BASES, http_parity_responses.PATH]
+    if options.reasons:
+        for path, reasons in _UNSERVED.items():
             for name, reason in reasons.items():
                 print(f"{path} {name}: {reason}")
-        print("\n".join(OTHERWISE))
+        print("\n".join([*OTHERWISE, *http_parity_responses.OTHERWISE]))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -290,7 +301,7 @@ def main() -> None:
             running_mesh(folder / "state", "--config", str(config), within=200) as mesh,
         ):
             server.wait(within=120)
-            sys.exit(bool(uvloop.run(compare_all(mesh.edge, mesh.headers, server.url))))
+            sys.exit(bool(uvloop.run(compare_all(mesh.edge, mesh.headers, server.url, only))))
 
 
 if __name__ == "__main__":

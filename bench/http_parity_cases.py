@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-__all__ = ["BAD", "GOOD", "NAMES", "ONLY_OURS", "OTHERWISE", "STRICTER", "UNSERVED", "Body"]
+__all__ = ["BAD", "GOOD", "NAMES", "NOWHERE", "ONLY_OURS", "OTHERWISE", "STRICTER", "UNSERVED", "Body"]
 
 Body = dict[str, Any]
 _CHAT: Final = "/v1/chat/completions"
@@ -22,6 +22,8 @@ _CALL: Final = {
     "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
 }
 _SCHEMA: Final = {"type": "json_schema", "json_schema": {"name": "weather", "schema": _PARAMETERS}}
+# Its answers are full of characters of several tokens, and of halves of them.
+_WIDE: Final = {"logit_bias": dict.fromkeys(map(str, range(130, 260)), 60), "max_tokens": 40}
 _SAMPLED: Final = {"temperature": 1, "seed": 7}
 _THOUGHT: Final = '%llguidance {}\nstart: "Rain, perhaps." </think> "Fine."\n'
 
@@ -107,6 +109,9 @@ GOOD: Final[dict[str, list[Body]]] = {
         {"logprobs": True},
         {"logprobs": True, "top_logprobs": 3},
         {"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True},
+        {**_WIDE, "logprobs": True, "top_logprobs": 5},
+        {**_WIDE, "logprobs": True, "top_logprobs": 5, "tools": [_TOOL]},
+        {"messages": [{"role": "user", "content": "日本語🚀é"}], **_WIDE, "logprobs": True, "top_logprobs": 3},
         {"logprobs": False},
         {"tools": [_TOOL]},
         {"tools": [_TOOL], "tool_choice": "none"},
@@ -146,6 +151,8 @@ GOOD: Final[dict[str, list[Body]]] = {
         {"logprobs": 2, "return_tokens_as_token_ids": True},
         {"echo": True},
         {"echo": True, "logprobs": 2},
+        {**_WIDE, "logprobs": 5},
+        {**_WIDE, "prompt": "A 日本語🚀é", "echo": True, "logprobs": 5},
         {"add_special_tokens": False},
         {"suffix": None},
     ],
@@ -184,26 +191,30 @@ BAD: Final[dict[str, list[Body]]] = {
     ],
 }
 
-_SHARED: Final[dict[str, str]] = {
-    "use_beam_search": "beams can't be streamed, moved to another worker or scheduled fairly",
-    "length_penalty": "of beams alone",
+NOWHERE: Final[dict[str, str]] = {
     "watermarking": "not offered",
-    "spaces_between_special_tokens": "of slow tokenizers alone, which vLLM does without",
-    "truncation_side": "prompts keep their end; embeddings have it",
-    "logprob_token_ids": "not offered",
     "priority": "the key's and the header x-priority's, else anybody could jump the queue",
     "request_id": "made at the edge, since ids that clients choose are a way into other requests",
     "session_id": "the header x-session-id",
     "kv_transfer_params": "between workers, and never a client's: it names addresses to connect to",
     "ec_transfer_params": "between workers, and never a client's: it names addresses to connect to",
     "vllm_xargs": "means what plugins say, which workers don't load",
+    "mm_payload": "of vLLM's render endpoints alone",
+    "return_mm_kwargs": "of vLLM's render endpoints alone",
+}
+"""vLLM's fields that no path takes, and why."""
+_SHARED: Final[dict[str, str]] = {
+    **NOWHERE,
+    "use_beam_search": "beams can't be streamed, moved to another worker or scheduled fairly",
+    "length_penalty": "of beams alone",
+    "spaces_between_special_tokens": "of slow tokenizers alone, which vLLM does without",
+    "truncation_side": "prompts keep their end; embeddings have it",
+    "logprob_token_ids": "not offered",
     "repetition_detection": "not offered",
     "thinking_token_budget": "not offered",
     "stream_interval": "each step's tokens are sent when they are there",
     "routed_experts_prompt_start": "not offered",
     "return_token_offsets": "of vLLM's render endpoints alone",
-    "mm_payload": "of vLLM's render endpoints alone",
-    "return_mm_kwargs": "of vLLM's render endpoints alone",
 }
 UNSERVED: Final[dict[str, dict[str, str]]] = {
     _CHAT: {
@@ -239,7 +250,9 @@ NAMES: Final = {
 }
 """What fields are called in vLLM's refusals, and what in OpenAI's."""
 OTHERWISE: Final = [
-    "a token that ends inside a character has, among log-probabilities, its own text, and its own offset",
+    "bytes of alternatives are those of their texts, also where tokens are written as token_id:N",
+    "in chat, alternatives are the likeliest tokens, where vLLM gives the last place to a chosen one that is none",
+    "the first token of an echoed prompt has the text that the others leave, also where that is half a character",
     "offsets are those of the text, also where tokens are written as token_id:N",
     "temperature above 2, more than 4 stops, logit_bias beyond 100, seeds beyond 64 bits: OpenAI's bounds, not vLLM's",
     "unknown fields: refused by name, where vLLM ignores them with a warning in its log",

@@ -6,7 +6,7 @@ import msgspec
 
 from services.gateway import schema_chat as chat
 from services.gateway.decoding import invalid, is_given
-from services.gateway.schema import JsonSchemaFormat, ResponseFormat
+from services.gateway.schema import JsonSchemaFormat, ResponseFormat, SampledRequest
 from services.gateway.schema_responses import (
     CalledItem,
     FunctionTool,
@@ -50,10 +50,8 @@ def chat_request(request: ResponsesRequest, items: Sequence[Item]) -> chat.ChatR
         raise invalid("input", "input: must not be empty", "empty_array")
     wants_scores = request.top_logprobs is not None or "message.output_text.logprobs" in (request.include or ())
     asked = chat.ChatRequest(
-        model=request.model,
+        **{name: getattr(request, name) for name in SampledRequest.__struct_fields__},
         messages=messages,
-        temperature=request.temperature,
-        top_p=request.top_p,
         max_tokens=request.max_output_tokens,
         tools=[_tool(tool) for tool in request.tools or ()] or None,
         tool_choice=_choice(request.tool_choice),
@@ -62,7 +60,7 @@ def chat_request(request: ResponsesRequest, items: Sequence[Item]) -> chat.ChatR
         reasoning_effort=request.reasoning.effort if request.reasoning else None,
         logprobs=wants_scores or None,
         top_logprobs=request.top_logprobs,
-        stream=request.stream,
+        chat_template_kwargs=request.chat_template_kwargs,
     )
     asked.check()
     return asked

@@ -152,7 +152,7 @@ class ResponsesRenderer:
 
     def _piece(self, piece: Piece) -> bytes:
         events = b""
-        if piece.reasoning:
+        if piece.reasoning and self._request.include_reasoning is not False:
             opening, item = self._opened("reasoning")
             item.parts.append(piece.reasoning)
             events += opening + self._event(
@@ -189,8 +189,8 @@ class ResponsesRenderer:
         events = self._event(
             "response.output_item.added", output_index=item.index, item=_item_body(item, "in_progress")
         )
-        if kind == "message":
-            events += self._event("response.content_part.added", **_at(item), part=_text_part(item))
+        if kind != "function_call":
+            events += self._event("response.content_part.added", **_at(item), part=_part(item))
         return closing + events, item
 
     def _close(self, status: str = "completed") -> bytes:
@@ -201,9 +201,10 @@ class ResponsesRenderer:
             case "message":
                 events = self._event(
                     "response.output_text.done", **_at(item), text=item.text, logprobs=item.scores
-                ) + self._event("response.content_part.done", **_at(item), part=_text_part(item))
+                ) + self._event("response.content_part.done", **_at(item), part=_part(item))
             case "reasoning":
                 events = self._event("response.reasoning_text.done", **_at(item), text=item.text)
+                events += self._event("response.content_part.done", **_at(item), part=_part(item))
             case _:
                 events = self._event(
                     "response.function_call_arguments.done",
@@ -231,17 +232,19 @@ def _at(item: _Item) -> dict[str, Any]:
     return {"item_id": item.id, "output_index": item.index, "content_index": 0}
 
 
-def _text_part(item: _Item) -> dict[str, Any]:
+def _part(item: _Item) -> dict[str, Any]:
+    if item.kind == "reasoning":
+        return {"type": "reasoning_text", "text": item.text}
     return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": item.scores}
 
 
 def _item_body(item: _Item, status: str) -> dict[str, Any]:
     match item.kind:
         case "message":
-            content = [_text_part(item)] if status != "in_progress" else []
+            content = [_part(item)] if status != "in_progress" else []
             return {"type": "message", "id": item.id, "status": status, "role": "assistant", "content": content}
         case "reasoning":
-            thoughts = [{"type": "reasoning_text", "text": item.text}] if status != "in_progress" else []
+            thoughts = [_part(item)] if status != "in_progress" else []
             return {"type": "reasoning", "id": item.id, "status": status, "summary": [], "content": thoughts}
     assert item.call is not None
     return {

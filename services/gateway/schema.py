@@ -17,6 +17,7 @@ __all__ = [
     "Label",
     "ModelName",
     "ResponseFormat",
+    "SampledRequest",
     "StreamOptions",
     "StructuredOutputs",
 ]
@@ -77,8 +78,8 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     json_object: Literal[True] | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What chat and legacy completions have in common. null means the default everywhere."""
+class SampledRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What all requests for output have in common. null means the default everywhere."""
 
     model: ModelName
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -88,28 +89,33 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    max_tokens: TokenCount | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     logit_bias: Annotated[dict[str, Bias], Meta(max_length=1024)] | None = None
-    bad_words: Annotated[list[Stop], Meta(max_length=64)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=1024)] | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    truncate_prompt_tokens: TokenCount | None = None
     seed: Annotated[int, Meta(ge=-_INT64 - 1, le=_INT64)] | None = None
     ignore_eos: bool | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[\x20-\x7e]*\Z")] | None = None
+    stream: bool | None = None
+    user: Label | None = None
+
+
+class GenerationRequest(SampledRequest, kw_only=True, forbid_unknown_fields=True):
+    """What chat and legacy completions have in common."""
+
+    max_tokens: TokenCount | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    bad_words: Annotated[list[Stop], Meta(max_length=64)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=1024)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    truncate_prompt_tokens: TokenCount | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Label | None = None
 
     def check(self) -> None:
         """Refuses what is right field by field and wrong together.

@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from services.common.errors import MeshError
 from services.gateway.decoding import check_schema, decode, invalid, is_given
-from services.gateway.schema import Label, ModelName, TokenCount
+from services.gateway.schema import Label, SampledRequest, TokenCount
 from services.gateway.schema_chat import CallId, FunctionName, Name
 
 __all__ = [
@@ -174,18 +174,14 @@ class EventOptions(_Strict, kw_only=True):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponsesRequest(_Strict, kw_only=True):
+class ResponsesRequest(SampledRequest, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/responses"""
 
-    model: ModelName
     input: str | Annotated[list[msgspec.Raw], Meta(min_length=1, max_length=_MAX_ITEMS)]
     instructions: str | None = None
     previous_response_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     store: bool | None = None
-    stream: bool | None = None
     stream_options: EventOptions | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     max_output_tokens: TokenCount | None = None
     tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None
@@ -200,7 +196,8 @@ class ResponsesRequest(_Strict, kw_only=True):
     background: Literal[False] | None = None
     prompt_cache_key: Name | None = None
     safety_identifier: Label | None = None
-    user: Label | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=32)] | None = None
+    include_reasoning: bool | None = None
 
     def check(self) -> None:
         """Refuses what is right field by field and wrong together.
