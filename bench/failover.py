@@ -170,7 +170,7 @@ async def measure(mesh: Mesh, options: argparse.Namespace) -> bool:
     p50, p99, most = (1000 * quantile(gaps, share) for share in (0.5, 0.99, 1.0))
     print(f"all: complete {complete}/{streams}, identical {identical}, usage exact {exact}, ", end="")
     print(f"longest gap p50 {p50:.0f} ms, p99 {p99:.0f} ms, max {most:.0f} ms")
-    return streams == complete == identical == exact
+    return bool(streams == complete == identical == exact)
 
 
 def main() -> None:

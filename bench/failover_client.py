@@ -80,7 +80,8 @@ async def stream_all(
     left = {id(stream) for stream in streams}
 
     def begun(stream: Streamed) -> None:
-        if left and (left.discard(id(stream)), not left)[1]:
+        left.discard(id(stream))
+        if not left:
             flowing()
 
     async with asyncio.TaskGroup() as tasks:

@@ -60,7 +60,7 @@ _GOOD: Final[list[Body]] = [
     {"input": [_USER, _CALL, _OUTPUT]},
     {"tools": [_TOOL]},
     {"tools": [_TOOL], "tool_choice": "none"},
-    {"tools": [_TOOL], "tool_choice": "auto", "parallel_tool_calls": False},
+    {"tools": [_TOOL], "tool_choice": "auto", "parallel_tool_calls": True},
     _CALLING,
     {"temperature": 0.7, "seed": 3},
     {"temperature": 1, "seed": 3, "top_p": 0.5, "top_k": 9, "min_p": 0.1},
@@ -95,7 +95,6 @@ _BAD: Final[list[Body]] = [
     *({"temperature": value} for value in (-0.1, "hot")),
     *({"top_p": value} for value in (0, 1.1, "x")),
     *({"max_output_tokens": value} for value in (0, -1, "x")),
-    *({"top_logprobs": value} for value in (-1, 1000)),
     {"presence_penalty": 2.5},
     {"frequency_penalty": -2.5},
     {"stop": [""]},
@@ -110,9 +109,12 @@ _BAD: Final[list[Body]] = [
     {"include": ["nothing"]},
 ]
 _REPEATED: Final = (
-    "object", "status", "error", "incomplete_details", "instructions", "max_output_tokens", "metadata", "model",
-    "parallel_tool_calls", "previous_response_id", "temperature", "tool_choice", "top_p", "truncation", "background",
+    "object", "status", "error", "incomplete_details", "instructions", "model", "parallel_tool_calls", "temperature",
+    "previous_response_id", "top_p", "truncation", "background",
 )  # fmt: skip  # a table
+_OWN: Final = ("id", "call_id", "status")
+_WHERE_ASKED: Final = {"max_output_tokens": "max_output_tokens", "metadata": "metadata", "tool_choice": "tools"}
+"""What vLLM repeats otherwise than it was asked, by what has to be asked for it to be compared."""
 UNSERVED: Final[dict[str, str]] = {
     **NOWHERE,
     "media_io_kwargs": "the model's, since it opens what a decoder may take",
@@ -123,7 +125,13 @@ UNSERVED: Final[dict[str, str]] = {
     "previous_input_messages": "of vLLM's debugging",
 }
 """vLLM's fields that are refused by name, and why."""
-OTHERWISE: Final[list[str]] = []
+OTHERWISE: Final[list[str]] = [
+    "an answer that is cut short ends with response.incomplete, and its last item is incomplete, as OpenAI's are",
+    "what was not asked for is repeated as OpenAI does: no max_output_tokens, metadata {}, tool_choice auto",
+    "top_logprobs has OpenAI's bounds, where vLLM takes any number",
+    "calls are part of what is remembered of a conversation, where vLLM forgets them",
+    "the object at the end of a stream has the log-probabilities of its text, too",
+]
 """What else differs on purpose."""
 
 
@@ -139,10 +147,16 @@ class _Answer:
     """Their types in their order, those of pieces that follow each other once."""
     pieces: dict[str, str] = field(default_factory=dict)
     """What the pieces of an item add up to."""
+    scores: list[Any] = field(default_factory=list)
+    """The log-probabilities of a stream's pieces."""
 
 
 async def _ask(client: httpx.AsyncClient, body: Body) -> _Answer:
-    response = await client.post(PATH, json=body, timeout=60)
+    try:
+        response = await client.post(PATH, json=body, timeout=60)
+    except httpx.RemoteProtocolError:
+        # vLLM's way to tell of an error once a stream has begun.
+        return _Answer(400, {"message": "broken off"})
     if response.status_code != 200:
         said = response.json()
         return _Answer(response.status_code, said.get("error", said))
@@ -157,31 +171,38 @@ async def _ask(client: httpx.AsyncClient, body: Body) -> _Answer:
         if event["type"].endswith(".delta"):
             place = f"{event['type']} {event['output_index']} {event.get('content_index', 0)}"
             answer.pieces[place] = answer.pieces.get(place, "") + event["delta"]
+            answer.scores += event.get("logprobs") or ()
     return answer
 
 
 def _kind(event: Body) -> str:
     of = event.get("item") or event.get("part") or {}
-    return " ".join(filter(None, (event["type"], of.get("type"))))
+    kind = "response.completed" if event["type"] == "response.incomplete" else event["type"]
+    return " ".join(filter(None, (kind, of.get("type"))))
 
 
-def differences(ours: _Answer, theirs: _Answer) -> list[str]:
+def differences(body: Body, ours: _Answer, theirs: _Answer) -> list[str]:
     """What is not the same."""
     if ours.status != theirs.status:
         return [f"status: ours {ours.status} {ours.error}, theirs {theirs.status} {theirs.error}"]
     if ours.status != 200:
         return _other_field(ours.error, theirs.error)
+    asked = [name for name, what in _WHERE_ASKED.items() if body.get(what)]
     pairs: dict[str, tuple[object, object]] = {
-        **{name: (ours.final.get(name), theirs.final.get(name)) for name in _REPEATED},
+        **{name: (ours.final.get(name), theirs.final.get(name)) for name in (*_REPEATED, *asked)},
         "usage": (_usage(ours.final), _usage(theirs.final)),
         "events": (ours.events, theirs.events),
         "pieces": (ours.pieces, theirs.pieces),
     }
     found = [f"{name}: {mine!r}, not {other!r}" for name, (mine, other) in pairs.items() if mine != other]
-    mine, other = ([_item(item) for item in answer.final.get("output", ())] for answer in (ours, theirs))
-    if not _same(mine, other):
-        found.append(f"output: {mine}, not {other}")
+    for name, mine, other in (("output", _items(ours), _items(theirs)), ("scores", ours.scores, theirs.scores)):
+        if not _same(mine, other):
+            found.append(f"{name}: {mine}, not {other}")
     return found
+
+
+_NAMES: Final = {"input_tokens": "input", "max_tokens": "max_output_tokens", "response_id": "previous_response_id"}
+"""What fields are called in vLLM's refusals, and what here."""
 
 
 def _other_field(ours: Body, theirs: Body) -> list[str]:
@@ -189,10 +210,11 @@ def _other_field(ours: Body, theirs: Body) -> list[str]:
     if named is None:
         return []
     name = str(named).removeprefix("body.").partition(".")[0]
+    name = _NAMES.get(name, name)
     return [] if mine.startswith(name) or name.startswith(mine) else [f"field: ours {ours}, theirs {theirs}"]
 
 
-def _usage(final: Body) -> list[int]:
+def _usage(final: Body) -> list[Any]:
     usage = final.get("usage") or {}
     names = ("input_tokens", "output_tokens", "total_tokens")
     details = (usage.get("input_tokens_details") or {}).get("cached_tokens")
@@ -200,18 +222,23 @@ def _usage(final: Body) -> list[int]:
     return [*(usage.get(name) for name in names), details, thoughts]
 
 
-def _item(item: Body) -> Body:
-    """An item without ids, and without what both may leave out."""
-    kept = {name: value for name, value in item.items() if name not in ("id", "call_id", "namespace", "phase")}
-    return {name: value for name, value in kept.items() if value not in (None, [], "")}
+def _items(answer: _Answer) -> list[Body]:
+    """The output without ids, and of a stream without what its pieces have told."""
+    items = [
+        {name: value for name, value in item.items() if name not in _OWN} for item in answer.final.get("output", ())
+    ]
+    for item in items:
+        if answer.events and item["type"] == "message":
+            item["content"] = [{**part, "logprobs": None} for part in item["content"]]
+    return items
 
 
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) and isinstance(theirs, float):
         return abs(ours - theirs) < _SLACK
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = {name for name in (*ours, *theirs) if ours.get(name) not in (None, []) or theirs.get(name)}
-        return all(_same(ours.get(name), theirs.get(name)) for name in names)
+        # What one has empty, the other may leave out.
+        return all(_same(ours.get(name) or None, theirs.get(name) or None) for name in {*ours, *theirs})
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     return bool(ours == theirs)
@@ -235,7 +262,7 @@ async def compare(ours: httpx.AsyncClient, theirs: httpx.AsyncClient) -> int:
         # A prefix that only one of them has cached would be a difference in usage.
         salted = {"cache_salt": f"responses-{number}", **body} if is_good else body
         mine, other = await _ask(ours, salted), await _ask(theirs, salted)
-        found = differences(mine, other)
+        found = differences(body, mine, other)
         if not found and (mine.status == 200) != is_good:
             found = [f"both say {mine.status}: {mine.error}"]
         count, bad = count + 1, bad + _told(body, found)
@@ -250,7 +277,6 @@ _CONVERSATIONS: Final[Mapping[str, list[Body]]] = {
     "two turns": [{"input": "How is the weather?"}, {"input": "And then?"}],
     "instructions are of one turn": [{"input": "How?", "instructions": "Be brief."}, {"input": "And then?"}],
     "a stream between": [{"input": "How?", "stream": True}, {"input": "And then?", "stream": True}],
-    "a call": [{"input": "How?", **_CALLING}, {"input": "And then?", "tools": [_TOOL]}],
 }
 
 
@@ -266,7 +292,7 @@ async def _conversation(turns: list[Body], ours: httpx.AsyncClient, theirs: http
             )
             previous[index] = answers[-1].final.get("id")
             answers[-1].final.pop("previous_response_id", None)
-        if found := differences(*answers):
+        if found := differences(turn, *answers):
             return [f"turn {number}: {line}" for line in found]
         if answers[0].status != 200:
             return [f"turn {number}: both say {answers[0].error}"]
@@ -274,7 +300,7 @@ async def _conversation(turns: list[Body], ours: httpx.AsyncClient, theirs: http
         told = [_Answer(answer.status_code, final=answer.json()) for answer in kept]
         for each in told:
             each.final.pop("previous_response_id", None)
-        if found := differences(told[0], told[1]):
+        if found := differences(turn, *told):
             return [f"turn {number}, asked for again: {line}" for line in found]
     return []
 

@@ -217,7 +217,7 @@ async def test_an_engine_that_hangs_behind_a_healthy_server_is_known_to_within_3
         await asyncio.to_thread(server.wait, within=200)
         async with engine_on(server.url, probe_seconds=default) as engine:
             # A prompt that fills several steps is none.
-            assert (await run(engine, generation("word " * 1_500))).error is None
+            assert (await run(engine, generation("word " * 700))).error is None
             kept, core = Kept(), server.engine_core()
             await engine.submit(generation(sampling=replace(GREEDY, max_tokens=1_500)), kept)
             await eventually(lambda: len(kept.token_ids) > 10, within=10)

@@ -1,9 +1,12 @@
 """Responses requests as chat requests: a conversation of items as one of messages."""
 
+import re
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 
+from services.common.errors import MeshError
 from services.gateway import schema_chat as chat
 from services.gateway.decoding import invalid, is_given
 from services.gateway.schema import JsonSchemaFormat, ResponseFormat, SampledRequest
@@ -22,7 +25,19 @@ from services.gateway.schema_responses import (
     items_of,
 )
 
-__all__ = ["chat_request", "input_items"]
+__all__ = ["chat_request", "in_response_terms", "input_items"]
+
+# Items are not numbered as the messages are that they become.
+_NAMES: Final = [
+    (re.compile(pattern), theirs)
+    for pattern, theirs in (
+        (r"^messages\b.*", "input"),
+        (r"^max_tokens$", "max_output_tokens"),
+        (r"^response_format\b.*", "text.format"),
+        (r"^(tools\[\d+\]|tool_choice)\.function\b", r"\1"),
+        (r"^logprobs$", "include"),
+    )
+]
 
 
 def input_items(request: ResponsesRequest) -> list[Item]:
@@ -62,8 +77,22 @@ def chat_request(request: ResponsesRequest, items: Sequence[Item]) -> chat.ChatR
         top_logprobs=request.top_logprobs,
         chat_template_kwargs=request.chat_template_kwargs,
     )
-    asked.check()
+    try:
+        asked.check()
+    except MeshError as error:
+        raise in_response_terms(error) from None
     return asked
+
+
+def in_response_terms(error: MeshError) -> MeshError:
+    """An error of a chat request for a client that sent this API's."""
+    return error.renamed(_response_name)
+
+
+def _response_name(name: str) -> str:
+    for pattern, theirs in _NAMES:
+        name = pattern.sub(theirs, name)
+    return name
 
 
 def _messages(items: Iterable[Item]) -> list[chat.Message]:

@@ -12,7 +12,7 @@ from services.gateway.answers import Deleted, ItemList, ResponseObject
 from services.gateway.conversations import Conversations, Turn
 from services.gateway.convert import in_openai_terms
 from services.gateway.convert_chat import from_chat
-from services.gateway.convert_responses import chat_request, input_items
+from services.gateway.convert_responses import chat_request, in_response_terms, input_items
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
 from services.gateway.generation import Caller, Generation, Generator
@@ -87,7 +87,7 @@ class Responses:
             except MeshError as error:
                 if response.started:
                     await response.send_events(renderer.failed(error))
-                raise in_openai_terms(error) from error
+                raise in_response_terms(in_openai_terms(error)) from error
 
     async def _history(self, body: ResponsesRequest, identity: Identity) -> tuple[list[str], list[msgspec.Raw]]:
         if body.previous_response_id is None:

@@ -89,7 +89,7 @@ def test_a_bad_field_is_refused_by_name(fields: dict[str, object], field: str) -
 def test_the_answer_to_a_call_nobody_made_is_refused() -> None:
     with pytest.raises(MeshError) as caught:
         asked(input=[{"type": "function_call_output", "call_id": "c9", "output": "3"}])
-    assert caught.value.field == "messages[0].tool_call_id"
+    assert caught.value.field == "input"
 
 
 def renderer(**fields: object) -> ResponsesRenderer:

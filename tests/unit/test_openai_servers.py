@@ -172,7 +172,7 @@ def wedged(_body: dict[str, Any]) -> Answer:
 
 
 FAR_VLLM = {"/health": Answer(), "/metrics": Answer()}
-DEFAULT_PROBE = {"probe_seconds": UpstreamSettings(url="http://far").probe_seconds}
+DEFAULT_PROBE: dict[str, Any] = {"probe_seconds": UpstreamSettings(url="http://far").probe_seconds}
 
 
 # As often as may be, and as patient as may be: so that what takes seconds takes half a second.
