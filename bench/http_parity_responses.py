@@ -130,6 +130,7 @@ OTHERWISE: Final[list[str]] = [
     "what was not asked for is repeated as OpenAI does: no max_output_tokens, metadata {}, tool_choice auto",
     "top_logprobs has OpenAI's bounds, where vLLM takes any number",
     "calls are part of what is remembered of a conversation, where vLLM forgets them",
+    "pieces of streams have log-probabilities also where a token adds no text",
     "the object at the end of a stream has the log-probabilities of its text, too",
 ]
 """What else differs on purpose."""
@@ -148,7 +149,7 @@ class _Answer:
     pieces: dict[str, str] = field(default_factory=dict)
     """What the pieces of an item add up to."""
     scores: list[Any] = field(default_factory=list)
-    """The log-probabilities of a stream's pieces."""
+    """The log-probabilities of a stream's pieces, those of tokens that add no text aside."""
 
 
 async def _ask(client: httpx.AsyncClient, body: Body) -> _Answer:
@@ -171,7 +172,7 @@ async def _ask(client: httpx.AsyncClient, body: Body) -> _Answer:
         if event["type"].endswith(".delta"):
             place = f"{event['type']} {event['output_index']} {event.get('content_index', 0)}"
             answer.pieces[place] = answer.pieces.get(place, "") + event["delta"]
-            answer.scores += event.get("logprobs") or ()
+            answer.scores += [score for score in event.get("logprobs") or () if score["token"]]
     return answer
 
 
