@@ -1007,7 +1007,7 @@ class TokenLogprob(_message.Message):
     token_id: _builtins.int
     """Its id in the vocabulary."""
     token: _builtins.str
-    """Its text on its own, with U+FFFD where it is part of a character."""
+    """Its text. Empty where a character is not complete with it: the token that completes one has all of it."""
     logprob: _builtins.float
     """Natural logarithm of its probability; -9999 for a token that was ruled out."""
     rank: _builtins.int

@@ -275,8 +275,8 @@ class Submission(_message.Message):
     priority: _builtins.int
     """Scheduling class, lower first. 0 is the default."""
     lost_engine_count: _builtins.int
-    """Engines and workers that were lost while they ran this request. Above 0 it is let into the engine alone, so that it
-    is known whose doing it was if that is lost, too.
+    """Engines that were lost while they ran this request, and whole workers after the first: one may vanish for many
+    reasons. Above 0 it is let into the engine alone, so that it is known whose doing it was if that is lost, too.
     """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
