@@ -11,16 +11,16 @@ from typing import Any
 
 import grpc.aio
 import httpx
-import openai
 import psutil
 import pytest
 from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
 from tests.support.commands import tokenloom
+from tests.support.failover import said
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.otlp import Receiver
 from tests.support.uneven_mesh import ended
-from tests.support.waiting import eventually, wait_until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 MODEL = "sim"
@@ -60,47 +60,19 @@ def test_a_killed_process_comes_back_and_the_next_request_works(mesh: Mesh, name
     assert not [child for child in children if child.is_running()]
 
 
-async def test_64_streams_survive_the_loss_of_a_worker_without_a_token_lost_or_twice(mesh: Mesh) -> None:
-    flowing: set[str] = set()
-
-    async def text(client: openai.AsyncOpenAI, prompt: str) -> tuple[str, int]:
-        stream = await client.completions.create(
-            model=MODEL,
-            prompt=prompt,
-            max_tokens=150,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
-        parts, tokens = [], 0
-        async for chunk in stream:
-            flowing.add(prompt)
-            parts += [choice.text for choice in chunk.choices]
-            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-        return "".join(parts), tokens
-
-    async def all_texts(*, then_kill: str | None) -> dict[str, tuple[str, int]]:
-        texts: dict[str, tuple[str, int]] = {}
-        flowing.clear()
-
-        async def run(client: openai.AsyncOpenAI, prompt: str) -> None:
-            texts[prompt] = await text(client, prompt)
-
-        async with mesh.async_sdk() as client, asyncio.TaskGroup() as tasks:
-            for index in range(64):
-                tasks.create_task(run(client, f"prompt {index}"))
-            if then_kill is not None:
-                await eventually(lambda: len(flowing) == 64, within=10)
-                kill(mesh, then_kill)
-        return texts
-
-    undisturbed = await all_texts(then_kill=None)
+async def test_64_streams_survive_the_loss_of_workers_without_a_token_lost_or_twice(mesh: Mesh) -> None:
+    prompts = [f"prompt {index}" for index in range(64)]
+    undisturbed = await said(mesh, MODEL, prompts, tokens=150)
     assert {tokens for _, tokens in undisturbed.values()} == {150}
-    pid = mesh.process("worker-1")["pid"]
-    assert await all_texts(then_kill="worker-1") == undisturbed
+    pids = {name: mesh.process(name)["pid"] for name in ("worker-1", "worker-2", "worker-3")}
+    assert await said(mesh, MODEL, prompts, tokens=150, kill=["worker-1"]) == undisturbed
     await asyncio.to_thread(check_that_moves_are_told, mesh, away_from="worker-1")
-    wait_until(lambda: mesh.process("worker-1")["pid"] != pid, within=20)
+    wait_until(lambda: mesh.process("worker-1")["pid"] != pids["worker-1"], within=20)
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
+    # The second one goes while what was on the first is being moved, to it among others.
+    assert await said(mesh, MODEL, prompts, tokens=150, kill=["worker-2", "worker-3"]) == undisturbed
+    wait_until(lambda: all(mesh.process(name)["pid"] != pid for name, pid in pids.items()), within=20)
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
 
 
 def check_that_moves_are_told(mesh: Mesh, *, away_from: str) -> None:

@@ -235,7 +235,7 @@ async def test_a_queue_of_others_before_an_engine_whose_counters_move_is_no_stal
 
     async with engine_before({**FAR_VLLM, "/metrics": metrics}, flavour="vllm", **SOON) as (engine, far):
         far.answers[TEXT] = wedged
-        await asyncio.sleep(2)
+        await asyncio.sleep(1.5)
         assert not engine.load.trouble
         far.answers["/metrics"] = Answer()
         await eventually(lambda: bool(engine.load.trouble), within=3)

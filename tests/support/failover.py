@@ -1,0 +1,53 @@
+"""Many streams at once, while workers are killed."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+
+import openai
+
+from tests.support.mesh import Mesh
+from tests.support.waiting import eventually
+
+__all__ = ["said"]
+
+_SECOND_KILL_SECONDS = 0.02
+
+
+async def said(
+    mesh: Mesh, model: str, prompts: Sequence[str], *, tokens: int, kill: Sequence[str] = ()
+) -> dict[str, tuple[str, int]]:
+    """What a stream of each prompt says, and its output tokens by the usage.
+
+    `kill` names workers that are killed once all streams flow, each one shortly after the one before.
+    """
+    flowing: set[str] = set()
+    texts: dict[str, tuple[str, int]] = {}
+
+    async def stream(client: openai.AsyncOpenAI, prompt: str) -> None:
+        events = await client.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        parts, count = [], 0
+        async for event in events:
+            flowing.add(prompt)
+            parts += [choice.text for choice in event.choices]
+            count = event.usage.completion_tokens if event.usage else count
+        texts[prompt] = "".join(parts), count
+
+    async with mesh.async_sdk() as client, asyncio.TaskGroup() as tasks:
+        for prompt in prompts:
+            tasks.create_task(stream(client, prompt))
+        if kill:
+            await eventually(lambda: len(flowing) == len(prompts), within=20)
+        for number, name in enumerate(kill):
+            await asyncio.sleep(_SECOND_KILL_SECONDS if number else 0)
+            os.kill(int(mesh.process(name)["pid"]), signal.SIGKILL)
+    return texts
