@@ -14,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
+from services.common.process import collect_rarely
 from services.router.admission import Admission
 from services.router.card import Card, Load, WorkerState
 from services.router.decisions import Decisions
@@ -202,6 +203,8 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=5_000)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    # As the router's process does.
+    collect_rarely()
     repeats = range(options.repeats)
     free = statistics.median(measure_free(options.workers, options.decisions) for _ in repeats)
     print(f"{'case':<16}{'CPU us a decision':>18}")

@@ -172,6 +172,8 @@ class Admission:
         state, ticket.state = ticket.state, State.OVER
         if state is State.GRANTED and ticket.lease is not None:
             self._runs(ticket, -1)
+            if self._line.is_parked(ticket.tenant) and not self._is_over(ticket, self._clock()):
+                self._line.put_back(ticket.tenant)
             if outcome is Outcome.COMPLETED:
                 self._lengths.note(ticket.lease.request, output_tokens)
             seen = Seen(output_tokens, first_token_seconds, prompt_tokens, cached_tokens)
@@ -207,12 +209,12 @@ class Admission:
             now = self._clock()
             self._shares.of(ticket.lane.model, now).waits(ticket.tenant, more, now)
 
-    def _is_over(self, ticket: Ticket, now: float, *, waiting: bool) -> bool:
+    def _is_over(self, ticket: Ticket, now: float, *, waiting: bool = False, after: int = 0) -> bool:
         """Whether its tenant has more than its share already, so that it is to leave room for others."""
         if not ticket.request.occupies_slot:
             return False
         slots = self._scheduler.slots(ticket.ways[0].request)
-        return self._shares.of(ticket.lane.model, now).is_over(ticket.tenant, slots, now, waiting=waiting)
+        return self._shares.of(ticket.lane.model, now).is_over(ticket.tenant, slots, now, waiting=waiting, after=after)
 
     def _learn(self, lease: Lease, seen: Seen) -> None:
         if seen.prompt_tokens:
@@ -244,7 +246,7 @@ class Admission:
             self._refuse(ticket, error)
 
     def _try(self, ticket: Ticket, now: float) -> None:
-        decision = self._pick(ticket)
+        decision = self._pick(ticket, spare=ticket.modest and self._is_over(ticket, now))
         if decision.verdict is Verdict.PICKED:
             self._grant(ticket, decision)
         else:
@@ -254,9 +256,9 @@ class Admission:
         # A subset was chosen by a gateway that knows its endpoints: if none of them is ready, it is told so.
         return ticket.request.subset is None and self._ready_grace_seconds > 0
 
-    def _pick(self, ticket: Ticket) -> Decision:
+    def _pick(self, ticket: Ticket, *, spare: bool) -> Decision:
+        """Picks for a request; `spare`: only a worker that has capacity to spare."""
         started = time.perf_counter()
-        spare = ticket.modest and self._is_over(ticket, self._clock(), waiting=False)
         decision, ticket.way = self._chooser.pick(ticket.ways, asked_at=ticket.asked_at, spare=spare)
         ticket.decision = decision
         self._observer.picked(time.perf_counter() - started)
@@ -352,6 +354,10 @@ class Admission:
         skipped: set[LaneKey] = set()
         unpromised: set[LaneKey] = set()
         models, tries = (*worker.card.models, ""), 0
+        if worker.has_spare:
+            self._line.put_back_all()
+        else:
+            self._line.put_back_due(self._clock())
         while self._line and worker.has_room(self._clock()) and tries < _MOST_SKIPS:
             if self._turns % _AGED_EVERY == 0 and self._serve_aged(models):
                 continue
@@ -360,23 +366,24 @@ class Admission:
                 return
             late = self._overdue(models, unpromised, turn[1])
             lane, ticket = late or turn
-            if self._leaves_room(ticket, worker):
+            is_over = ticket.modest and self._is_over(ticket, self._clock())
+            if is_over and not worker.has_spare:
                 tries += 1
                 if late is not None:
                     unpromised.add(lane)
-                elif not self._line.pass_over(lane):
-                    skipped.add(lane)
+                else:
+                    self._line.park(lane, ticket, now=self._clock())
                 continue
-            decision = self._pick(ticket)
+            decision = self._pick(ticket, spare=is_over)
             if decision.verdict is Verdict.PICKED:
+                if late is None and ticket.modest and self._is_over(ticket, self._clock(), after=1):
+                    # Its tenant's next one is to leave room again.
+                    self._line.park(lane, ticket, now=self._clock())
                 self._serve(ticket, decision)
             else:
                 tries += 1
                 skipped.add(lane)
                 unpromised.add(lane)
-
-    def _leaves_room(self, ticket: Ticket, worker: Worker) -> bool:
-        return ticket.modest and not worker.has_spare and self._is_over(ticket, self._clock(), waiting=False)
 
     def _overdue(
         self, models: Collection[str], skipped: Collection[LaneKey], turn: Ticket
@@ -398,10 +405,10 @@ class Admission:
 
     def _serve_aged(self, models: tuple[str, ...]) -> bool:
         """Serves a request of a low class that has waited for long, so that higher classes don't starve it."""
-        ticket = self._line.crowd.oldest_of_lower_classes()
-        if ticket is None or self._clock() - ticket.asked_at < _AGED_SECONDS or ticket.lane.model not in models:
+        ticket, now = self._line.crowd.oldest_of_lower_classes(), self._clock()
+        if ticket is None or now - ticket.asked_at < _AGED_SECONDS or ticket.lane.model not in models:
             return False
-        decision = self._pick(ticket)
+        decision = self._pick(ticket, spare=ticket.modest and self._is_over(ticket, now))
         if decision.verdict is not Verdict.PICKED:
             return False
         self._serve(ticket, decision)

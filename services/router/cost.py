@@ -1,26 +1,29 @@
 """What a request would cost on a worker, in seconds. Pure functions of a snapshot."""
 
-from collections.abc import Iterable
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, overload
 
 from services.common.policy import SloClass
 
 __all__ = [
     "PRIOR",
     "Demand",
+    "Forecast",
     "Gauges",
     "Outlook",
     "Prediction",
     "Rates",
     "against",
     "better",
+    "cheaper",
+    "costs",
     "outlook",
     "predict",
-    "predict_all",
 ]
 
 PRIOR_OUTPUT_TOKENS: Final = 128.0
 _MOST_FAILURES: Final = 0.9
+_ENDLESS: Final = float("inf")
 _TOLL: Final = 2.0
 """What a second of waiting behind others counts beyond itself.
 
@@ -106,8 +109,8 @@ class Outlook(NamedTuple):
 
     prefill_token_seconds: float
     """Prefill of one token."""
-    backlog_seconds: float
-    """Prefill that is before the request; it melts as time passes."""
+    clear_at: float
+    """When the prefill that is before the request is done."""
     slot_seconds: float
     """Wait for a slot."""
     token_seconds: float
@@ -141,21 +144,24 @@ A plain tuple, since one is made for every worker at every decision.
 """
 
 
-def outlook(gauges: Gauges, hope: Rates = PRIOR) -> Outlook:
-    """What the next request meets on a worker with these gauges; `hope` stands for rates that it has not measured."""
+def outlook(gauges: Gauges, hope: Rates = PRIOR, now: float = 0.0) -> Outlook:
+    """What the next request meets on a worker with these gauges, taken at `now` on a clock in seconds.
+
+    `hope` stands for rates that it has not measured.
+    """
     token = _decode_step(gauges, hope) * gauges.slowdown * gauges.decode_factor
     rate = gauges.prefill_tokens_per_second or hope.prefill_tokens_per_second
     prefill_token = gauges.slowdown * gauges.prefill_factor / rate
     service = gauges.service_seconds or PRIOR_OUTPUT_TOKENS * token
     return Outlook(
-        prefill_token_seconds=prefill_token,
-        backlog_seconds=gauges.backlog_tokens * prefill_token,
-        slot_seconds=_slot_seconds(gauges, service),
-        token_seconds=token,
-        kv_free_tokens=max(0.0, gauges.kv_tokens - gauges.kv_used_tokens) if gauges.kv_tokens else float("inf"),
+        prefill_token,
+        now + gauges.backlog_tokens * prefill_token,
+        _slot_seconds(gauges, service),
+        token,
+        max(0.0, gauges.kv_tokens - gauges.kv_used_tokens) if gauges.kv_tokens else _ENDLESS,
         # Sequences give back what they use within the time that they hold a slot.
-        kv_token_seconds=service / max(gauges.kv_used_tokens, 1.0),
-        attempts=1.0 / (1.0 - min(gauges.failure_share, _MOST_FAILURES)),
+        service / max(gauges.kv_used_tokens, 1.0),
+        1.0 / (1.0 - min(gauges.failure_share, _MOST_FAILURES)),
     )
 
 
@@ -174,36 +180,52 @@ def _decode_step(gauges: Gauges, hope: Rates) -> float:
     )
 
 
-def predict(ahead: Outlook, demand: Demand, elapsed: float, cached: float = 0.0) -> Prediction:
-    """What a request would meet, `elapsed` seconds after the outlook was taken, `cached` tokens of its prompt known.
+def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> Prediction:
+    """What a request would meet at `now`, on the clock of the outlook, `cached` tokens of its prompt known.
 
     wait = backlog + wait for a slot + wait for KV cache
     TTFT = wait + uncached / prefill rate + one decode step
     cost = (TTFT + toll x wait + twice x prefill of what another worker knows + weight x output x TPOT) x attempts
     """
-    return predict_all([ahead], demand, [elapsed], [cached])[0]
+    prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts = ahead
+    wait = slot
+    if clear_at > now:
+        wait += clear_at - now
+    total = demand.prompt + demand.output
+    if total > kv_free:
+        wait += (total - kv_free) * kv_token
+    ttft = wait + (demand.prompt - cached) * prefill_token + tpot
+    again = (demand.known - cached) * prefill_token
+    cost = (ttft + _TOLL * wait + _TWICE * again + demand.output_weight * demand.output * tpot) * attempts
+    return ttft, tpot, cost, slot, cached
 
 
-def predict_all(
-    outlooks: Iterable[Outlook], demand: Demand, elapsed: Iterable[float], cached: Iterable[float]
-) -> list[Prediction]:
-    """The same for several workers at once, which is cheaper: this is where the time of a decision goes."""
-    prompt, output, known, weight = demand
-    total = prompt + output
-    decoding = weight * output
-    predictions = []
-    for (prefill_token, backlog, slot, tpot, kv_free, kv_token, attempts), age, held in zip(
-        outlooks, elapsed, cached, strict=True
-    ):
-        wait = slot
-        if backlog > age:
-            wait += backlog - age
-        if total > kv_free:
-            wait += (total - kv_free) * kv_token
-        ttft = wait + (prompt - held) * prefill_token + tpot
-        cost = (ttft + _TOLL * wait + _TWICE * (known - held) * prefill_token + decoding * tpot) * attempts
-        predictions.append((ttft, tpot, cost, slot, held))
-    return predictions
+def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float]:
+    """The cost on each of several workers of which none has anything of the prompt cached, as `predict` has it.
+
+    This is where the time of a decision goes, so it is written out.
+    """
+    total = demand.prompt + demand.output
+    prefill, steps, waits = demand.prompt + _TWICE * demand.known, 1.0 + demand.output_weight * demand.output, 1 + _TOLL
+    return [
+        attempts
+        * (
+            prefill * prefill_token
+            + steps * tpot
+            + waits
+            * (
+                slot
+                + (clear_at - now if clear_at > now else 0.0)
+                + ((total - kv_free) * kv_token if total > kv_free else 0.0)
+            )
+        )
+        for prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts in outlooks
+    ]
+
+
+def cheaper(ahead: Outlook, cached: float) -> float:
+    """How much less a request costs on a worker because of the tokens of its prompt that are cached there."""
+    return (1.0 + _TWICE) * cached * ahead.prefill_token_seconds * ahead.attempts
 
 
 def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
@@ -218,3 +240,42 @@ def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
     if slo.tpot_seconds is not None and tpot > slo.tpot_seconds:
         late += output * (tpot - slo.tpot_seconds)
     return ttft, tpot, cost + slo.weight * late, slot, cached
+
+
+class Forecast(Sequence[Prediction]):
+    """What a request would meet on each of several workers. Only what is looked at is reckoned: few ask why."""
+
+    __slots__ = ("_cached", "_demand", "_now", "_outlooks", "_slo")
+
+    def __init__(
+        self, outlooks: Sequence[Outlook], demand: Demand, now: float, cached: Sequence[float], slo: SloClass | None
+    ) -> None:
+        """`cached` has the tokens of the prompt that each worker has, or is empty: none has any."""
+        self._outlooks = outlooks
+        self._demand = demand
+        self._now = now
+        self._cached = cached
+        self._slo = slo if slo is not None and (slo.ttft_seconds, slo.tpot_seconds) != (None, None) else None
+
+    def costs(self) -> list[float]:
+        """The cost on each worker."""
+        if self._slo is not None:
+            return [one[2] for one in self]
+        found = costs(self._outlooks, self._demand, self._now)
+        for place, cached in enumerate(self._cached):
+            if cached:
+                found[place] -= cheaper(self._outlooks[place], cached)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._outlooks)
+
+    @overload
+    def __getitem__(self, place: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Prediction]: ...
+    def __getitem__(self, place: int | slice) -> Prediction | list[Prediction]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        one = predict(self._outlooks[place], self._demand, self._now, self._cached[place] if self._cached else 0.0)
+        return one if self._slo is None else against(self._slo, one, self._demand.output)

@@ -32,30 +32,20 @@ class Record(NamedTuple):
 
 
 class Decisions:
-    """A ring of decisions, by request."""
+    """A ring of decisions. Whoever asks for some of them looks through it: few ask, and many are added."""
 
     def __init__(self, *, max_candidates: int = _MOST_CANDIDATES) -> None:
         self._max_candidates = max_candidates
         self._candidates = 0
         self._records: deque[Record] = deque()
-        self._by_request: dict[str, list[Record]] = {}
 
     def add(self, record: Record) -> None:
         """Keeps a decision, and forgets the oldest ones where there are too many."""
         self._records.append(record)
-        self._by_request.setdefault(record.request_id, []).append(record)
         self._candidates += len(record.looked_at) + 1
         while self._candidates > self._max_candidates:
-            self._forget(self._records.popleft())
+            self._candidates -= len(self._records.popleft().looked_at) + 1
 
     def of(self, request_id: str) -> list[Record]:
         """The decisions of a request that are still known, oldest first."""
-        return list(self._by_request.get(request_id, ()))
-
-    def _forget(self, record: Record) -> None:
-        self._candidates -= len(record.looked_at) + 1
-        records = self._by_request[record.request_id]
-        # The ring is in order, and so is each request's list.
-        del records[0]
-        if not records:
-            del self._by_request[record.request_id]
+        return [record for record in self._records if record.request_id == request_id]

@@ -18,7 +18,7 @@ class Looks(Sequence[Look]):
 
     __slots__ = ("_names", "_predictions", "_reasons")
 
-    def __init__(self, names: list[str], reasons: list[str], predictions: list[Prediction]) -> None:
+    def __init__(self, names: list[str], reasons: list[str], predictions: Sequence[Prediction]) -> None:
         """`names` has those with a reason first."""
         self._names = names
         self._reasons = reasons

@@ -1,7 +1,7 @@
 """When those should be served whom the line was short enough for, by model and class: who is overdue goes first."""
 
 from collections.abc import Container, Hashable, Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from services.router.deadlines import Deadlines
 from services.router.waiting import LaneKey
@@ -19,6 +19,7 @@ class Promised(Hashable, Protocol):
 
 
 P = TypeVar("P", bound=Promised)
+_NO_LANES: Final[dict[LaneKey, Any]] = {}
 
 
 class Promises(Generic[P]):
@@ -47,13 +48,13 @@ class Promises(Generic[P]):
         """Who of a class should have been served the longest ago, of these models; None where nobody should."""
         if not self._lanes:
             return None
-        late = [
-            (at, times)
-            for model in models
-            for lane, times in self._lanes.get((model, priority), {}).items()
-            if lane not in skip and (at := times.next) is not None and at <= now
-        ]
-        return min(late, key=lambda entry: entry[0])[1].first if late else None
+        found, first = None, now
+        for model in models:
+            for lane, times in self._lanes.get((model, priority), _NO_LANES).items():
+                at = times.next
+                if at is not None and at <= first and lane not in skip:
+                    found, first = times, at
+        return found.first if found is not None else None
 
 
 def _key(one: Promised) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from services.common.policy import STANDARD
-from services.router.cost import Demand, Prediction, against, predict_all
+from services.router.cost import Demand, Forecast, Prediction
 from services.router.fleet import Clock, Fleet
 from services.router.looks import Looks
 from services.router.memory import AnswerLengths
@@ -147,15 +147,15 @@ class Scheduler:
         if not open_to:
             verdict = self._why_none(request, full=found.full, now=now)
             return Decision(verdict=verdict, looked_at=Looks(names, reasons, []))
-        predictions = self._predictions(open_to, request, output, now)
-        best = self._best(open_to, predictions)
+        forecast = self._forecast(open_to, request, output, now)
+        best = self._best(open_to, forecast.costs())
         names += [worker.worker_id for worker in open_to]
         return Decision(
             verdict=Verdict.PICKED,
             worker=open_to[best],
-            prediction=predictions[best],
+            prediction=forecast[best],
             output_tokens=output,
-            looked_at=Looks(names, reasons, predictions),
+            looked_at=Looks(names, reasons, forecast),
         )
 
     def _some(self, workers: Sequence[Worker], request: Request) -> Sequence[Worker]:
@@ -210,19 +210,12 @@ class Scheduler:
                 reasons.append(_RETURNING)
         return kept
 
-    def _predictions(self, workers: list[Worker], request: Request, output: float, now: float) -> list[Prediction]:
+    def _forecast(self, workers: list[Worker], request: Request, output: float, now: float) -> Forecast:
         cached = self._prefixes.cached(request)
         slo = request.slo or STANDARD
         demand = Demand(request.prompt_tokens, output, max(cached.values(), default=0.0), slo.output_weight)
-        predictions = predict_all(
-            [worker.outlook for worker in workers],
-            demand,
-            [now - worker.outlook_at for worker in workers],
-            [cached.get(worker.worker_id, 0.0) for worker in workers] if cached else [0.0] * len(workers),
-        )
-        if request.slo is None or (slo.ttft_seconds is None and slo.tpot_seconds is None):
-            return predictions
-        return [against(slo, one, output) for one in predictions]
+        held = [cached.get(worker.worker_id, 0.0) for worker in workers] if cached else ()
+        return Forecast([worker.outlook for worker in workers], demand, now, held, request.slo)
 
     def judge(self, request: Request, *, asked_at: float) -> Verdict:
         """Whether waiting makes sense: FULL when a worker would take the request once it has room."""
@@ -300,8 +293,7 @@ class Scheduler:
         settled = populated_at is not None and now - populated_at > _SETTLING_SECONDS and not self._fleet.is_empty
         return Verdict.UNKNOWN_MODEL if settled else Verdict.NOT_READY
 
-    def _best(self, open_to: list[Worker], predictions: list[Prediction]) -> int:
-        costs = [prediction[2] for prediction in predictions]
+    def _best(self, open_to: list[Worker], costs: list[float]) -> int:
         least = min(costs)
         bound = least * _TIE_SHARE + _TIE_SECONDS
         tied = [place for place, cost in enumerate(costs) if cost <= bound]

@@ -39,17 +39,18 @@ class Shares:
         self._forget(now)
         return not self._there and not self._gone
 
-    def is_over(self, tenant: str, slots: int, now: float, *, waiting: bool) -> bool:
+    def is_over(self, tenant: str, slots: int, now: float, *, waiting: bool, after: int = 0) -> bool:
         """Whether one more request of the tenant is beyond its share of `slots`; never while it is alone.
 
-        `waiting` counts those that wait, too: whoever asks now comes after them.
+        `waiting` counts those that wait, too: whoever asks now comes after them. `after`: so many more of its requests
+        hold a slot by then.
         """
         self._forget(now)
         present = len(self._there) + len(self._gone) + (tenant not in self._there and tenant not in self._gone)
         if present < 2:
             return False
         share = slots / present
-        count = self._running.get(tenant, 0) + (self._waiting.get(tenant, 0) if waiting else 0)
+        count = after + self._running.get(tenant, 0) + (self._waiting.get(tenant, 0) if waiting else 0)
         return count >= share + max(_TOLERATED_SHARE * share, _TOLERATED_DEVIATIONS * math.sqrt(share))
 
     def _count(self, counts: dict[str, int], tenant: str, more: int, now: float) -> None:

@@ -1,8 +1,8 @@
 """A request on its way to a worker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Final
+from functools import lru_cache
 
 from services.common.errors import MeshError
 from services.router.policy import Resolution
@@ -13,9 +13,6 @@ from services.router.waiting import LaneKey
 from services.router.worker import Lease
 
 __all__ = ["Settle", "State", "Ticket"]
-
-
-_MODEST: Final = "modest"
 
 
 class State(Enum):
@@ -71,7 +68,7 @@ class Ticket:
     ) -> None:
         self.request = request
         self.most_others = most_others
-        self.others: list[str] = []
+        self.others: Sequence[str] = ()
         self.said = ""
         self.settle = settle
         self.asked_at = asked_at
@@ -99,8 +96,7 @@ class Ticket:
         """Has it wait for capacity to spare, or not."""
         if modest != self.modest:
             self.modest = modest
-            constraint = (_MODEST, self.lane.constraint) if modest else _constraint(self.request, self.ways)
-            self.lane = self.lane._replace(constraint=constraint)
+            self.lane = _lane(self.request, self.ways, modest=modest)
 
     @property
     def reason(self) -> str:
@@ -135,15 +131,18 @@ class Ticket:
 Settle = Callable[[Ticket], None]
 
 
-def _lane(request: Request, ways: tuple[Choice, ...]) -> LaneKey:
-    first = ways[0].request.model or ""
-    if len(ways) == 1:
-        return LaneKey(first, _constraint(request, ways))
-    others = {way.request.model or "" for way in ways} - {first}
-    return LaneKey(first, _constraint(request, ways), tuple(sorted(others)))
-
-
-def _constraint(request: Request, ways: tuple[Choice, ...]) -> object:
+def _lane(request: Request, ways: tuple[Choice, ...], *, modest: bool = False) -> LaneKey:
     # Lengths within a power of two of each other fit the same workers, near enough.
     length = request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
-    return request.excluded, request.subset, length, tuple((way.request.model, way.request.pools) for way in ways)
+    first = ways[0].request
+    if len(ways) == 1 and not request.excluded and request.subset is None:
+        return _common_lane(first.model or "", first.pools, length, modest)
+    models = {way.request.model or "" for way in ways} - {first.model or ""}
+    to = tuple((way.request.model, way.request.pools) for way in ways)
+    return LaneKey(first.model or "", (request.excluded, request.subset, length, to, modest), tuple(sorted(models)))
+
+
+@lru_cache(maxsize=4096)
+def _common_lane(model: str, pools: frozenset[str] | None, length: int, modest: bool) -> LaneKey:
+    # Those who wait share it: a line may be long.
+    return LaneKey(model, (pools, length, modest))

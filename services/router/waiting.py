@@ -1,9 +1,8 @@
 """The requests that wait: by priority, then fair by tenant in tokens, then first come, first served."""
 
 import heapq
-import math
 from bisect import insort
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -16,6 +15,8 @@ __all__ = ["LaneKey", "WaitingLine", "Waits"]
 # workers are busy don't hold up the rest. Beyond so many lanes they share one.
 _MOST_LANES: Final = 64
 _COMPACT_ABOVE: Final = 64
+# What keeps a tenant parked may change without word of it: so long until it is looked at again.
+_PARKED_SECONDS: Final = 1.0
 _MEAN_WEIGHT: Final = 0.05
 
 
@@ -51,11 +52,13 @@ class _Turn(NamedTuple):
 
 
 class _TenantQueue(Generic[W]):
-    __slots__ = ("members", "tenant")
+    __slots__ = ("is_parked", "members", "tenant")
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
         self.members: OrderedDict[int, W] = OrderedDict()
+        self.is_parked = False
+        """Whether its turn does not come for now; it is not in the heap then."""
 
 
 class _Class(Generic[W]):
@@ -66,8 +69,6 @@ class _Class(Generic[W]):
         self._queues: dict[str, _TenantQueue[W]] = {}
         self._heap: list[tuple[float, int, _TenantQueue[W]]] = []
         self._count = 0
-        self._last = 0.0
-        """Nobody stands further behind."""
 
     def __len__(self) -> int:
         return self._count
@@ -87,10 +88,10 @@ class _Class(Generic[W]):
         if len(self._heap) > _COMPACT_ABOVE and len(self._heap) > 2 * self._count:
             self._compact()
 
-    def head(self) -> tuple[float, int, W]:
-        """The count of the tenant whose turn it is, and its oldest request. The class must not be empty."""
+    def head(self) -> tuple[float, int, W] | None:
+        """The count of the tenant whose turn it is, and its oldest request; None while all that wait are parked."""
         charged = self._fairness.charged
-        while True:
+        while self._heap:
             count, order, queue = self._heap[0]
             members = queue.members
             if not members:
@@ -103,26 +104,33 @@ class _Class(Generic[W]):
             if served <= count and oldest == order:
                 return max(served, self._fairness.floor), oldest, members[oldest]
             # Counts and orders only grow, so an entry that is out of date stands too far in front, never too far back.
-            heapq.heappop(self._heap)
-            self._push(max(count, served), oldest, queue)
+            heapq.heapreplace(self._heap, (max(count, served), oldest, queue))
+        return None
 
-    def pass_over(self) -> bool:
-        """Puts the tenant whose turn it is behind all others that wait now; False where there are none."""
-        _, order, _ = self.head()
-        queue = self._heap[0][2]
-        if len(queue.members) == self._count:
-            return False
-        heapq.heappop(self._heap)
-        self._push(math.nextafter(self._last, math.inf), order, queue)
-        return True
+    def park(self) -> _TenantQueue[W]:
+        """Takes the tenant whose turn it is out of the heap, until it is put back."""
+        queue = heapq.heappop(self._heap)[2]
+        queue.is_parked = True
+        return queue
+
+    def put_back(self, queue: _TenantQueue[W]) -> None:
+        """A tenant that was parked has its turns again, at the place that it had."""
+        queue.is_parked = False
+        if queue.members:
+            self._push(self._fairness.of(queue.tenant), next(iter(queue.members)), queue)
+        elif self._queues.get(queue.tenant) is queue:
+            del self._queues[queue.tenant]
 
     def _push(self, count: float, order: int, queue: _TenantQueue[W]) -> None:
-        self._last = max(self._last, count)
         heapq.heappush(self._heap, (count, order, queue))
 
     def _compact(self) -> None:
-        self._queues = {tenant: queue for tenant, queue in self._queues.items() if queue.members}
-        self._heap = [(self._fairness.of(name), next(iter(q.members)), q) for name, q in self._queues.items()]
+        self._queues = {tenant: queue for tenant, queue in self._queues.items() if queue.members or queue.is_parked}
+        self._heap = [
+            (self._fairness.of(name), next(iter(queue.members)), queue)
+            for name, queue in self._queues.items()
+            if not queue.is_parked
+        ]
         heapq.heapify(self._heap)
 
 
@@ -148,13 +156,13 @@ class _Lane(Generic[W]):
             del self.classes[waiter.priority]
             self._priorities.remove(waiter.priority)
 
-    def pass_over(self) -> bool:
-        return self.classes[self._priorities[0]].pass_over()
-
-    def head(self) -> tuple[_Turn, W]:
-        priority = self._priorities[0]
-        count, order, waiter = self.classes[priority].head()
-        return _Turn(priority, count, order), waiter
+    def head(self) -> tuple[_Turn, W] | None:
+        for priority in self._priorities:
+            head = self.classes[priority].head()
+            if head is not None:
+                count, order, waiter = head
+                return _Turn(priority, count, order), waiter
+        return None
 
 
 class WaitingLine(Generic[W]):
@@ -170,6 +178,8 @@ class WaitingLine(Generic[W]):
         self._next_order = 0
         self._mean_tokens = 0.0
         """Of those served lately."""
+        self._parked: dict[str, list[tuple[_Class[W], _TenantQueue[W]]]] = {}
+        self._parked_until: deque[tuple[float, str]] = deque()
 
     def __len__(self) -> int:
         return len(self._orders)
@@ -234,9 +244,34 @@ class WaitingLine(Generic[W]):
         self._fairness.charge(waiter.tenant, self._fairness.of(waiter.tenant), waiter.tokens)
         self.remove(waiter)
 
-    def pass_over(self, lane: LaneKey) -> bool:
-        """Puts the tenant whose turn it is in a lane behind all others of its class there; False: there are none."""
-        return self._models[lane.model][lane].pass_over()
+    def park(self, lane: LaneKey, waiter: W, *, now: float) -> None:
+        """The tenant whose turn it is in a lane has none there until it is put back, or a moment has passed.
+
+        `waiter` is the request whose turn it is.
+        """
+        group = self._models[lane.model][lane].classes[waiter.priority]
+        self._parked.setdefault(waiter.tenant, []).append((group, group.park()))
+        self._parked_until.append((now + _PARKED_SECONDS, waiter.tenant))
+
+    def is_parked(self, tenant: str) -> bool:
+        """Whether a tenant has no turns in some lane."""
+        return tenant in self._parked
+
+    def put_back(self, tenant: str) -> None:
+        """A tenant has its turns again; one that is not parked changes nothing."""
+        for group, queue in self._parked.pop(tenant, ()):
+            group.put_back(queue)
+
+    def put_back_due(self, now: float) -> None:
+        """Those who were parked a moment ago have their turns again."""
+        while self._parked_until and self._parked_until[0][0] <= now:
+            self.put_back(self._parked_until.popleft()[1])
+
+    def put_back_all(self) -> None:
+        """Everybody has turns again."""
+        for tenant in tuple(self._parked):
+            self.put_back(tenant)
+        self._parked_until.clear()
 
     def first(self, models: Collection[str], *, skip: Collection[LaneKey] = ()) -> tuple[LaneKey, W] | None:
         """Whose turn it is among requests for these models, and the lane it waits in; None when nobody waits."""
@@ -247,6 +282,6 @@ class WaitingLine(Generic[W]):
                 if key in skip:
                     continue
                 head = lane.head()
-                if first is None or head[0] < first[0]:
+                if head is not None and (first is None or head[0] < first[0]):
                     first, found = head, key
         return None if first is None or found is None else (found, first[1])

@@ -37,6 +37,7 @@ _SPARE_SHARE: Final = 0.5
 _SPARE_BACKLOG_SECONDS: Final = 0.02
 # A sequence that runs is half way through its output, on average.
 _STILL_TO_COME: Final = 0.5
+_READY: Final = WorkerState.READY.value
 # Shorter answers say little about the time per token.
 _LEAST_OUTPUT_TOKENS: Final = 8
 
@@ -114,8 +115,7 @@ class Worker:
         """Whether it has as much prefill before it as keeps it busy for a while."""
         self.has_spare = True
         """Whether it has capacity to spare for those who have more than their share already."""
-        self.outlook: Outlook = outlook(Gauges())
-        self.outlook_at = now
+        self.outlook: Outlook = outlook(Gauges(), now=now)
         self._hope = PRIOR
         self._others = 0
         self._backlog = 0.0
@@ -283,9 +283,9 @@ class Worker:
         if seen.output_tokens >= _LEAST_OUTPUT_TOKENS:
             self._decode.learn(predicted=tpot / lease.factors[1], observed=(held - first) / (seen.output_tokens - 1))
 
-    def _slot_seconds(self, now: float) -> float | None:
+    def _slot_seconds(self, occupied: int, now: float) -> float | None:
         """How long until one more request than those that it has could run; None where it is not to be told."""
-        before = self.occupied - self.card.max_running + 1
+        before = occupied - self.card.max_running + 1
         if before <= 0 or before > len(self.leases) or self.full:
             return None
         # What should be over and is not goes on for about as long as half an answer takes.
@@ -306,34 +306,37 @@ class Worker:
 
     def _melt(self, now: float) -> None:
         # Between two reports the backlog shrinks at the speed of prefill.
-        left = self.outlook.backlog_seconds - (now - self.outlook_at)
-        self._backlog = max(0.0, left / self.outlook.prefill_token_seconds)
+        self._backlog = max(0.0, (self.outlook.clear_at - now) / self.outlook.prefill_token_seconds)
 
     def _refresh(self, now: float) -> None:
+        load, card, occupied = self.load, self.card, len(self.leases) + self._others
         self.admitted_ratio = self.ejection.admitted_ratio(now)
         self.blocked = self._obstacle()
-        self.full = self._is_full()
-        self.backlogged = self._backlog * self.outlook.prefill_token_seconds > _BACKLOG_SECONDS
-        self.has_spare = not self.full and self._has_spare()
-        self.outlook_at = now
+        # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
+        self.full = occupied >= card.max_running + self._ahead() or self._lacks_kv()
+        backlog_seconds = self._backlog * self.outlook.prefill_token_seconds
+        self.backlogged = backlog_seconds > _BACKLOG_SECONDS
+        self.has_spare = not self.full and self._has_spare(occupied, backlog_seconds)
         self.outlook = outlook(
+            # By position, in the order of its fields: two of these are made for every decision.
             Gauges(
-                prefill_tokens_per_second=self.load.prefill_tokens_per_second,
-                decode_step_seconds=self.load.decode_step_seconds,
-                decode_step_per_sequence_seconds=self.load.decode_step_per_sequence_seconds,
-                backlog_tokens=self._backlog,
-                occupied=self.occupied,
-                max_running=self.card.max_running,
-                kv_tokens=self.card.kv_tokens,
-                kv_used_tokens=self._kv_used + _STILL_TO_COME * self._growth,
-                service_seconds=self._service_seconds,
-                slot_seconds=self._slot_seconds(now),
-                slowdown=self.condition.slowdown,
-                prefill_factor=self._prefill.factor,
-                decode_factor=self._decode.factor,
-                failure_share=self._failures(now),
+                load.prefill_tokens_per_second,
+                load.decode_step_seconds,
+                load.decode_step_per_sequence_seconds,
+                self._backlog,
+                occupied,
+                card.max_running,
+                card.kv_tokens,
+                self._kv_used + _STILL_TO_COME * self._growth,
+                self._service_seconds,
+                self._slot_seconds(occupied, now),
+                self.condition.slowdown,
+                self._prefill.factor,
+                self._decode.factor,
+                self._failures(now),
             ),
             self._hope,
+            now,
         )
 
     def _obstacle(self) -> str:
@@ -341,11 +344,8 @@ class Worker:
             return "gone"
         if self.admitted_ratio == 0.0:
             return "ejected"
-        return "" if self.state_name == WorkerState.READY.value else self.state_name
-
-    def _is_full(self) -> bool:
-        # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
-        return self.occupied >= self.card.max_running + self._ahead() or self._lacks_kv()
+        name = self.state_name
+        return "" if name == _READY else name
 
     def _lacks_kv(self) -> bool:
         # With its KV cache used up, the engine queues although slots are free.
@@ -359,9 +359,9 @@ class Worker:
             return self.card.headroom
         return min(self.card.headroom, int(_GRANT_SECONDS * self.card.max_running / self._service_seconds))
 
-    def _has_spare(self) -> bool:
-        if self.occupied >= _SPARE_SHARE * self.card.max_running:
+    def _has_spare(self, occupied: int, backlog_seconds: float) -> bool:
+        if occupied >= _SPARE_SHARE * self.card.max_running:
             return False
         if self.card.kv_tokens and self._kv_used >= _SPARE_SHARE * self.card.kv_tokens:
             return False
-        return self._backlog * self.outlook.prefill_token_seconds <= _SPARE_BACKLOG_SECONDS
+        return backlog_seconds <= _SPARE_BACKLOG_SECONDS
