@@ -124,7 +124,7 @@ class Admission:
         try:
             _check(request)
             self._check_budget(request)
-            ticket.resolve(self._policies.resolve(request))
+            ticket.resolve(self._policies.resolve(request), by_length=self._fleet.differ_in_context)
             ticket.set_modest(self._is_over(ticket, now, waiting=True))
         except MeshError as error:
             self._refuse(ticket, error)

@@ -44,6 +44,8 @@ class Fleet:
         self._conditions: dict[str, Condition] = {}
         self._hopes: dict[str, Rates] = {}
         self._listeners: list[Listener] = []
+        self.differ_in_context = False
+        """Whether some model has workers that take longer sequences than others of its do."""
         self.populated_at: float | None = None
         """When the first worker came; None before."""
 
@@ -247,6 +249,7 @@ class Fleet:
             self._contexts[model] = (min(contexts), max(contexts))
             able = [worker.card.abilities.get(model, _NOTHING) for worker in workers]
             self._abilities[model] = able[0].intersection(*able[1:])
+        self.differ_in_context = any(shortest != longest for shortest, longest in self._contexts.values())
         while len(self._known) > _REMEMBERED_MODELS:
             self._known.popitem(last=False)
 

@@ -190,7 +190,7 @@ class Scheduler:
             names += [worker.worker_id for worker in open_to if not worker.has_spare]
             open_to = [worker for worker in open_to if worker.has_spare]
             reasons += [_KEPT] * (len(names) - len(reasons))
-        if open_to and all(worker.backlogged for worker in open_to):
+        if open_to and open_to[0].backlogged and all(worker.backlogged for worker in open_to):
             # Nobody would begin with it soon, and who does first is not known yet.
             names += [worker.worker_id for worker in open_to]
             reasons += [_BACKLOGGED] * len(open_to)

@@ -42,6 +42,7 @@ class Ticket:
     """
 
     __slots__ = (
+        "_by_length",
         "asked_at",
         "deadline",
         "decision",
@@ -77,6 +78,7 @@ class Ticket:
         self.way = self.ways[0]
         self.output_token_limit = 0
         self.modest = False
+        self._by_length = True
         self.lane = LaneKey(request.model or "", None)
         self.tokens = 0.0
         self.state = State.ASKED
@@ -86,17 +88,18 @@ class Ticket:
         self.queue_seconds = 0.0
         self.unready_since: float | None = None
 
-    def resolve(self, resolution: Resolution) -> None:
-        """Takes in what the policy makes of it."""
+    def resolve(self, resolution: Resolution, *, by_length: bool = True) -> None:
+        """Takes in what the policy makes of it; `by_length`: whether not every worker takes prompts of any length."""
+        self._by_length = by_length
         self.ways, self.way = resolution.choices, resolution.choices[0]
         self.output_token_limit = resolution.output_token_limit
-        self.lane = _lane(self.request, self.ways)
+        self.lane = _lane(self.request, self.ways, by_length=by_length)
 
     def set_modest(self, modest: bool) -> None:
         """Has it wait for capacity to spare, or not."""
         if modest != self.modest:
             self.modest = modest
-            self.lane = _lane(self.request, self.ways, modest=modest)
+            self.lane = _lane(self.request, self.ways, by_length=self._by_length, modest=modest)
 
     @property
     def reason(self) -> str:
@@ -131,9 +134,9 @@ class Ticket:
 Settle = Callable[[Ticket], None]
 
 
-def _lane(request: Request, ways: tuple[Choice, ...], *, modest: bool = False) -> LaneKey:
+def _lane(request: Request, ways: tuple[Choice, ...], *, by_length: bool, modest: bool = False) -> LaneKey:
     # Lengths within a power of two of each other fit the same workers, near enough.
-    length = request.prompt_tokens.bit_length() if request.prompt_tokens > 1024 else 0
+    length = request.prompt_tokens.bit_length() if by_length and request.prompt_tokens > 1024 else 0
     first = ways[0].request
     if len(ways) == 1 and not request.excluded and request.subset is None:
         return _common_lane(first.model or "", first.pools, length, modest)

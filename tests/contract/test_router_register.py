@@ -85,7 +85,7 @@ async def test_measured_speeds_and_load_reach_the_scheduler() -> None:
         worker = router.fleet.workers[0]
         await eventually(lambda: worker.load.running == 3, within=1)
         assert worker.load.decode_step_seconds == pytest.approx(0.012)
-        assert worker.outlook.backlog_seconds == pytest.approx(0.2)
+        assert worker.outlook.clear_at - worker.reported_at == pytest.approx(0.2)
         assert worker.outlook.token_seconds == pytest.approx(0.0135)
 
 
