@@ -187,8 +187,9 @@ class Scheduler:
             names += [worker.worker_id for worker in fit if worker.full]
             reasons += [_FULL] * (len(fit) - len(open_to))
         if spare:
-            names += [worker.worker_id for worker in open_to if not worker.has_spare]
-            open_to = [worker for worker in open_to if worker.has_spare]
+            spared = self._spared(open_to, request)
+            names += [worker.worker_id for worker in open_to if worker not in spared]
+            open_to = spared
             reasons += [_KEPT] * (len(names) - len(reasons))
         if open_to and open_to[0].backlogged and all(worker.backlogged for worker in open_to):
             # Nobody would begin with it soon, and who does first is not known yet.
@@ -196,6 +197,19 @@ class Scheduler:
             reasons += [_BACKLOGGED] * len(open_to)
             open_to = []
         return _Found(open_to, names, reasons, full=len(open_to) < len(fit))
+
+    def _spared(self, workers: Sequence[Worker], request: Request) -> list[Worker]:
+        """Those that have capacity to spare for a tenant with more than its share.
+
+        Where most of the prompt is cached it takes little of what is kept for others; anywhere else it would take more.
+        """
+        cached = self._prefixes.cached(request)
+        return [
+            worker
+            for worker in workers
+            if worker.has_spare
+            or (worker.has_spare_slots and 2.0 * cached.get(worker.worker_id, 0.0) > request.prompt_tokens)
+        ]
 
     def _without_returning(self, open_to: list[Worker], names: list[str], reasons: list[str]) -> list[Worker]:
         """Leaves out workers that return from an ejection, as often as they are not to be picked yet."""

@@ -115,6 +115,8 @@ class Worker:
         """Whether it has as much prefill before it as keeps it busy for a while."""
         self.has_spare = True
         """Whether it has capacity to spare for those who have more than their share already."""
+        self.has_spare_slots = True
+        """The same for a request that adds next to no prefill."""
         self.outlook: Outlook = outlook(Gauges(), now=now)
         self._hope = PRIOR
         self._others = 0
@@ -316,7 +318,8 @@ class Worker:
         self.full = occupied >= card.max_running + self._ahead() or self._lacks_kv()
         backlog_seconds = self._backlog * self.outlook.prefill_token_seconds
         self.backlogged = backlog_seconds > _BACKLOG_SECONDS
-        self.has_spare = not self.full and self._has_spare(occupied, backlog_seconds)
+        self.has_spare_slots = not self.full and self._has_spare_slots(occupied)
+        self.has_spare = self.has_spare_slots and backlog_seconds <= _SPARE_BACKLOG_SECONDS
         self.outlook = outlook(
             # By position, in the order of its fields: two of these are made for every decision.
             Gauges(
@@ -359,9 +362,7 @@ class Worker:
             return self.card.headroom
         return min(self.card.headroom, int(_GRANT_SECONDS * self.card.max_running / self._service_seconds))
 
-    def _has_spare(self, occupied: int, backlog_seconds: float) -> bool:
+    def _has_spare_slots(self, occupied: int) -> bool:
         if occupied >= _SPARE_SHARE * self.card.max_running:
             return False
-        if self.card.kv_tokens and self._kv_used >= _SPARE_SHARE * self.card.kv_tokens:
-            return False
-        return backlog_seconds <= _SPARE_BACKLOG_SECONDS
+        return not self.card.kv_tokens or self._kv_used < _SPARE_SHARE * self.card.kv_tokens

@@ -1,5 +1,7 @@
 """Tenants beyond their share of the slots: who they are, and what is kept free of them."""
 
+from typing import Any
+
 import pytest
 
 from services.router.promises import Promises
@@ -145,3 +147,22 @@ def test_who_is_overdue_goes_before_those_whose_turn_it_is() -> None:
     bench.admission.finish(patient[0], Outcome.COMPLETED, output_tokens=100)
     assert patient[1].lease is not None
     assert all(ticket.is_waiting for ticket in newcomers)
+
+
+def test_a_tenant_with_more_than_its_share_may_use_what_it_has_cached_but_not_spare_slots_of_others() -> None:
+    bench = Bench()
+    home = bench.worker("home", max_running=64)
+    prompt: dict[str, Any] = {"prompt_tokens": 640, "prefix_hashes": tuple(range(10))}
+    assert bench.ask(tenant="noisy", **prompt).lease is not None
+    bench.ask(tenant="quiet", prompt_tokens=1)
+    bench.pass_time(0.1)
+    # Its prefill is not idle any more, so that what is left of it is kept for others.
+    assert bench.ask(tenant="quiet", prompt_tokens=500).lease is not None
+    assert not home.has_spare
+    assert home.has_spare_slots
+    requests = (
+        Request(model="demo", tenant="noisy", **prompt),
+        Request(model="demo", tenant="noisy", prompt_tokens=640),
+    )
+    picked = [bench.scheduler.pick(request, spare=True).worker for request in requests]
+    assert picked == [home, None]
