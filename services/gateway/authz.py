@@ -13,6 +13,7 @@ from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from envoy.type.v3 import http_status_pb2
 from google.rpc import status_pb2
 
+from services.common.allowed_models import MODELS_HEADER
 from services.common.errors import MeshError, Reason
 from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
@@ -225,7 +226,7 @@ def _headers(identity: Identity) -> dict[str, str]:
         "x-tokenloom-priority": str(identity.priority),
     }
     if identity.models is not None:
-        headers["x-tokenloom-models"] = json.dumps(sorted(identity.models))
+        headers[MODELS_HEADER] = json.dumps(sorted(identity.models))
     if identity.allow_degrade:
         headers["x-tokenloom-degrade"] = "1"
     if identity.debug:

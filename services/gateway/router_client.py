@@ -302,6 +302,9 @@ class RouterClient:
         self._asked.set()
         if self._outbox is not None:
             self._outbox.edit().acquires.append(pending.acquire)
+            if self._silent_since is not None:
+                # It has left others without an answer. It is asked all the same: its answer tells that it is back.
+                self._place(pending)
 
     def _give_back(self, handle: int, pending: _Pending, lease: Lease | None) -> None:
         if lease is not None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import grpc.aio
 from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
+from services.common.allowed_models import check_unrouted
 from services.common.errors import MeshError, Reason
 from services.common.rpc import metadata_of
 from services.inference import convert
@@ -75,28 +76,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.EmbedResponse:
         """One embedding a text."""
+        check_unrouted(request.model, metadata_of(context))
         return await self.pooling.embed(request, context)
 
     async def Tokenize(
         self,
         request: inference_pb2.TokenizeRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> inference_pb2.TokenizeResponse:
         """Tokenizes as Generate would."""
+        check_unrouted(request.model, metadata_of(context))
         return await self.pooling.tokenize(request)
 
     async def Detokenize(
         self,
         request: inference_pb2.DetokenizeRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002  # gRPC's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> inference_pb2.DetokenizeResponse:
         """Turns tokens back into text."""
+        check_unrouted(request.model, metadata_of(context))
         return await self.pooling.detokenize(request)
 
     async def Score(
         self, request: inference_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.ScoreResponse:
         """One score a text."""
+        check_unrouted(request.model, metadata_of(context))
         return await self.pooling.score(request, context)
 
     async def ListModels(
@@ -113,6 +118,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metadata = metadata_of(context)
         request_id = str(metadata.get("x-request-id", ""))
         try:
+            check_unrouted(request.model, metadata)
             engine = self._gate.admit()
             generation = convert.generation_from_proto(
                 request,

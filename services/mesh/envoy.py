@@ -84,6 +84,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
                     routers=(edge.router, *edge.standby_routers),
                     pickers=(edge.picker, *edge.standby_pickers),
                     telemetry=edge.telemetry,
+                    has_fallback=edge.fallback is not None,
                 ),
                 *(accounting_cluster(name, address) for name, address in edge.accounting),
                 *([] if edge.fallback is None else [fallback_cluster(edge.workers)]),

@@ -6,6 +6,7 @@ address of a listener of the edge's own is put there; it balances over the worke
 
 from typing import Any, Final
 
+from services.common.allowed_models import UNROUTED_HEADER
 from services.mesh.envoy_clusters import DESTINATION_KEY, DESTINATION_NAMESPACE, balanced
 from services.mesh.envoy_types import any_of, socket_address
 
@@ -62,12 +63,9 @@ def fallback_listener(listen: str) -> dict[str, Any]:
 
 _ROUTES: Final[list[dict[str, Any]]] = [
     {
-        # What a key may use is known to the router alone, which reads the model from the body.
-        "match": {"prefix": "/", "headers": [{"name": "x-tokenloom-models", "present_match": True}]},
-        "direct_response": {"status": 503},
-    },
-    {
         "match": {"prefix": "/"},
+        # Which models a key may use nobody has compared with the body yet: the worker does.
+        "request_headers_to_add": [{"header": {"key": UNROUTED_HEADER, "value": "1"}}],
         "request_body_buffer_limit": _MAX_BODY_BYTES,
         "route": {
             "cluster": FALLBACK_CLUSTER,

@@ -4,6 +4,7 @@ from base64 import b64encode
 from enum import StrEnum
 from typing import Any, Final, Literal
 
+from services.common.allowed_models import MODELS_HEADER
 from services.common.status import DETAILS_KEY
 from services.mesh.envoy_accounting import MESSAGE_COUNTER, message_counter
 from services.mesh.envoy_fallback import destination_filter
@@ -31,10 +32,12 @@ _CHECK_HEADERS: Final = [
 _REFUSAL_HEADERS: Final = ("content-type", "retry-after", DETAILS_KEY)
 _ABOUT_LIMITS: Final = [{"prefix": "x-ratelimit-"}]
 _AUTHORIZATION_TIMEOUT: Final = "2s"
-# A router that says nothing for so long is taken to be away; one that is gone is known at once. A burst keeps a router
-# busy for less: whoever went past it then would go past its queue. A router that lets a request wait says so at once,
-# and may take longer than a request may wait in its queue.
-_PICK_TIMEOUT: Final = "1s"
+# A router that says nothing for so long hangs, and the fallback takes the request; for those who come later the health
+# check of the picker's cluster finds that out. However many come at once, a router reads them and says at once whom it
+# lets wait, for others or for its own time, and may then take longer than a request may wait in its queue.
+_PICK_TIMEOUT: Final = "0.25s"
+# Where there is no fallback, giving up helps nobody.
+_ONLY_PICK_TIMEOUT: Final = "1s"
 _LONGEST_PICK_TIMEOUT: Final = "130s"
 # The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
 SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id", "x-slo-class")
@@ -44,7 +47,7 @@ _PICKER_READS: Final = (
     *SHOWN_TO_PICKER,
     "x-request-id",
     "x-tokenloom-degrade",
-    "x-tokenloom-models",
+    MODELS_HEADER,
     "x-tokenloom-priority",
     "x-tokenloom-tenant",
 )
@@ -75,7 +78,11 @@ def http_filters(fallback: str | None) -> list[dict[str, Any]]:
         {"name": _TRANSCODER, "disabled": True, "typed_config": _transcoder()},
         *preset,
         {"name": MESSAGE_COUNTER, "disabled": True, "typed_config": message_counter()},
-        {"name": _PICKER, "disabled": True, "typed_config": _picker()},
+        {
+            "name": _PICKER,
+            "disabled": True,
+            "typed_config": _picker(_ONLY_PICK_TIMEOUT if fallback is None else _PICK_TIMEOUT),
+        },
         {"name": _BUFFER, "disabled": True, "typed_config": _buffer()},
         {
             "name": "envoy.filters.http.router",
@@ -145,7 +152,7 @@ def _transcoder() -> dict[str, Any]:
     )
 
 
-def _picker() -> dict[str, Any]:
+def _picker(timeout: str) -> dict[str, Any]:
     return any_of(
         "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
         grpc_service={"envoy_grpc": {"cluster_name": "picker"}},
@@ -158,7 +165,7 @@ def _picker() -> dict[str, Any]:
             # The router hears of the end, and of the usage that the trailers carry.
             "response_trailer_mode": "SEND",
         },
-        message_timeout=_PICK_TIMEOUT,
+        message_timeout=timeout,
         max_message_timeout=_LONGEST_PICK_TIMEOUT,
         request_attributes=[f"request.headers['{name}']" for name in _PICKER_READS],
         metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb"]}},

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
-import msgspec
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 
+from services.common.allowed_models import MODELS_HEADER, check_model
 from services.common.errors import MeshError, Reason
 from services.common.rpc import MAX_MESSAGE_BYTES, timeout_seconds
 from services.router import extproc
@@ -85,6 +85,8 @@ class Exchange:
         self._ticket: Ticket | None = None
         self._span: Span = INVALID_SPAN
         self._status = ""
+        self._patience_asked_for: bool | None = None
+        """For the request (False) or for its response (True)."""
         self.is_over = False
         """Whether nothing more is to be said."""
 
@@ -102,6 +104,13 @@ class Exchange:
         """Takes in a message of Envoy's; nothing that it says makes this fail."""
         if not self.is_over:
             self._guard(self._keep_early if self.is_waiting else self._take, message)
+
+    def ask_for_patience(self) -> None:
+        """Tells Envoy, where it takes that, that its latest message is not answered at once."""
+        # Once for the request, and once for the end of its response: Envoy takes it no oftener.
+        if self._says_it_waits and not self.is_over and self._patience_asked_for is not self.is_picked:
+            self._patience_asked_for = self.is_picked
+            self._send(extproc.WAIT)
 
     def refuse(self, error: MeshError) -> None:
         """Ends the request with an error, unless it is over."""
@@ -290,15 +299,15 @@ class Exchange:
     def _pick(self, wanted: Wanted, answers: Callable[[str], list[Any]]) -> None:
         """Asks for a worker; `answers` makes what is said to Envoy out of its endpoint, now or later."""
         headers = self._headers or {}
-        _check_model(wanted.model, headers.get("x-tokenloom-models"))
+        # Who calls was found out before us; what they want is known here first.
+        check_model(wanted.model, headers.get(MODELS_HEADER))
         request = _request(wanted, headers, self._subset)
         traceparent = self._traceparent or headers.get("traceparent")
         self._span = start_span(self._tracer, "pick", traceparent, request)
         ticket = self._ticket = self._admission.ask(request, self._on_settled, most_others=self._fallbacks)
         if ticket.is_waiting:
             self._picked = answers
-            if self._says_it_waits:
-                self._send(extproc.WAIT)
+            self.ask_for_patience()
         else:
             self._answer(ticket, answers)
 
@@ -339,12 +348,6 @@ class Exchange:
 
 def _in_headers(endpoint: str) -> list[Any]:
     return [extproc.picked_in_headers(endpoint)]
-
-
-def _check_model(model: str | None, allowed: str | None) -> None:
-    # Who calls was found out before us; what they want is known here first.
-    if model is not None and allowed is not None and model not in msgspec.json.decode(allowed, type=list[str]):
-        raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use the model {model!r}", field="model")
 
 
 def _out_of_order() -> MeshError:

@@ -1,4 +1,4 @@
-"""A gRPC server of one method that streams both ways, on asyncio: a message is read, answered and written in one turn.
+"""A gRPC server of a few methods that stream, on asyncio: a message is read, answered and written in one turn.
 
 grpc.aio hands every message from thread to thread, which takes longer than the picking itself, and so does the
 bookkeeping of the h2 library. This is as much of HTTP/2 as our own edge speaks with us, strictly checked.
@@ -35,7 +35,7 @@ from services.router.http2_frames import (
 )
 from services.router.http2_stream import Budget, Call, Stream, reset_frame
 
-__all__ = ["Call", "Stream", "serve_streams"]
+__all__ = ["Call", "Open", "Stream", "serve_streams"]
 
 _MOST_CONNECTIONS: Final = 512
 _MOST_STREAMS: Final = 10_000
@@ -62,17 +62,17 @@ Open = Callable[["Stream", Mapping[bytes, bytes]], Call]
 
 @asynccontextmanager
 async def serve_streams(
-    address: str, path: str, opened: Open, *, max_message_bytes: int, grace_seconds: float
+    address: str, methods: Mapping[str, Open], *, max_message_bytes: int, grace_seconds: float
 ) -> AsyncIterator[int]:
-    """Serves the gRPC method at `path` on `host:port` (port 0: any free one) until the block is left; yields the port.
+    """Serves gRPC methods, by their paths, on `host:port` (port 0: any free one) until the block is left.
 
-    Then no connection is taken any more, and calls that run have `grace_seconds` to end.
+    Yields the port. Then no connection is taken any more, and calls that run have `grace_seconds` to end.
 
     Raises:
         OSError: the address is in use or not ours.
     """
     host, _, port = address.rpartition(":")
-    server = _Server(path.encode(), opened, max_message_bytes)
+    server = _Server({path.encode(): opened for path, opened in methods.items()}, max_message_bytes)
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(lambda: _Connection(server), host.strip("[]"), int(port), backlog=1024)
     try:
@@ -85,9 +85,8 @@ async def serve_streams(
 class _Server:
     """What the connections share."""
 
-    def __init__(self, path: bytes, opened: Open, max_message_bytes: int) -> None:
-        self.path = path
-        self.open = opened
+    def __init__(self, methods: Mapping[bytes, Open], max_message_bytes: int) -> None:
+        self.methods = methods
         self.budget = Budget(max_message_bytes)
         self.connections: set[_Connection] = set()
         self._emptied = asyncio.Event()
@@ -275,13 +274,14 @@ class _Connection(asyncio.Protocol):
 
     def _open(self, one: Frame, headers: Mapping[bytes, bytes]) -> None:
         stream = self.streams[one.stream_id] = Stream(one.stream_id, self, self._streams_window)
-        if headers.get(b":path") != self._server.path:
+        opened = self._server.methods.get(headers.get(b":path", b""))
+        if opened is None:
             stream.end(grpc.StatusCode.UNIMPLEMENTED)
             return
         timeout = timeout_seconds(headers.get(b"grpc-timeout", b"").decode("latin-1"))
         if timeout is not None:
             stream.end_in(timeout)
-        stream.call = self._server.open(stream, headers)
+        stream.call = opened(stream, headers)
         if one.flags & END_STREAM:
             self._end(stream)
 

@@ -184,6 +184,23 @@ async def test_a_bad_request_is_refused_by_name(
     assert (error.reason, error.field) == (reason, field)
 
 
+async def test_a_request_that_no_router_has_seen_is_kept_to_the_models_of_its_key() -> None:
+    allowed = (("x-tokenloom-models", '["another"]'),)
+    async with sim_worker() as worker:
+        calls: Any = (
+            (worker.inference.Generate, generate(max_tokens=1)),
+            (worker.inference.Embed, inference_pb2.EmbedRequest(model="sim")),
+            (worker.inference.Score, inference_pb2.ScoreRequest(model="sim")),
+            (worker.inference.Tokenize, inference_pb2.TokenizeRequest(model="sim", text="hi")),
+            (worker.inference.Detokenize, inference_pb2.DetokenizeRequest(model="sim", token_ids=[1])),
+        )
+        for method, request in calls:
+            error = await failure(method(request, metadata=(*allowed, ("x-tokenloom-unrouted", "1"))))
+            assert (error.reason, error.field) == (Reason.PERMISSION_DENIED, "model")
+        # A router may have chosen another model than was asked for.
+        assert await rest(worker.inference.Generate(generate(max_tokens=1), metadata=allowed))
+
+
 async def test_a_full_engine_refuses_with_a_time_to_retry() -> None:
     async with sim_worker(SimSettings(max_num_seqs=1, decode_step_ms=20), max_queued=1) as worker:
         calls = [worker.inference.Generate(generate(max_tokens=4000)) for _ in range(2)]

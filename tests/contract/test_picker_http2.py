@@ -154,6 +154,27 @@ async def test_a_thousand_calls_share_a_connection_and_take_turns() -> None:
         await eventually(lambda: router.admission.waiting_count + leases(router) == 0, within=5)
 
 
+async def test_health_is_answered_before_a_crowd_that_is_told_to_wait_and_gets_its_answers_in_order() -> None:
+    async with picking() as (router, envoy), peer(router) as other:
+        calls = range(1, 1001, 2)
+        blocks = [envoy.headers(stream) + frame(Kind.DATA, 0, stream, shown()) for stream in calls]
+        envoy.send(frame(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 24)), *blocks)
+        other.send(other.headers(1, path="/grpc.health.v1.Health/Check"), frame(Kind.DATA, END_STREAM, 1, bytes(5)))
+        _, _, _, payload = await other.next(Kind.DATA)
+        assert payload[5:] == b"\x08\x01"
+        picked: list[int] = []
+        patient: set[int] = set()
+        # Those for whom there is no room are told to wait, too.
+        while {*picked, *patient} != {*calls}:
+            _, _, stream, payload = await envoy.next(Kind.DATA)
+            if ext_proc.ProcessingResponse.FromString(payload[5:]).WhichOneof("response") is None:
+                patient.add(stream)
+            else:
+                picked.append(stream)
+        assert picked == sorted(picked)
+        assert patient
+
+
 async def test_a_request_that_waits_is_said_to_wait() -> None:
     async with picking() as (router, envoy):
         for stream_id in range(1, 201, 2):
