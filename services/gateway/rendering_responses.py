@@ -147,7 +147,7 @@ class ResponsesRenderer:
             output_index=item.index,
             content_index=0,
             delta=text,
-            logprobs=logprobs,
+            logprobs=list(map(_told, logprobs)),
         )
 
     def _piece(self, piece: Piece) -> bytes:
@@ -200,7 +200,7 @@ class ResponsesRenderer:
         match item.kind:
             case "message":
                 events = self._event(
-                    "response.output_text.done", **_at(item), text=item.text, logprobs=item.scores
+                    "response.output_text.done", **_at(item), text=item.text, logprobs=list(map(_told, item.scores))
                 ) + self._event("response.content_part.done", **_at(item), part=_part(item))
             case "reasoning":
                 events = self._event("response.reasoning_text.done", **_at(item), text=item.text)
@@ -259,6 +259,12 @@ def _item_body(item: _Item, status: str) -> dict[str, Any]:
 
 def _score(score: TokenScore) -> dict[str, Any]:
     return {**_one_score(score), "top_logprobs": [_one_score(other) for other in score.alternatives]}
+
+
+def _told(score: dict[str, Any]) -> dict[str, Any]:
+    """A score as events have it: without bytes."""
+    told = {name: score[name] for name in ("token", "logprob")}
+    return {**told, "top_logprobs": [{name: top[name] for name in told} for top in score["top_logprobs"]]}
 
 
 def _one_score(score: TokenScore) -> dict[str, Any]:

@@ -193,7 +193,8 @@ class Backend:
             return await self.llm.add_request(
                 generation.id,
                 _engine_input(plan, generation.cache_salt),
-                SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
+                # It is this request's alone; vLLM would copy it deeply.
+                SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA, skip_clone=True),
                 lora_request=lora,
                 **self._thinking(generation, plan, reading),
                 trace_headers=self.trace_headers(generation.traceparent),

@@ -112,6 +112,24 @@ async def test_a_prompt_is_returned_with_its_log_probabilities(engine: VllmEngin
     assert tokens.echo.text == engine._backend.llm.get_tokenizer().decode(PROMPT)
 
 
+async def test_tokens_inside_of_characters_have_no_text_and_the_last_one_has_all_of_it(engine: VllmEngine) -> None:
+    wide = await engine.tokenize("日本語🚀é", special_tokens=False)
+    echo = asked("wide-echo", prompt="日本語🚀é" * 4, sampling={"prompt_logprob_count": 1}, echo=True)
+    sink = await generate(engine, echo)
+    assert sink.echo is not None
+    texts = [entry.chosen.token for entry in sink.echo.logprobs]
+    # The first token of all has none, and so its character no beginning.
+    assert "".join(texts).endswith("日本語🚀é" * 3)
+    assert texts.count("") > len(texts) / 2
+    sampling = {"logit_bias": dict.fromkeys(wide, 90.0), "logprob_count": 3, "max_tokens": 24}
+    result = await resume_everywhere(engine, asked("wide", sampling=sampling))
+    assert result.differences == []
+    told = [entry.chosen.token for entry in result.whole.logprobs]
+    assert "" in told
+    # Bytes that make no character are in the text as U+FFFD, and nowhere among the tokens.
+    assert set("".join(told)) <= set(result.whole.text)
+
+
 async def test_a_prompt_token_limit_keeps_the_end_of_the_prompt(engine: VllmEngine) -> None:
     tokens = [40 + i % 200 for i in range(3000)]
     whole = await generate(engine, asked("end", prompt=tokens[-50:]))
