@@ -1,7 +1,8 @@
 """Whether the OpenAI API answers as `vllm serve` does: `python -m bench.http_parity`.
 
 The same requests go to vLLM's own server and to a mesh, both on a CPU with the demo model, whole and as streams, field
-by field (`http_parity_cases.py`; /v1/responses: `http_parity_responses.py`). Compared are texts, thoughts, calls, log-probabilities, token ids, ends and usage,
+by field (`http_parity_cases.py`; of /v1/responses `http_parity_responses.py`, which also says what is compared there).
+Compared are texts, thoughts, calls, log-probabilities, token ids, ends and usage,
 and of refusals the status and, where vLLM names one, the field. A field of vLLM's that no request here has, and that is
 not among those with a reason to differ, is a difference, too. Exits with 1 when there is any.
 
