@@ -24,6 +24,7 @@ import openai
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
+from bench.routing.runs import percentile
 from tests.support.mesh import Mesh, running_mesh
 
 _WORKERS: Final = 4
@@ -170,11 +171,10 @@ async def measure(mesh: Mesh, name: str, faults: int, rate: float, *, hang: bool
 
 
 def _spread(values: Sequence[float]) -> str:
-    ordered = sorted(values)
-    if not ordered:
+    if not values:
         return "none"
-    p50, p99 = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return f"p50 {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms, longest {1000 * ordered[-1]:.0f} ms ({len(ordered)})"
+    p50, p99, longest = (1000 * percentile(values, share) for share in (0.5, 0.99, 1.0))
+    return f"p50 {p50:.0f} ms, p99 {p99:.0f} ms, longest {longest:.0f} ms ({len(values)})"
 
 
 def _report(lane: Lane, faults: Sequence[Fault]) -> None:

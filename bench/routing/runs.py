@@ -9,6 +9,7 @@ from bench.routing.mesh import RouterUnderTest
 from bench.routing.policies import CHOICES
 from bench.routing.timeline import Timeline
 from bench.routing.traces import Arrival, Lengths, poisson
+from services.mesh.bench_report import percentile as of_sorted
 
 __all__ = ["TOKENLOOM", "Meanwhile", "Result", "Served", "capacity", "percentile", "run"]
 
@@ -77,9 +78,8 @@ class Result:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which that share lies; infinite where there is none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("inf")
+    """The smallest of the values that at least that share of them don't exceed; infinite where there is none."""
+    return of_sorted(sorted(values), 100 * share) if values else float("inf")
 
 
 def run(

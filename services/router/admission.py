@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
-from services.common.policy import STANDARD
 from services.router.choosing import Chooser
 from services.router.deadlines import Deadlines
 from services.router.decisions import Decisions, Record
@@ -17,6 +16,7 @@ from services.router.memory import AnswerLengths
 from services.router.policy import Policies
 from services.router.prefixes import Prefixes
 from services.router.promises import Promises
+from services.router.refusals import LONGEST_MODEL_NAME, Refusals, check
 from services.router.request import Request
 from services.router.retry_budget import RetryBudget
 from services.router.scheduler import Decision, Scheduler, Verdict
@@ -34,9 +34,6 @@ _RECHECK_SECONDS: Final = 1.0
 # One turn in ten is for whoever has waited so long behind higher classes.
 _AGED_EVERY: Final = 10
 _AGED_SECONDS: Final = 2.0
-_UNKNOWN_RETRY_SECONDS: Final = 5.0
-_LONGEST_RETRY_SECONDS: Final = 60.0
-_LONGEST_MODEL_NAME: Final = 256
 _SLOW_SECONDS: Final = 1.0
 
 
@@ -83,6 +80,13 @@ class Admission:
         self._max_wait_seconds = max_wait_seconds
         self._ready_grace_seconds = ready_grace_seconds
         self._line: WaitingLine[Ticket] = WaitingLine()
+        self._refusals = Refusals(
+            scheduler,
+            self._line,
+            max_waiting=max_waiting,
+            max_wait_seconds=max_wait_seconds,
+            ready_grace_seconds=ready_grace_seconds,
+        )
         self._deadlines: Deadlines[Ticket] = Deadlines()
         self._promises: Promises[Ticket] = Promises()
         self._sooner = asyncio.Event()
@@ -106,11 +110,7 @@ class Admission:
     def outlook(self, ticket: Ticket) -> tuple[int, float | None]:
         """How many go before a ticket that has just begun to wait, and how many seconds that takes, if it is known."""
         before = max(0, self._line.before(ticket) - 1)
-        return before, self._expected_wait(ticket, before)
-
-    def _expected_wait(self, ticket: Ticket, before: int) -> float | None:
-        rate = self._scheduler.requests_per_second(ticket.ways[0].request)
-        return (before + 1) / rate if rate > 0 else None
+        return before, self._refusals.expected_wait(ticket, before)
 
     def ask(self, request: Request, settle: Settle, *, most_others: int = 0) -> Ticket:
         """Asks for a worker. `settle` is called once, maybe before this returns, unless `finish` comes first.
@@ -122,7 +122,7 @@ class Admission:
         wait = self._max_wait_seconds if allowed is None else min(allowed, self._max_wait_seconds)
         ticket = Ticket(request, settle, asked_at=now, deadline=now + wait, most_others=most_others)
         try:
-            _check(request)
+            check(request)
             self._check_budget(request)
             ticket.resolve(self._policies.resolve(request), by_length=self._fleet.differ_in_context)
             ticket.set_modest(self._is_over(ticket, now, waiting=True))
@@ -275,36 +275,34 @@ class Admission:
             ticket.unready_since = now
             self._wait(ticket, now, check_at=now + min(self._ready_grace_seconds, _RECHECK_SECONDS))
         else:
-            self._refuse(ticket, self._error(verdict, ticket))
+            self._refuse(ticket, self._refusals.because(verdict, ticket))
 
     def _wait(self, ticket: Ticket, now: float, *, check_at: float) -> None:
         if ticket.deadline <= now:
-            self._refuse(ticket, self._too_late(ticket))
+            self._refuse(ticket, self._refusals.too_late(ticket))
             return
-        wait = self._expected_wait(ticket, self._line.before(ticket))
-        if wait is not None and wait > self._allowed_wait(ticket, now):
+        wait = self._refusals.expected_wait(ticket, self._line.before(ticket))
+        if wait is not None and wait > self._refusals.allowed_wait(ticket, now):
             # It would wait in vain, and take a place from those who need not.
-            self._refuse(ticket, self._too_late(ticket) if wait > ticket.deadline - now else self._no_capacity(ticket))
+            self._refuse(
+                ticket,
+                self._refusals.too_late(ticket) if wait > ticket.deadline - now else self._refusals.no_capacity(ticket),
+            )
             return
         if len(self._line) >= self._max_waiting and not self._make_room(ticket):
-            self._refuse(ticket, self._no_capacity(ticket))
+            self._refuse(ticket, self._refusals.no_capacity(ticket))
             return
         ticket.state = State.WAITING
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
-        self._promises.set(ticket, now + self._allowed_wait(ticket, now))
+        self._promises.set(ticket, now + self._refusals.allowed_wait(ticket, now))
         self._waits(ticket, 1)
         self._look_again(ticket, check_at)
-
-    def _allowed_wait(self, ticket: Ticket, now: float) -> float:
-        most = (ticket.ways[0].request.slo or STANDARD).max_wait_seconds
-        left = ticket.deadline - now
-        return left if most is None else min(left, most)
 
     def _make_room(self, ticket: Ticket) -> bool:
         victim = self._line.crowd.makes_room(ticket.priority, ticket.tenant) if self._max_waiting else None
         if victim is not None:
-            self._refuse(victim, self._no_capacity(victim))
+            self._refuse(victim, self._refusals.no_capacity(victim))
         return victim is not None
 
     def _look_again(self, ticket: Ticket, at: float) -> None:
@@ -317,21 +315,21 @@ class Admission:
     def _reconsider(self, ticket: Ticket, now: float) -> None:
         verdict = self._chooser.judge(ticket.ways, asked_at=ticket.asked_at)
         if now >= ticket.deadline:
-            late = verdict is Verdict.FULL or self._is_clients_deadline(ticket)
-            self._refuse(ticket, self._too_late(ticket) if late else self._error(verdict, ticket))
+            late = verdict is Verdict.FULL or self._refusals.is_clients_deadline(ticket)
+            self._refuse(ticket, self._refusals.too_late(ticket) if late else self._refusals.because(verdict, ticket))
         elif verdict is Verdict.FULL:
             ticket.unready_since = None
             self._look_again(ticket, now + max(self._ready_grace_seconds, _RECHECK_SECONDS))
         elif verdict is Verdict.NOT_READY:
             self._reconsider_unready(ticket, now)
         else:
-            self._refuse(ticket, self._error(verdict, ticket))
+            self._refuse(ticket, self._refusals.because(verdict, ticket))
 
     def _reconsider_unready(self, ticket: Ticket, now: float) -> None:
         since = ticket.unready_since = now if ticket.unready_since is None else ticket.unready_since
         until = since + self._ready_grace_seconds
         if now >= until:
-            self._refuse(ticket, self._error(Verdict.NOT_READY, ticket))
+            self._refuse(ticket, self._refusals.because(Verdict.NOT_READY, ticket))
         else:
             self._look_again(ticket, min(until, now + _RECHECK_SECONDS))
 
@@ -453,7 +451,7 @@ class Admission:
             Record(
                 at=self._clock(),
                 request_id=request.request_id,
-                model=(request.model or "")[:_LONGEST_MODEL_NAME],
+                model=(request.model or "")[:LONGEST_MODEL_NAME],
                 worker_id=worker_id,
                 reason=reason,
                 queue_seconds=ticket.queue_seconds,
@@ -463,53 +461,3 @@ class Admission:
                 degraded=bool(worker_id) and ticket.way.degraded,
             )
         )
-
-    def _is_clients_deadline(self, ticket: Ticket) -> bool:
-        allowed = ticket.request.timeout_seconds
-        return allowed is not None and allowed <= self._max_wait_seconds
-
-    def _too_late(self, ticket: Ticket) -> MeshError:
-        if self._is_clients_deadline(ticket):
-            return MeshError(Reason.DEADLINE_EXCEEDED, "no worker is free before the request's deadline")
-        return self._no_capacity(ticket)
-
-    def _no_capacity(self, ticket: Ticket) -> MeshError:
-        after = self._retry_after(ticket)
-        message = f"every worker is busy; try again in {after:.0f} s"
-        return MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=after)
-
-    def _retry_after(self, ticket: Ticket) -> float:
-        """When the line will have become short enough for a request that is refused now."""
-        wait = self._expected_wait(ticket, self._line.before(ticket))
-        if wait is None:
-            return _UNKNOWN_RETRY_SECONDS
-        most = (ticket.ways[0].request.slo or STANDARD).max_wait_seconds
-        if most is not None and len(self._line) < self._max_waiting:
-            wait -= most
-        return min(_LONGEST_RETRY_SECONDS, max(1.0, wait))
-
-    def _error(self, verdict: Verdict, ticket: Ticket) -> MeshError:
-        model = ticket.request.model or ""
-        if verdict is Verdict.UNKNOWN_MODEL:
-            return MeshError(Reason.MODEL_NOT_FOUND, f"the model {model!r} does not exist", field="model")
-        if verdict is Verdict.TOO_LONG:
-            tokens = ticket.request.prompt_tokens
-            message = f"the prompt has {tokens} tokens, more than the model {model!r} takes"
-            return MeshError(Reason.CONTEXT_LENGTH_EXCEEDED, message)
-        if verdict is Verdict.UNABLE:
-            needs = ", ".join(sorted(ticket.request.needs))
-            message = f"no worker's model {model!r} is able to do all that this needs: {needs}"
-            return MeshError(Reason.UNIMPLEMENTED, message, field="model")
-        message = "no worker is ready for this request"
-        return MeshError(Reason.NO_READY_WORKER, message, retry_after_seconds=max(1.0, self._ready_grace_seconds))
-
-
-def _check(request: Request) -> None:
-    if request.timeout_seconds is not None and request.timeout_seconds <= 0:
-        raise MeshError(Reason.DEADLINE_EXCEEDED, "the request's deadline has passed")
-    if request.model == "":
-        message = "model is required"
-        raise MeshError(Reason.INVALID_REQUEST, message, field="model", code="missing_required_parameter")
-    if request.model is not None and len(request.model) > _LONGEST_MODEL_NAME:
-        message = f"model has more than {_LONGEST_MODEL_NAME} characters"
-        raise MeshError(Reason.INVALID_REQUEST, message, field="model", code="string_above_max_length")
