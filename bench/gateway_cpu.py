@@ -40,7 +40,7 @@ def tokenloom(
     folder: Path, streams: int, tokens_per_second: float, *, otlp_endpoint: str | None = None
 ) -> Iterator[Proxy]:
     """A gateway with a router and one simulated worker."""
-    ports = [f"127.0.0.1:{free_port()}" for _ in range(7)]
+    ports = [f"127.0.0.1:{free_port()}" for _ in range(8)]
     model = ModelSettings(name="sim")
     sim = SimSettings(
         decode_step_ms=1000 / tokens_per_second,
@@ -50,7 +50,7 @@ def tokenloom(
         kv_blocks=1 << 20,
         max_model_len=1 << 20,
     )
-    router = RouterSettings(name="router", listen=ports[0], metrics=ports[1])
+    router = RouterSettings(name="router", listen=ports[0], metrics=ports[1], picker=ports[7])
     worker = WorkerSettings(
         name="worker-0",
         listen=ports[2],
@@ -68,6 +68,7 @@ def tokenloom(
         metrics=ports[5],
         http=ports[6],
         routers=[ports[0]],
+        router_sessions=[ports[7]],
         database=str(keys),
         otlp_endpoint=otlp_endpoint,
     )

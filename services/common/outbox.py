@@ -18,8 +18,9 @@ class Outbox(Generic[M]):
     """Merges what is put into one message until the stream is free to take it.
 
     grpc.aio allows one outstanding write a stream. Writers call `edit()` for the message that goes out next, add to
-    it, and are done; whoever owns the stream iterates over `messages()`. All that is added within one turn of the
-    event loop goes out together, so one engine step is one message.
+    it, and are done; whoever owns the stream iterates over `messages()`, or, where no task shall be woken for it, is
+    called by `drive()` and calls `take()`. All that is added within one turn of the event loop goes out together, so
+    one engine step is one message.
 
     Not for use from several threads.
     """
@@ -31,7 +32,19 @@ class Outbox(Generic[M]):
         self._message = new()
         self._edits = 0
         self._wanted = asyncio.Event()
+        self._tell = self._wanted.set
         self._closed = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is closed, and everything is out."""
+        return self._closed and not self._edits
+
+    def drive(self, tell: Callable[[], None]) -> None:
+        """Calls `tell` whenever there is something to take after there was nothing, and when it is closed."""
+        self._tell = tell
+        if self._edits or self._closed:
+            tell()
 
     def edit(self, cost: int = 1) -> M:
         """The message that goes out next, to be added to before the next await.
@@ -43,7 +56,7 @@ class Outbox(Generic[M]):
         """
         if not self._edits:
             self._edits = cost
-            self._wanted.set()
+            self._tell()
             return self._message
         self._edits += cost
         if self._edits > self._max_edits:
@@ -53,15 +66,22 @@ class Outbox(Generic[M]):
     def close(self) -> None:
         """Ends `messages()` once everything is out."""
         self._closed = True
-        self._wanted.set()
+        self._tell()
+
+    def take(self) -> M | None:
+        """The message that goes out next; None when there is none."""
+        if not self._edits:
+            return None
+        message, self._message, self._edits = self._message, self._new(), 0
+        return message
 
     async def messages(self) -> AsyncIterator[M]:
         """The messages to write, each as soon as the one before it is taken."""
         while True:
             await self._wanted.wait()
-            if self._edits == 0:
+            message = self.take()
+            if message is None:
                 return
-            message, self._message, self._edits = self._message, self._new(), 0
             if not self._closed:
                 self._wanted.clear()
             yield message

@@ -96,8 +96,8 @@ class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     """services.router"""
 
     picker: Address | None = None
-    """Where it serves the endpoint picker for our own edge, over a leaner server than that of `listen`, which serves it
-    for any other gateway; null does without."""
+    """Where it serves the endpoint picker for our own edge, and sessions of gateways, over a leaner server than that of
+    `listen`, which serves both for anybody else; null does without."""
     picker_fallbacks: Annotated[int, Meta(ge=0, le=8)] = 0
     """How many further endpoints other gateways are named after the one picked, for those that can try one after the
     other (Envoy's override_host policy). An ORIGINAL_DST cluster takes none."""
@@ -430,6 +430,8 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     http: Address
     routers: list[Address]
     """Every router replica; the first one that answers is used."""
+    router_sessions: list[Address] = []
+    """Where each of them takes sessions over its leaner server, which is its `picker`; empty: all do at `routers`."""
     database: str
     """Where keys, usage and audit are: a SQLite file, made when it is not there, or `postgresql://…`."""
     journal: str | None = None
@@ -453,3 +455,8 @@ class GatewaySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown
     """How long running streams may go on after SIGTERM."""
     client_timeout_seconds: Positive = 30.0
     """How long a client may send nothing of its request, or take nothing of its answer, before it is given up."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: the routers and where they take sessions do not match."""
+        if self.router_sessions and len(self.router_sessions) != len(self.routers):
+            raise ValueError(f"router_sessions: expected one for each of the {len(self.routers)} routers")

@@ -10,9 +10,12 @@ from time import monotonic
 from typing import Final
 
 import grpc.aio
-from tokenloom.router.v1 import router_pb2, router_pb2_grpc
+from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError, Reason
+from services.common.http2_call import ClientCall
+from services.common.http2_client import calling
+from services.common.http2_outgoing import send_from
 from services.common.outbox import Outbox
 from services.common.rpc import channel, connected
 from services.common.status import error_from_status
@@ -23,6 +26,7 @@ __all__ = ["Lease", "OnQueued", "RouterClient"]
 OnQueued = Callable[[int, float | None], None]
 """Takes how many are before a request in the router's queue, and the seconds that it is expected to wait, if known."""
 _log = logging.getLogger(__name__)
+_PATH: Final = "/tokenloom.router.v1.RouterService/Session"
 _MAX_WAITING_EDITS: Final = 100_000
 _RETRY_SECONDS: Final = 0.1
 _CONNECT_SECONDS: Final = 1.0
@@ -103,11 +107,14 @@ class RouterClient:
         self,
         targets: Sequence[str],
         *,
+        sessions: Sequence[str] = (),
         placement: Placement | None = None,
         patience_seconds: float = 10.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        """`sessions`: where each of the targets takes sessions; empty: all do at `targets`."""
         self._targets = targets
+        self._sessions = sessions or targets
         self._placement = placement or Placement()
         self._patience = patience_seconds
         self._clock = clock
@@ -138,16 +145,15 @@ class RouterClient:
             tasks.create_task(self._sweep_often())
             tasks.create_task(self._return_to_first())
             while True:
-                await self._try(self._targets[self._place_of_router])
+                await self._try(self._sessions[self._place_of_router])
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _try(self, target: str) -> None:
         """One session with one router; afterwards it is the next one's turn, or the first one's if it had answered."""
         following = (self._place_of_router + 1) % len(self._targets)
         try:
-            async with channel(target) as connection:
-                await connected(connection, within=_CONNECT_SECONDS)
-                await self._talk(connection)
+            async with calling(target, _PATH, self._take, connect_seconds=_CONNECT_SECONDS) as call:
+                await self._talk(call)
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             _log.debug("router session lost", extra={"router": target, "cause": repr(error)})
         hung = self._silent_since is not None
@@ -165,9 +171,9 @@ class RouterClient:
                 found = 0
                 self._talking.reschedule(asyncio.get_running_loop().time())
 
-    async def _talk(self, connection: grpc.aio.Channel) -> None:
+    async def _talk(self, call: ClientCall) -> None:
         outbox = Outbox(router_pb2.SessionRequest, max_edits=_MAX_WAITING_EDITS)
-        call = router_pb2_grpc.RouterServiceStub(connection).Session(outbox.messages())
+        send_from(outbox, call, lambda message: (message.SerializeToString(),))
         self._outbox = outbox
         self._connected_at, self._silent_since = self._clock(), None
         _log.info("router session begins")
@@ -176,18 +182,16 @@ class RouterClient:
                 for pending in self._pending.values():
                     pending.asked_at = self._connected_at
                     outbox.edit().acquires.append(pending.acquire)
-                async for message in call:
-                    self._apply(message)
+                await call.ended()
         finally:
             self._outbox = self._talking = None
             self._away_since = self._clock()
             for pending in self._pending.values():
                 pending.queued = False
             _log.warning("router session lost", extra={"unanswered": len(self._pending)})
-            outbox.close()
-            call.cancel()
 
-    def _apply(self, message: router_pb2.SessionResponse) -> None:
+    def _take(self, encoded: bytes) -> None:
+        message = router_pb2.SessionResponse.FromString(encoded)
         self._silent_since = None
         for grant in message.grants:
             self._grant(grant)

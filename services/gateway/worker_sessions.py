@@ -2,16 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc.aio
-from tokenloom.inference.v1 import worker_pb2, worker_pb2_grpc
+from tokenloom.inference.v1 import worker_pb2
 
 from services.common.errors import MeshError, Reason
+from services.common.http2_client import calling
+from services.common.http2_outgoing import send_from
 from services.common.outbox import Outbox, OutboxFullError
-from services.common.rpc import MAX_MESSAGE_BYTES, channel
+from services.common.rpc import MAX_MESSAGE_BYTES
 from services.common.status import error_from_status
 from services.gateway import convert_output
 from services.gateway.stream import Loss, Stream, WorkerLostError
@@ -19,9 +21,9 @@ from services.gateway.stream import Loss, Stream, WorkerLostError
 __all__ = ["WorkerSessions"]
 
 _log = logging.getLogger(__name__)
+_PATH: Final = "/tokenloom.inference.v1.WorkerService/Session"
 _MAX_WAITING_EDITS: Final = 10_000
 _CONNECT_SECONDS: Final = 2.0
-_GONE: Final = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _TURNED_AWAY: Final = (Reason.NO_READY_WORKER, Reason.NO_CAPACITY)
 
 
@@ -39,27 +41,15 @@ class _Session:
     async def run(self) -> None:
         """Talks to the worker until either side ends it; then every stream on it has lost its worker."""
         try:
-            async with channel(self._endpoint) as connection:
-                async with asyncio.timeout(_CONNECT_SECONDS):
-                    await _connect(connection)
+            # Given up at the first refusal: a worker that is picked listens, so one that doesn't is gone.
+            async with calling(self._endpoint, _PATH, self._take, connect_seconds=_CONNECT_SECONDS) as call:
                 self._connected = True
-                call = worker_pb2_grpc.WorkerServiceStub(connection).Session(self._requests())
-                async for message in call:
-                    self._apply(message)
-        except (grpc.aio.AioRpcError, OSError) as error:
+                send_from(self._outbox, call, _encoded)
+                await call.ended()
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
             _log.warning("worker session lost", extra={"worker": self._endpoint, "cause": _cause(error)})
         finally:
             self._lose()
-
-    async def _requests(self) -> AsyncIterator[worker_pb2.SessionRequest]:
-        """What is in the outbox, in messages that the worker takes: one too large would end the session for all."""
-        async for request in self._outbox.messages():
-            if request.ByteSize() <= MAX_MESSAGE_BYTES:
-                yield request
-                continue
-            for submission in request.submissions:
-                yield worker_pb2.SessionRequest(submissions=[submission])
-            yield worker_pb2.SessionRequest(aborted_handles=request.aborted_handles)
 
     def submit(self, submission: worker_pb2.Submission, stream: Stream) -> int:
         """Starts a generation whose output goes to `stream`; returns its handle in this session."""
@@ -93,7 +83,8 @@ class _Session:
         for stream in streams.values():
             stream.fail(lost)
 
-    def _apply(self, message: worker_pb2.SessionResponse) -> None:
+    def _take(self, encoded: bytes) -> None:
+        message = worker_pb2.SessionResponse.FromString(encoded)
         for start in message.starts:
             stream = self._streams.get(start.handle)
             if stream is not None:
@@ -188,12 +179,15 @@ class WorkerSessions:
             session.close()
 
 
-async def _connect(connection: grpc.aio.Channel) -> None:
-    """Raises ConnectionError at the first refusal: a worker that is picked listens, so one that doesn't is gone."""
-    while (state := connection.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
-        if state in _GONE:
-            raise ConnectionError
-        await connection.wait_for_state_change(state)
+def _encoded(request: worker_pb2.SessionRequest) -> Iterator[bytes]:
+    """What was in the outbox, in messages that the worker takes: one too large would end the session for all."""
+    encoded = request.SerializeToString()
+    if len(encoded) <= MAX_MESSAGE_BYTES:
+        yield encoded
+        return
+    for submission in request.submissions:
+        yield worker_pb2.SessionRequest(submissions=[submission]).SerializeToString()
+    yield worker_pb2.SessionRequest(aborted_handles=request.aborted_handles).SerializeToString()
 
 
 def _cause(error: Exception) -> str:

@@ -128,6 +128,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
         metrics_push=mesh.metrics_push,
         http=f"{_ANY}:{_HTTP}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
+        router_sessions=[f"{name}:{_PICKER}" for name in mesh.router_names],
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
         journal=f"{STATE_FOLDER}/journal-{name}",
         replicas=mesh.gateways,

@@ -78,7 +78,7 @@ class _Planner:
         addresses = [_grpc(router) for router in routers]
         workers = [self._worker(pool, worker, addresses) for pool in self._mesh.pools for worker in pool.workers]
         yield from workers
-        gateways = [self._gateway(name, addresses) for name in self._mesh.gateway_names]
+        gateways = [self._gateway(name, routers) for name in self._mesh.gateway_names]
         yield from gateways
         yield self._envoy(telemetry=telemetry, routers=routers, gateways=gateways, workers=workers)
 
@@ -128,7 +128,7 @@ class _Planner:
             return demo_model(model, str(self._state.demo_model.resolve()))
         return model
 
-    def _gateway(self, name: str, routers: list[str]) -> ProcessPlan:
+    def _gateway(self, name: str, routers: list[ProcessPlan]) -> ProcessPlan:
         port = self._ports.pick()
         return self._python(
             name,
@@ -137,7 +137,8 @@ class _Planner:
             more_ports={"http": port},
             ready=http_ok(f"http://{_HOST}:{port}/readyz"),
             http=f"{_HOST}:{port}",
-            routers=routers,
+            routers=[_grpc(router) for router in routers],
+            router_sessions=[_picker(router) for router in routers],
             database=database_of(self._mesh, self._state),
             journal=str(self._state.folder.resolve() / f"journal-{name}"),
             replicas=self._mesh.gateways,

@@ -27,6 +27,7 @@ from services.router.edge_picker import EdgePicker
 from services.router.exchange import MAX_SHOWN_BYTES
 from services.router.fleet import Clock, Fleet
 from services.router.gpus import GpuWatch
+from services.router.http2 import Open
 from services.router.memory import AnswerLengths
 from services.router.metrics import FleetCollector, RouterMetrics
 from services.router.picker import Picker
@@ -34,7 +35,7 @@ from services.router.policy import Policies
 from services.router.policy_file import PolicyFile
 from services.router.prefixes import Prefixes
 from services.router.scheduler import Scheduler
-from services.router.servicer import RouterServicer
+from services.router.servicer import SESSION_PATH, RouterServicer
 from services.router.worker import Worker
 
 __all__ = ["RunningRouter", "running"]
@@ -175,11 +176,12 @@ class _Doors:
 
     @asynccontextmanager
     async def edge(self, address: str | None) -> AsyncIterator[int]:
-        """Serves the edge's picker, where it is wanted; yields its port or 0."""
+        """Serves the edge's picker and gateways' sessions leanly, where it is wanted; yields the port or 0."""
         if address is None:
             yield 0
             return
-        async with self._edge_picker.serve(address, grace_seconds=_GRACE_SECONDS) as port:
+        beside: dict[str, Open] = {SESSION_PATH: self._inside.open}
+        async with self._edge_picker.serve(address, grace_seconds=_GRACE_SECONDS, beside=beside) as port:
             yield port
 
     def register(self, server: grpc.aio.Server) -> list[str]:

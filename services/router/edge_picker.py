@@ -47,13 +47,15 @@ class EdgePicker:
         self._is_closing = False
 
     @asynccontextmanager
-    async def serve(self, address: str, *, grace_seconds: float) -> AsyncIterator[int]:
-        """Serves on `host:port` until the block is left; yields the port.
+    async def serve(
+        self, address: str, *, grace_seconds: float, beside: Mapping[str, Open] | None = None
+    ) -> AsyncIterator[int]:
+        """Serves on `host:port` until the block is left, other methods beside it; yields the port.
 
         Raises:
             OSError: the address is in use or not ours.
         """
-        methods: dict[str, Open] = {_PATH: self._open, _HEALTH_PATH: self._check}
+        methods: dict[str, Open] = {_PATH: self._open, _HEALTH_PATH: self._check, **(beside or {})}
         async with serve_streams(
             address, methods, max_message_bytes=MAX_SHOWN_BYTES, grace_seconds=grace_seconds
         ) as port:

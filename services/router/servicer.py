@@ -1,25 +1,30 @@
 """tokenloom.router.v1.RouterService: the sessions of gateways and the registrations of workers."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
 from opentelemetry.trace import Span, Tracer
 from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.errors import MeshError, Reason
+from services.common.http2_outgoing import send_from
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.status import status_from_error
 from services.router import wire
 from services.router.admission import Admission
 from services.router.fleet import Fleet
+from services.router.http2_stream import Stream
 from services.router.prefixes import Prefixes
 from services.router.spans import end_span, start_span
 from services.router.streams import reading
 from services.router.ticket import Ticket
 from services.router.worker import Worker
 
-__all__ = ["RouterServicer"]
+__all__ = ["SESSION_PATH", "RouterServicer"]
+
+SESSION_PATH: Final = "/tokenloom.router.v1.RouterService/Session"
 
 # A gateway that has not read so many answers is stuck.
 _MOST_ANSWERS: Final = 65_536
@@ -72,12 +77,26 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 async for message in session.outbox.messages():
                     yield message
                 if session.is_overrun:
-                    raise MeshError(Reason.NO_CAPACITY, "the gateway does not read its answers")
+                    raise _overrun()
                 if reader.done():
                     reader.result()
         finally:
             session.close()
             self._sessions.discard(session)
+
+    def open(self, stream: Stream, _: Mapping[bytes, bytes]) -> "_LeanSession":
+        """One gateway, as `Session` has it, over the lean server."""
+        session = _Session(self._admission, self._tracer, self._most_answers)
+        call = _LeanSession(session, stream, self._sessions)
+        try:
+            self._refuse_when_closing()
+        except MeshError as error:
+            session.close()
+            stream.give_up(error)
+        else:
+            self._sessions.add(session)
+            send_from(session.outbox, stream, lambda message: (message.SerializeToString(),))
+        return call
 
     async def Register(
         self, request_iterator: AsyncIterator[router_pb2.RegisterRequest], context: Any
@@ -126,6 +145,8 @@ class _Session:
         self._closed = False
         self.is_overrun = False
         """Whether it ended because its gateway does not read."""
+        self.on_overrun: Callable[[], None] | None = None
+        """Is called when it does."""
         self.outbox: Outbox[router_pb2.SessionResponse] = Outbox(router_pb2.SessionResponse, max_edits=most_answers)
 
     def take(self, message: router_pb2.SessionRequest) -> None:
@@ -196,8 +217,42 @@ class _Session:
             # Whoever settled this ticket is not to blame: only this gateway, which does not read, loses its session.
             _log.warning("a gateway does not read; its session ends")
             self.is_overrun = True
+            if self.on_overrun is not None:
+                self.on_overrun()
             self.close()
             return router_pb2.SessionResponse()
+
+
+class _LeanSession:
+    """A session's call on the lean server."""
+
+    def __init__(self, session: _Session, stream: Stream, sessions: set[_Session]) -> None:
+        self._session = session
+        self._stream = stream
+        self._sessions = sessions
+        session.on_overrun = lambda: stream.give_up(_overrun())
+
+    def take(self, message: bytes) -> None:
+        """Takes in what the gateway asks for."""
+        try:
+            self._session.take(router_pb2.SessionRequest.FromString(message))
+        except DecodeError:
+            self.fail(MeshError(Reason.INVALID_REQUEST, "a message of the session can't be decoded"))
+        except Exception as error:  # noqa: BLE001  # the last line of defence: whatever it is becomes a status
+            self._stream.give_up(error)
+
+    def fail(self, error: MeshError) -> None:
+        """Ends the session."""
+        self._stream.give_up(error)
+
+    def close(self) -> None:
+        """The gateway is gone."""
+        self._session.close()
+        self._sessions.discard(self._session)
+
+
+def _overrun() -> MeshError:
+    return MeshError(Reason.NO_CAPACITY, "the gateway does not read its answers")
 
 
 class _Reports:

@@ -12,8 +12,8 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from hpack import Decoder, Encoder
 from tokenloom.inference.v1 import generation_pb2
 
+from services.common.http2_frames import ACK, END_HEADERS, END_STREAM, PREFACE, Code, Kind, frame
 from services.router.app import RunningRouter
-from services.router.http2_frames import ACK, END_HEADERS, END_STREAM, PREFACE, Code, Kind, frame
 from tests.support.ext_proc import BUFFERED, body_message, framed
 from tests.support.router import running_router, worker_link
 from tests.support.waiting import eventually

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,11 +44,17 @@ def leases(router: RunningRouter, worker_id: str = "worker-0") -> int:
     return len(worker.leases) if worker else 0
 
 
-async def test_a_lease_lasts_as_long_as_its_block() -> None:
+@pytest.fixture(params=["port", "picker_port"])
+def door(request: pytest.FixtureRequest) -> Callable[[RunningRouter], str]:
+    """Where a router takes sessions: at its gRPC server, and at its lean one."""
+    return lambda router: f"127.0.0.1:{getattr(router, request.param)}"
+
+
+async def test_a_lease_lasts_as_long_as_its_block(door: Callable[[RunningRouter], str]) -> None:
     async with (
-        running_router() as (router, to_router),
+        running_router(picker="127.0.0.1:0") as (router, to_router),
         worker_link(router, to_router),
-        connected(f"127.0.0.1:{router.port}") as client,
+        connected(door(router)) as client,
     ):
         async with client.lease(acquire()) as lease:
             assert (lease.worker_id, lease.endpoint) == ("worker-0", "127.0.0.1:5001")
@@ -56,11 +62,11 @@ async def test_a_lease_lasts_as_long_as_its_block() -> None:
         await eventually(lambda: leases(router) == 0, within=1)
 
 
-async def test_a_refusal_is_raised_with_its_reason() -> None:
+async def test_a_refusal_is_raised_with_its_reason(door: Callable[[RunningRouter], str]) -> None:
     async with (
-        running_router() as (router, to_router),
+        running_router(picker="127.0.0.1:0") as (router, to_router),
         worker_link(router, to_router),
-        connected(f"127.0.0.1:{router.port}") as client,
+        connected(door(router)) as client,
     ):
         with pytest.raises(MeshError) as caught:
             async with client.lease(acquire("nonsense")):
@@ -68,11 +74,11 @@ async def test_a_refusal_is_raised_with_its_reason() -> None:
     assert (caught.value.reason, caught.value.field) == (Reason.MODEL_NOT_FOUND, "model")
 
 
-async def test_who_stops_waiting_leaves_the_line() -> None:
+async def test_who_stops_waiting_leaves_the_line(door: Callable[[RunningRouter], str]) -> None:
     async with (
-        running_router() as (router, to_router),
+        running_router(picker="127.0.0.1:0") as (router, to_router),
         worker_link(router, to_router, max_running=1),
-        connected(f"127.0.0.1:{router.port}") as client,
+        connected(door(router)) as client,
         client.lease(acquire()),
         client.lease(acquire()),
     ):
@@ -83,9 +89,9 @@ async def test_who_stops_waiting_leaves_the_line() -> None:
         await eventually(lambda: router.admission.waiting_count == 0, within=1)
 
 
-async def test_a_client_that_is_killed_frees_its_leases() -> None:
-    async with running_router() as (router, to_router), worker_link(router, to_router):
-        client = RouterClient([f"127.0.0.1:{router.port}"])
+async def test_a_client_that_is_killed_frees_its_leases(door: Callable[[RunningRouter], str]) -> None:
+    async with running_router(picker="127.0.0.1:0") as (router, to_router), worker_link(router, to_router):
+        client = RouterClient([door(router)])
         running = asyncio.create_task(client.run())
         await eventually(lambda: client.connected, within=5)
         async with client.lease(acquire()):

@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 
-from services.router.http2_frames import END_STREAM, PREFACE, Kind, frame
+from services.common.http2_frames import END_STREAM, PREFACE, Kind, frame
 from tests.support.bad_inputs import Asked, assert_harmless
 from tests.support.http2 import Peer
 from tests.support.mesh import Mesh, running_mesh

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Final
 
-from services.router.http2_frames import END_HEADERS, END_STREAM, Code, Kind, frame, settings
+from services.common.http2_frames import END_HEADERS, END_STREAM, Code, Kind, frame, settings
 from tests.support.bad_inputs import assert_harmless
 from tests.support.http2 import Peer
 from tests.support.mesh import Mesh

@@ -15,8 +15,8 @@ import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
+from services.common.http2_frames import PREFACE
 from services.inference.sim_text import expected_text, tokenize
-from services.router.http2_frames import PREFACE
 from tests.support.bad_inputs import assert_harmless
 from tests.support.certificates import Authority, Signed
 from tests.support.mesh import Mesh, running_mesh

@@ -10,7 +10,7 @@ from typing import Final
 
 from hpack import Decoder, Encoder
 
-from services.router.http2_frames import ACK, END_HEADERS, END_STREAM, PREFACE, Kind, Setting, frame, settings
+from services.common.http2_frames import ACK, END_HEADERS, END_STREAM, PREFACE, Kind, Setting, frame, settings
 from tests.support.mesh import Mesh
 
 __all__ = ["Frame", "Peer"]

@@ -53,6 +53,12 @@ def test_a_bad_value_deep_inside_is_named_by_its_path(change: dict[str, object],
     assert [words for words in said if words not in str(refused.value)] == []
 
 
+def test_routers_that_do_not_all_say_where_they_take_sessions_are_refused() -> None:
+    routers = {"routers": ["127.0.0.1:1", "127.0.0.1:2"], "router_sessions": ["127.0.0.1:3"]}
+    with pytest.raises(ConfigError, match="router_sessions: expected one for each of the 2 routers"):
+        convert({**PROCESS, "http": "127.0.0.1:0", "database": "keys.db", **routers}, GatewaySettings, where="x")
+
+
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="listen"):
         convert({"name": "it", "metrics": "127.0.0.1:0"}, TelemetrySettings, where="x")

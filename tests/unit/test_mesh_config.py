@@ -317,6 +317,7 @@ def test_every_replica_of_the_router_is_known_to_workers_gateway_and_edge(tmp_pa
     assert {"router", "router-1"} <= services.keys()
     gateway = json.loads(compose_file(mesh)["configs"]["gateway"]["content"].replace("$$", "$"))
     assert gateway["routers"] == ["router:50051", "router-1:50051"]
+    assert gateway["router_sessions"] == ["router:50052", "router-1:50052"]
 
 
 def test_the_committed_compose_file_is_what_its_mesh_yaml_gives() -> None:

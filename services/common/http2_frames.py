@@ -1,4 +1,4 @@
-"""HTTP/2 frames, as far as a gRPC server needs them (RFC 9113)."""
+"""HTTP/2 frames, as far as gRPC needs them (RFC 9113)."""
 
 import struct
 from collections.abc import Iterator, Mapping
@@ -23,9 +23,12 @@ __all__ = [
     "Setting",
     "frame",
     "goaway",
+    "header",
     "read_settings",
+    "reset",
     "settings",
     "unpadded",
+    "update",
 ]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -40,6 +43,7 @@ _HEAD: Final = struct.Struct(">BHBBI")
 _SETTING: Final = struct.Struct(">HI")
 _ID: Final = 0x7FFFFFFF
 _REMEMBERED_BLOCKS: Final = 64
+_LONG_STRING: Final = 0x7F
 
 
 class Kind(IntEnum):
@@ -62,18 +66,22 @@ class Code(IntEnum):
 
     NO_ERROR = 0x0
     PROTOCOL_ERROR = 0x1
+    INTERNAL_ERROR = 0x2
     FLOW_CONTROL_ERROR = 0x3
     STREAM_CLOSED = 0x5
     FRAME_SIZE_ERROR = 0x6
     REFUSED_STREAM = 0x7
+    CANCEL = 0x8
     COMPRESSION_ERROR = 0x9
     ENHANCE_YOUR_CALM = 0xB
+    INADEQUATE_SECURITY = 0xC
 
 
 class Setting(IntEnum):
     """What a peer may ask for."""
 
     HEADER_TABLE_SIZE = 0x1
+    ENABLE_PUSH = 0x2
     MAX_CONCURRENT_STREAMS = 0x3
     INITIAL_WINDOW_SIZE = 0x4
     MAX_FRAME_SIZE = 0x5
@@ -124,6 +132,33 @@ def goaway(last_stream_id: int, code: Code, message: str = "") -> bytes:
     return frame(Kind.GOAWAY, 0, 0, struct.pack(">II", last_stream_id, code) + message.encode())
 
 
+def reset(stream_id: int, code: Code) -> bytes:
+    """A RST_STREAM frame."""
+    return frame(Kind.RST_STREAM, 0, stream_id, struct.pack(">I", code))
+
+
+def update(stream_id: int, more: int) -> bytes:
+    """A WINDOW_UPDATE frame."""
+    return frame(Kind.WINDOW_UPDATE, 0, stream_id, struct.pack(">I", more))
+
+
+def header(name: bytes, value: bytes) -> bytes:
+    """A header in HPACK, without a table: the same bytes at any time."""
+    return b"\0" + _string(name) + _string(value)
+
+
+def _string(text: bytes) -> bytes:
+    size = len(text)
+    if size < _LONG_STRING:
+        return bytes((size,)) + text
+    out, size = bytearray((_LONG_STRING,)), size - _LONG_STRING
+    while size >= 0x80:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    out.append(size)
+    return bytes(out) + text
+
+
 def unpadded(flags: int, payload: bytes) -> bytes:
     """The payload of a DATA or HEADERS frame without its padding.
 
@@ -140,9 +175,10 @@ def unpadded(flags: int, payload: bytes) -> bytes:
 class FrameReader:
     """Cuts what a peer sends into frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, greeted: bool = False) -> None:
+        """`greeted`: the peer is a server, which begins without a preface."""
         self._rest = b""
-        self._greeted = False
+        self._greeted = greeted
 
     def read(self, data: bytes) -> Iterator[Frame]:
         """The frames that are complete with `data`.
