@@ -1,18 +1,21 @@
 """Logs as JSON lines on standard output: one object a record, with the trace it belongs to."""
 
+import asyncio
 import json
 import logging
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final, TextIO
 
 import msgspec
 from opentelemetry import trace
 
 __all__ = ["JsonFormatter", "setup"]
 
+_LATER_SECONDS: Final = 0.05
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -49,12 +52,55 @@ class JsonFormatter(logging.Formatter):
             return json.dumps(line, default=str)
 
 
+class _LineHandler(logging.StreamHandler[TextIO]):
+    """Writes lines; those of the event loop's, unless they are warnings, a moment later and many at once.
+
+    Each write is a system call, for which the loop would give everything else up.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+        self._is_due = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes a record."""
+        try:
+            self._lines.append(self.format(record))
+        except Exception:  # noqa: BLE001  # as logging's own handlers do
+            self.handleError(record)
+        if record.levelno > logging.INFO or not self._comes_soon():
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        with self.lock or nullcontext():
+            self._is_due = False
+            lines, self._lines = self._lines, []
+            if lines:
+                try:
+                    self.stream.write("\n".join(lines) + "\n")
+                    self.stream.flush()
+                except Exception:  # noqa: BLE001  # as logging's own handlers do
+                    self.handleError(logging.makeLogRecord({}))
+
+    def _comes_soon(self) -> bool:
+        if self._is_due:
+            return True
+        try:
+            asyncio.get_running_loop().call_later(_LATER_SECONDS, self.flush)
+        except RuntimeError:
+            return False
+        self._is_due = True
+        return True
+
+
 def setup(service: str, *, level: str = "info") -> None:
     """Sends every log record of this process to standard output as JSON lines."""
     # What no line tells need not be found out for each: half of what a line costs.
     logging._srcfile = None  # as the documentation of logging advises
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _LineHandler(sys.stdout)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from services.common.entry import start
 from services.common.keystore import KeyStore
 from services.common.metrics import serve_metrics
+from services.common.process import collect_rarely
 from services.common.rpc import serve
 from services.common.settings import GatewaySettings
 from services.gateway.access_log import AccessLogServicer
@@ -61,7 +62,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         guardrails = await resources.enter_async_context(Guardrails(settings.guardrails))
         async with asyncio.TaskGroup() as tasks:
             placement = Placement(memory_seconds=settings.fleet_memory_seconds)
-            routers = RouterClient(settings.routers, placement=placement)
+            routers = RouterClient(settings.routers, sessions=settings.router_sessions, placement=placement)
             workers = WorkerSessions(tasks)
             calls = WorkerCalls(routers, tasks)
 
@@ -109,6 +110,8 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 serve_http(app, authorization, settings.http, drain_seconds=settings.drain_seconds),
             ):
                 await checks.set_serving(True)
+                # Each request is many small objects, and hardly a cycle.
+                collect_rarely()
                 await stop.wait()
             workers.close()
             calls.close()

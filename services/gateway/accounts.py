@@ -1,7 +1,6 @@
 """What a request may take and has taken: limits before it begins, and its row in the usage ledger at its end."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
@@ -11,6 +10,7 @@ from typing import Final, Literal, Self
 import msgspec
 
 from services.common.errors import MeshError, Reason
+from services.common.ids import random_hex
 from services.common.ledger import UsageRow, month_of
 from services.common.quota import NO_LIMITS, KeyLimits
 from services.common.settings import LedgerSettings
@@ -185,7 +185,7 @@ class Accounts:
 
     def new_id(self) -> str:
         """An id that no other account has."""
-        return f"{self._name}.{secrets.token_hex(12)}"
+        return f"{self._name}.{random_hex(24)}"
 
     def begin(
         self, identity: Identity, *, request_id: str, lane: Lane, endpoint: str, show: Show | None = None

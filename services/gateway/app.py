@@ -1,9 +1,7 @@
 """The gateway's HTTP side: an ASGI application with the OpenAI-compatible API."""
 
 import logging
-import uuid
 from collections.abc import Callable, MutableMapping
-from dataclasses import replace
 from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final
@@ -12,16 +10,18 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
+from services.common.ids import random_hex
 from services.common.tracing import context_from, traceparent_of, tracer
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.console import Console
 from services.gateway.generation import Caller
-from services.gateway.guardrails import Guardrails
-from services.gateway.http import ABORT, ClientLeftError, Receive, Request, Response, Send, error_response
+from services.gateway.guardrails import Guard, Guardrails
+from services.gateway.http import ABORT, WRITE, ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
+from services.gateway.router_client import OnQueued
 from services.gateway.routes import Routes
 
 __all__ = ["App"]
@@ -66,9 +66,15 @@ class App:
             await self._authorization(scope, receive, send)
             return
         request = Request(scope, receive, client_seconds=self._client_seconds)
-        request_id = request.header(b"x-request-id") or uuid.uuid4().hex
-        abort = scope.get("extensions", {}).get(ABORT)
-        response = Response(send, request_id, client_seconds=self._client_seconds, abort=abort)
+        request_id = request.header(b"x-request-id") or random_hex(32)
+        extensions = scope.get("extensions", {})
+        response = Response(
+            send,
+            request_id,
+            client_seconds=self._client_seconds,
+            abort=extensions.get(ABORT),
+            write=extensions.get(WRITE),
+        )
         if request.path in ("/healthz", "/readyz"):
             await self._probe(request, response)
             return
@@ -137,11 +143,11 @@ class App:
             identity, request_id=response.request_id, lane="openai", endpoint=endpoint, show=response.add_header
         ) as account:
             guard = self._guardrails.of(identity.tenant)
-            caller = replace(_caller(request, account, span), guard=guard, on_queued=response.note_queue)
+            caller = _caller(request, account, span, guard, response.note_queue)
             await route.handler(request, response, identity, caller)
 
 
-def _caller(request: Request, account: Account, span: Span) -> Caller:
+def _caller(request: Request, account: Account, span: Span, guard: Guard | None, on_queued: OnQueued) -> Caller:
     identity = account.identity
     return Caller(
         request_id=account.request_id,
@@ -152,6 +158,8 @@ def _caller(request: Request, account: Account, span: Span) -> Caller:
         traceparent=traceparent_of(span),
         slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],
         allow_degrade=identity.allow_degrade,
+        guard=guard,
+        on_queued=on_queued,
     )
 
 

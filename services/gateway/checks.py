@@ -4,14 +4,17 @@ And with one write less for each answer: its head goes out together with the beg
 """
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization, KnownAnswer
-from services.gateway.http import ABORT
+from services.gateway.http import ABORT, WATCH, WRITE
 
 if TYPE_CHECKING:
+    from uvicorn.protocols.http.flow_control import FlowControl
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 __all__ = ["protocol_with"]
@@ -54,37 +57,68 @@ class _HeldHead:
         return getattr(self._transport, name)
 
 
+def _write_chunk(cycle: "RequestResponseCycle", flow: "FlowControl", events: bytes) -> bool:
+    """Writes a part of an answer's body, as uvicorn does, but without a coroutine."""
+    if flow.write_paused or not cycle.chunked_encoding:
+        return False
+    if events and not cycle.disconnected:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+    return True
+
+
+class _WithChecks(HttpToolsProtocol):
+    """One connection."""
+
+    authorization: HttpAuthorization
+    _known: KnownAnswer | None = None
+    _left: Callable[[], None] | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._left is not None:
+            self._left()
+
+    def _watch(self, left: Callable[[], None]) -> Callable[[], None]:
+        self._left = left
+        if self.transport.is_closing():
+            self.loop.call_soon(left)
+        return self._watch_no_more
+
+    def _watch_no_more(self) -> None:
+        self._left = None
+
+    def on_headers_complete(self) -> None:
+        self._known = None
+        is_check = self.url.startswith(_PATH) and self.parser.should_keep_alive()
+        if is_check and (self.cycle is None or self.cycle.response_complete):
+            self._known = self.authorization.known_answer(self.url, self.headers)
+        if self._known is None:
+            before = self.cycle
+            super().on_headers_complete()
+            if self.cycle is not before:
+                self._extend(self.cycle)
+
+    def _extend(self, cycle: "RequestResponseCycle") -> None:
+        held: Any = _HeldHead(cycle, self.transport)
+        cycle.transport = held
+        write = partial(_write_chunk, cycle, self.flow)
+        extensions: Any = {ABORT: self.transport.abort, WATCH: self._watch, WRITE: write}
+        cycle.scope["extensions"] = extensions
+
+    def on_body(self, body: bytes) -> None:
+        if self._known is None:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._known is None:
+            super().on_message_complete()
+        else:
+            answer, then = self._known
+            self.transport.write(answer)
+            then()
+            self.on_response_complete()
+
+
 def protocol_with(authorization: HttpAuthorization) -> type[HttpToolsProtocol]:
     """The protocol that answers checks of known keys by itself, without a task. All else is as uvicorn has it."""
-
-    class WithChecks(HttpToolsProtocol):
-        _known: KnownAnswer | None = None
-
-        def on_headers_complete(self) -> None:
-            self._known = None
-            is_check = self.url.startswith(_PATH) and self.parser.should_keep_alive()
-            if is_check and (self.cycle is None or self.cycle.response_complete):
-                self._known = authorization.known_answer(self.url, self.headers)
-            if self._known is None:
-                before = self.cycle
-                super().on_headers_complete()
-                if self.cycle is not before:
-                    held: Any = _HeldHead(self.cycle, self.transport)
-                    self.cycle.transport = held
-                    extensions: Any = {ABORT: self.transport.abort}
-                    self.scope["extensions"] = extensions
-
-        def on_body(self, body: bytes) -> None:
-            if self._known is None:
-                super().on_body(body)
-
-        def on_message_complete(self) -> None:
-            if self._known is None:
-                super().on_message_complete()
-            else:
-                answer, then = self._known
-                self.transport.write(answer)
-                then()
-                self.on_response_complete()
-
-    return WithChecks
+    return type("WithChecks", (_WithChecks,), {"authorization": authorization})

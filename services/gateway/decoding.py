@@ -18,6 +18,7 @@ MAX_DEPTH: Final = 64
 """How deep free-form JSON, a schema for example, may be nested."""
 
 _MAX_SCHEMA_BYTES: Final = 65_536
+_LONG_BYTES: Final = 65_536
 T = TypeVar("T")
 _PATH: Final = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
 _MISSING: Final = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
@@ -41,13 +42,19 @@ def decode(body: bytes, shape: type[T]) -> T:
         MeshError: INVALID_REQUEST with the field at fault and OpenAI's code.
     """
     try:
+        if len(body) < _LONG_BYTES:
+            return _decoded(body, shape)
         with _collecting_no_garbage():
-            decoded: T = _decoder(shape).decode(body)  # type: ignore[arg-type]  # a type is hashable
-            json.loads(body, object_pairs_hook=_refuse_repeated)
+            return _decoded(body, shape)
     except msgspec.ValidationError as error:
         raise _translated(str(error)) from None
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise MeshError(Reason.INVALID_REQUEST, f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _decoded(body: bytes, shape: type[T]) -> T:
+    decoded: T = _decoder(shape).decode(body)  # type: ignore[arg-type]  # a type is hashable
+    _repeated.decode(body.decode())
     return decoded
 
 
@@ -115,6 +122,9 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise invalid(repeated[:256], f"the key {repeated[:256]!r} is there twice", "duplicate_key")
+
+
+_repeated: Final = json.JSONDecoder(object_pairs_hook=_refuse_repeated)
 
 
 def _translated(message: str) -> MeshError:

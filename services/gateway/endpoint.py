@@ -163,10 +163,13 @@ class _Answer:
                     if not response.started:
                         await response.start_events()
                 while pieces:
-                    async with self._turn:
-                        await response.send_events(head + renderer.pieces(pieces))
-                    head = b""
-                    running.write_to(renderer.writer(response.write_events))
+                    head += renderer.pieces(pieces)
+                    if running.ending is None or not alone:
+                        async with self._turn:
+                            await response.send_events(head)
+                        head = b""
+                        running.write_to(renderer.writer(response.write_events))
+                    # Where the end is there already, so is all before it, and goes out with it.
                     pieces = await running.take()
                 assert running.ending is not None
                 last = head + renderer.last(running.ending)

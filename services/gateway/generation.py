@@ -246,7 +246,7 @@ class Generation:
                 request_id=self._caller.request_id,
                 # What one model has begun, the same model goes on with.
                 model=self.model if emitted else self._request.model,
-                prompt_token_count=_estimate_prompt_tokens(self._request) + emitted,
+                prompt_token_count=self._prompt_tokens + emitted,
                 max_output_token_count=self._request.sampling.max_tokens,
                 tenant_id=self._caller.tenant,
                 priority=self._caller.priority,
@@ -286,6 +286,10 @@ class Generation:
     @cached_property
     def _gen_ai(self) -> dict[str, AttributeValue]:
         return gen_ai("chat" if self._request.HasField("chat") else "text_completion", self._request.model)
+
+    @cached_property
+    def _prompt_tokens(self) -> int:
+        return _estimate_prompt_tokens(self._request)
 
     @cached_property
     def _prefix_hashes(self) -> list[int]:

@@ -14,6 +14,8 @@ from services.common.errors import MeshError, Reason
 __all__ = [
     "ABORT",
     "QUEUE_HEADER",
+    "WATCH",
+    "WRITE",
     "ClientLeftError",
     "Request",
     "Response",
@@ -25,6 +27,12 @@ __all__ = [
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Watch = Callable[[Callable[[], None]], Callable[[], None]]
+WATCH: Final = "tokenloom.watch"
+"""The extension of ASGI that is a Watch: it calls back when the client has left, until what it returns is called.
+
+It saves a task that waits for that.
+"""
 _JSON = (b"content-type", b"application/json")
 _MOST_PARAMETERS: Final = 64
 _NOT_MODIFIED: Final = 304
@@ -38,6 +46,11 @@ ABORT: Final = "tokenloom.abort"
 _LEAST_BYTES_PER_SECOND: Final = 4096
 # Proxies and clients on the way give up on a connection on which nothing moves.
 _WAITING: Final = b": waiting\n\n"
+
+
+Write = Callable[[bytes], bool]
+WRITE: Final = "tokenloom.write"
+"""The extension of ASGI that is a Write: it writes a part of an answer's body that has begun; False while it can't."""
 
 
 class ClientLeftError(Exception):
@@ -55,15 +68,18 @@ class Request:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self._query: bytes = scope.get("query_string", b"")
-        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self._headers: dict[bytes, bytes | None] = {}
+        for name, value in scope["headers"]:
+            self._headers[name] = None if name in self._headers else value
         self._receive = receive
+        self._watch: Watch | None = scope.get("extensions", {}).get(WATCH)
         self.parameters: dict[str, str] = {}
         """What the route's path has in braces."""
 
     def header(self, name: bytes) -> str | None:
         """The value of a header, by its lower-case name; None when it is absent or there are several."""
-        values = [value for key, value in self._headers if key == name]
-        return values[0].decode("latin-1") if len(values) == 1 else None
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
 
     @property
     def query(self) -> dict[str, str]:
@@ -115,11 +131,7 @@ class Request:
         """
         size, began = 0, asyncio.get_running_loop().time()
         while True:
-            try:
-                async with asyncio.timeout_at(began + self._client_seconds + size / _LEAST_BYTES_PER_SECOND):
-                    message = await self._receive()
-            except TimeoutError:
-                raise MeshError(Reason.REQUEST_TIMEOUT, "the request did not arrive in time") from None
+            message = await self._next(began + self._client_seconds + size / _LEAST_BYTES_PER_SECOND)
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
             part: bytes = message.get("body", b"")
@@ -130,10 +142,31 @@ class Request:
             if not message.get("more_body", False):
                 return
 
-    async def disconnected(self) -> None:
-        """Returns when the client has left. Only after the body was read."""
+    async def _next(self, until: float) -> Message:
+        receiving = self._receive()
+        try:
+            blocker = receiving.send(None)  # type: ignore[attr-defined]  # servers' receive() is a coroutine function
+        except StopIteration as done:
+            # Nearly always: a timer is for those that have to wait.
+            message: Message = done.value
+            return message
+        try:
+            async with asyncio.timeout_at(until):
+                message = await _Unfinished(receiving, blocker)
+        except TimeoutError:
+            raise MeshError(Reason.REQUEST_TIMEOUT, "the request did not arrive in time") from None
+        return message
+
+    def when_left(self, left: Callable[[], None]) -> Callable[[], object]:
+        """Calls back when the client has left, until what this returns is called. Only after the body was read."""
+        if self._watch is not None:
+            return self._watch(left)
+        return asyncio.create_task(self._disconnected(left)).cancel
+
+    async def _disconnected(self, left: Callable[[], None]) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        left()
 
 
 class Response:
@@ -146,9 +179,14 @@ class Response:
         *,
         client_seconds: float = _CLIENT_SECONDS,
         abort: Callable[[], None] | None = None,
+        write: Write | None = None,
     ) -> None:
-        """`client_seconds`: how long a client may take nothing; then `abort` cuts its connection."""
+        """`client_seconds`: how long a client may take nothing; then `abort` cuts its connection.
+
+        `write`: a shorter way for what is sent without waiting, if the server has one.
+        """
         self._send = send
+        self._write = write
         self._client_seconds = client_seconds
         self._abort = abort
         self._headers: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode())]
@@ -244,6 +282,8 @@ class Response:
         if self._busy:
             return False
         self._spoke = True
+        if self._write is not None:
+            return self._write(events)
         message = self._message
         message["body"] = events
         sending = self._send(message)
@@ -297,14 +337,14 @@ class _Unfinished:
         self._coroutine = coroutine
         self._blocker = blocker
 
-    def __await__(self) -> Generator[Any, Any, None]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         blocker = self._blocker
         while True:
             try:
                 result = yield blocker
                 blocker = self._coroutine.send(result)
-            except StopIteration:
-                return
+            except StopIteration as done:
+                return done.value
 
 
 async def error_response(response: Response, error: MeshError) -> None:
@@ -364,9 +404,8 @@ async def while_connected(request: Request, response: Response, seconds: float) 
     """
     left = False
 
-    async def watch() -> None:
+    def leave() -> None:
         nonlocal left
-        await request.disconnected()
         # Servers tell of a "disconnect" when the answer is complete, too.
         if not response.ended:
             left = True
@@ -374,11 +413,11 @@ async def while_connected(request: Request, response: Response, seconds: float) 
 
     try:
         async with asyncio.timeout(seconds) as scope:
-            watcher = asyncio.create_task(watch())
+            watch_no_more = request.when_left(leave)
             try:
                 yield
             finally:
-                watcher.cancel()
+                watch_no_more()
     except TimeoutError:
         if left:
             raise ClientLeftError from None

@@ -19,10 +19,12 @@ import msgspec
 
 from services.common.ledger import UsageRow
 
-__all__ = ["Entry", "Journal", "JournalInUseError", "read_entries", "segments_of"]
+__all__ = ["CLOSES", "Entry", "Journal", "JournalInUseError", "read_entries", "segments_of"]
 
+CLOSES: Final = b'["close"'
+"""How the lines of requests that are over begin."""
 _log = logging.getLogger(__name__)
-_SYNC_SECONDS: Final = 0.005
+_SYNC_SECONDS: Final = 0.01
 _SEGMENT_BYTES: Final = 8 << 20
 _MAX_KEPT: Final = 10_000
 _READ_BYTES: Final = 1 << 20
@@ -166,8 +168,11 @@ def segments_of(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in folder.glob("*.jsonl") if path.stem.isdecimal())
 
 
-def read_entries(path: Path, offset: int) -> Iterator[tuple[Entry, int]]:
-    """Whole lines of a file from an offset, each with the offset after it. A line that was cut short is skipped."""
+def read_entries(path: Path, offset: int, *, only: bytes = b"") -> Iterator[tuple[Entry, int]]:
+    """Whole lines of a file from an offset, each with the offset after it. A line that was cut short is skipped.
+
+    `only`: so are those that begin otherwise.
+    """
     decode = msgspec.json.Decoder(Entry).decode
     with path.open("rb") as file:
         file.seek(offset)
@@ -176,7 +181,7 @@ def read_entries(path: Path, offset: int) -> Iterator[tuple[Entry, int]]:
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 offset += len(line) + 1
-                if line:
+                if line and line.startswith(only):
                     try:
                         entry = decode(line)
                     except msgspec.DecodeError:

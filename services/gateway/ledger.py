@@ -10,12 +10,12 @@ from typing import Final
 
 from services.common.database import Database, DatabaseError
 from services.common.ledger import UsageRow, add_rows, delete_before, month_of, spent
-from services.gateway.journal import Entry, Journal, read_entries, segments_of
+from services.gateway.journal import CLOSES, Entry, Journal, read_entries, segments_of
 
 __all__ = ["Ledger", "Spending"]
 
 _log = logging.getLogger(__name__)
-_PERIOD_SECONDS: Final = 0.2
+_PERIOD_SECONDS: Final = 0.4
 _RETRY_SECONDS: Final = 1.0
 _BATCH_ROWS: Final = 500
 _SPENDING_SECONDS: Final = 5.0
@@ -166,12 +166,11 @@ class Ledger:
         if path.stat().st_size <= offset:
             return False
         rows: list[UsageRow] = []
-        for entry, after in read_entries(path, offset):
+        for entry, after in read_entries(path, offset, only=CLOSES):
             offset = after
-            if entry.kind == "close":
-                rows.append(entry.row)
-                if len(rows) == _BATCH_ROWS:
-                    break
+            rows.append(entry.row)
+            if len(rows) == _BATCH_ROWS:
+                break
         self._write(rows)
         # Only now: rows that the database did not take are read again.
         self._offsets[path] = offset

@@ -1,6 +1,7 @@
 """The gateway's Prometheus metrics."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 from opentelemetry.trace import Span
@@ -28,37 +29,46 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
+        # Series are kept by their labels, which are few: asking the library for one takes longer than counting.
         self._models, self._tenants = BoundedLabel(_MOST_MODELS), BoundedLabel(_MOST_TENANTS)
-        self._requests = self._counter(
-            "requests",
-            "Requests by how they ended: ok, client_left, or an error's reason.",
-            "lane",
-            "endpoint",
-            "outcome",
+        self._requests = cache(
+            self._counter(
+                "requests",
+                "Requests by how they ended: ok, client_left, or an error's reason.",
+                "lane",
+                "endpoint",
+                "outcome",
+            ).labels
         )
         self.open_requests = self._gauge("open_requests", "Requests of the OpenAI lane that are being answered.")
-        self._request_seconds = self._histogram(
-            "request_duration_seconds",
-            "From a request's arrival to the end of its answer.",
-            REQUEST_SECONDS,
-            "lane",
-            "endpoint",
+        self._request_seconds = cache(
+            self._histogram(
+                "request_duration_seconds",
+                "From a request's arrival to the end of its answer.",
+                REQUEST_SECONDS,
+                "lane",
+                "endpoint",
+            ).labels
         )
-        self._time_to_first_token = self._histogram(
-            "time_to_first_token_seconds",
-            "From a generation's start, queueing included, to its first output.",
-            TIME_TO_FIRST_TOKEN_SECONDS,
-            "lane",
-            "model",
+        self._time_to_first_token = cache(
+            self._histogram(
+                "time_to_first_token_seconds",
+                "From a generation's start, queueing included, to its first output.",
+                TIME_TO_FIRST_TOKEN_SECONDS,
+                "lane",
+                "model",
+            ).labels
         )
-        self._time_per_token = self._histogram(
-            "time_per_output_token_seconds",
-            "Time between the tokens of a complete generation, on average.",
-            TIME_PER_TOKEN_SECONDS,
-            "lane",
-            "model",
+        self._time_per_token = cache(
+            self._histogram(
+                "time_per_output_token_seconds",
+                "Time between the tokens of a complete generation, on average.",
+                TIME_PER_TOKEN_SECONDS,
+                "lane",
+                "model",
+            ).labels
         )
-        self._tokens = self._counter("tokens", "Tokens of complete requests.", "lane", "model", "kind")
+        self._tokens = cache(self._counter("tokens", "Tokens of complete requests.", "lane", "model", "kind").labels)
         self._moves = self._counter("moved_generations", "Generations that left a worker and went on elsewhere.")
         self.limited = self._counter("limited", "Requests refused by a limit of their key.", "limit")
         for limit in _LIMITS:
@@ -67,34 +77,40 @@ class GatewayMetrics:
         self.journal_failures = self._counter("journal_failures", "Writes of usage that the disk refused at first.")
         self.usage_waiting = self._gauge("usage_waiting", "1 while usage waits for a database that is away.")
         self.limits_shared = self._gauge("limits_shared", "1 while limits are shared through Redis.")
-        self._tenant_requests = self._counter(
-            "tenant_requests", "Requests that were let in and are over, by tenant.", "tenant", "lane"
+        self._tenant_requests = cache(
+            self._counter(
+                "tenant_requests", "Requests that were let in and are over, by tenant.", "tenant", "lane"
+            ).labels
         )
-        self._tenant_tokens = self._counter("tenant_tokens", "Tokens by tenant.", "tenant", "kind")
-        self._tenant_gpu_seconds = self._counter(
-            "tenant_gpu_seconds", "Seconds of workers' time by tenant, shared by what runs at once.", "tenant"
+        self._tenant_tokens = cache(self._counter("tenant_tokens", "Tokens by tenant.", "tenant", "kind").labels)
+        self._tenant_gpu_seconds = cache(
+            self._counter(
+                "tenant_gpu_seconds", "Seconds of workers' time by tenant, shared by what runs at once.", "tenant"
+            ).labels
         )
-        self._tenant_cost = self._counter("tenant_cost", "Cost by tenant, in the currency of the prices.", "tenant")
+        self._tenant_cost = cache(
+            self._counter("tenant_cost", "Cost by tenant, in the currency of the prices.", "tenant").labels
+        )
 
     def ended(self, endpoint: str, outcome: str, seconds: float, *, span: Span | None = None, lane: str) -> None:
         """A request is over."""
         exemplar = exemplar_of(span)
-        self._requests.labels(lane, endpoint, outcome).inc(exemplar=None if outcome in _GOOD else exemplar)
-        self._request_seconds.labels(lane, endpoint).observe(seconds, exemplar)
+        self._requests(lane, endpoint, outcome).inc(exemplar=None if outcome in _GOOD else exemplar)
+        self._request_seconds(lane, endpoint).observe(seconds, exemplar)
 
     def first_token(self, seconds: float, model: str, *, lane: str) -> None:
         """A generation's first output came after so long."""
-        self._time_to_first_token.labels(lane, self._models.of(model)).observe(seconds, exemplar_of())
+        self._time_to_first_token(lane, self._models.of(model)).observe(seconds, exemplar_of())
 
     def time_per_token(self, seconds: float, model: str, *, lane: str) -> None:
         """A generation is complete, and took so long a token after the first one."""
-        self._time_per_token.labels(lane, self._models.of(model)).observe(seconds, exemplar_of())
+        self._time_per_token(lane, self._models.of(model)).observe(seconds, exemplar_of())
 
     def count_tokens(self, model: str, prompt: int, cached: int, output: int, *, lane: str) -> None:
         """Counts the tokens of a complete request."""
         name = self._models.of(model)
         for kind, count in (("prompt", prompt), ("cached", cached), ("output", output)):
-            self._tokens.labels(lane, name, kind).inc(count)
+            self._tokens(lane, name, kind).inc(count)
 
     def moved(self, times: int) -> None:
         """A generation left so many workers."""
@@ -103,12 +119,12 @@ class GatewayMetrics:
     def charge(self, row: UsageRow) -> None:
         """Counts what a request took, for its tenant."""
         tenant = self._tenants.of(row.tenant)
-        self._tenant_requests.labels(tenant, row.lane).inc()
+        self._tenant_requests(tenant, row.lane).inc()
         tokens = (("prompt", row.prompt_tokens), ("cached", row.cached_tokens), ("output", row.output_tokens))
         for kind, count in tokens:
-            self._tenant_tokens.labels(tenant, kind).inc(count)
-        self._tenant_gpu_seconds.labels(tenant).inc(row.gpu_seconds)
-        self._tenant_cost.labels(tenant).inc(row.cost)
+            self._tenant_tokens(tenant, kind).inc(count)
+        self._tenant_gpu_seconds(tenant).inc(row.gpu_seconds)
+        self._tenant_cost(tenant).inc(row.cost)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"tokenloom_gateway_{name}", meaning, labels, registry=self._registry)
