@@ -1,10 +1,10 @@
 """Streams whose workers are killed beside the same streams undisturbed: `python -m bench.failover`.
 
 A whole mesh with Envoy. In each repetition all streams run at once, one worker is killed (SIGKILL) while they do, and
-with `--second-kill` another one up to 50 ms later, while what was on the first is being moved; the launcher starts them
-again before the next repetition. Counted are the streams that end with [DONE], those that are the same to the last
-token as without the fault, and those with exactly the same usage; measured is the longest gap that each stream's client
-sees.
+with `--second-kill` another one up to 50 ms later (`--apart`), while what was on the first is being moved; the launcher
+starts them again before the next repetition. Counted are the streams that end with [DONE], those that are the same to
+the last token as without the fault, and those with exactly the same usage; measured is the longest gap that each
+stream's client sees.
 
     python -m bench.failover --workers 4 --second-kill
     python -m bench.failover --engine vllm --workers 2 --tokens 400
@@ -34,7 +34,6 @@ from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import wait_until
 
 _SAID = "the small mesh keeps every stream alive when one of its workers is lost and nobody sees more than a pause"
-_SECOND_KILL_SECONDS = 0.05
 _BACK_SECONDS = 120.0
 
 
@@ -99,11 +98,12 @@ def compared(streams: Sequence[Streamed], undisturbed: Sequence[Said]) -> Round:
 class Killer:
     """Kills workers of a mesh, and waits for them to be back."""
 
-    def __init__(self, mesh: Mesh, draw: random.Random, workers: int, *, twice: bool) -> None:
+    def __init__(self, mesh: Mesh, draw: random.Random, workers: int, *, twice: bool, apart: float) -> None:
         self._mesh = mesh
         self._draw = draw
         self._names = [f"worker-{number}" for number in range(workers)]
         self._twice = twice
+        self._apart = apart
         self._killed: dict[str, int] = {}
 
     async def strike(self, within: float) -> None:
@@ -113,7 +113,7 @@ class Killer:
         await asyncio.sleep(self._draw.uniform(0, within))
         for number, pid in enumerate(self._killed.values()):
             if number:
-                await asyncio.sleep(self._draw.uniform(0, _SECOND_KILL_SECONDS))
+                await asyncio.sleep(self._draw.uniform(0, self._apart))
             os.kill(pid, signal.SIGKILL)
 
     def wait_until_back(self) -> None:
@@ -151,7 +151,7 @@ async def measure(mesh: Mesh, options: argparse.Namespace) -> bool:
     """Prints every repetition and the sum; true when all is as promised."""
     asked = bodies(options, await asyncio.to_thread(served_model, mesh))
     draw = random.Random(options.seed)
-    killer = Killer(mesh, draw, options.workers, twice=options.second_kill)
+    killer = Killer(mesh, draw, options.workers, twice=options.second_kill, apart=options.apart)
     # The first makes connections and caches.
     for _ in range(2):
         plain = await stream_all(mesh.edge_target, mesh.key, asked)
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--second-kill", action="store_true")
+    parser.add_argument("--apart", type=float, default=0.05, help="most seconds between both kills")
     parser.add_argument("--within", type=float, default=0.5, help="seconds after the beginning in which kills fall")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -22,7 +22,7 @@ from services.common.tracing import FIRST_OUTPUT, gen_ai, traceparent_of, tracer
 from services.gateway.accounts import Account
 from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import Guard, log_content
-from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent
+from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent, left_lately
 from services.gateway.quarantine import Losses, Quarantine
 from services.gateway.router_client import Lease, OnQueued, RouterClient
 from services.gateway.stream import Loss, Stream, WorkerLostError
@@ -83,7 +83,6 @@ class Generation:
         self._said: list[str | Piece] | None = [] if caller.guard is not None and caller.guard.log_content else None
         self._run = AsyncExitStack()
         self._lease: Lease | None = None
-        self._left_workers: list[str] = []
         self._moves: list[Move] = []
         self._victims = 0
         # Also of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
@@ -120,7 +119,7 @@ class Generation:
     @property
     def moves(self) -> int:
         """How many workers it had to leave."""
-        return len(self._left_workers)
+        return len(self._moves)
 
     @property
     def prompt(self) -> Prompt | None:
@@ -251,7 +250,7 @@ class Generation:
                 tenant_id=self._caller.tenant,
                 priority=self._caller.priority,
                 session_id=self._caller.session_id,
-                excluded_worker_ids=self._left_workers,
+                excluded_worker_ids=left_lately(self._moves, monotonic() - self.started_at),
                 traceparent=traceparent_of(span),
                 task=router_pb2.TASK_GENERATE,
                 slo_class=self._caller.slo_class,
@@ -316,7 +315,6 @@ class Generation:
         await self._run.aclose()
         at_seconds = monotonic() - self.started_at
         self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
-        self._left_workers.append(lease.worker_id)
         self._victims += lost.loss is not Loss.NOTHING
         self._check_movable(lost)
         if self._resumes_exactly:
@@ -333,7 +331,7 @@ class Generation:
 
     def _check_movable(self, lost: WorkerLostError) -> None:
         if lost.loss is Loss.NOTHING:
-            if len(self._left_workers) >= _MAX_MOVES:
+            if len(self._moves) >= _MAX_MOVES:
                 raise (lost.refusal or _engine_failed()) from lost
         else:
             losses = Losses(engines=lost.loss is Loss.ENGINE, workers=lost.loss is Loss.WORKER)
@@ -358,10 +356,10 @@ class Generation:
         if lease is not None:
             lease.outcome = outcome
             lease.output_tokens = ending.output_tokens if ending else len(self._stream.token_ids)
-            if ending and not self._left_workers:
+            if ending and not self._moves:
                 # What a second worker does with a prompt and half an answer says little about others.
                 lease.prompt_tokens, lease.cached_tokens = ending.prompt_tokens, ending.cached_tokens
-            if self.first_token_at is not None and not self._left_workers:
+            if self.first_token_at is not None and not self._moves:
                 lease.first_token_seconds = self.first_token_at - lease.granted_at
         await self._run.aclose()
         if self._caller.account is not None and self._lease is not None:

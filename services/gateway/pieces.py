@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["CallPiece", "Ending", "FinishReason", "Move", "Piece", "Prompt", "Spent", "TokenScore"]
+__all__ = ["CallPiece", "Ending", "FinishReason", "Move", "Piece", "Prompt", "Spent", "TokenScore", "left_lately"]
+
+_LATELY_SECONDS: Final = 5.0
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -83,6 +85,14 @@ class Move:
     """Since the generation began."""
     emitted_tokens: int
     cause: str
+
+
+def left_lately(moves: Sequence[Move], now: float) -> list[str]:
+    """The workers that a generation is not to be sent back to; `now` is in seconds since it began.
+
+    Whoever left one longer ago may find a new process there, of which the router knows better by then.
+    """
+    return [move.worker for move in moves if now - move.at_seconds < _LATELY_SECONDS]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.gateway.pieces import CallPiece, Ending, Piece
+from services.gateway.pieces import CallPiece, Ending, Move, Piece, left_lately
 from services.gateway.stream import Stream, WorkerLostError
 
 ENDING = Ending(finish_reason="stop", prompt_tokens=1, cached_tokens=0, output_tokens=2)
@@ -149,3 +149,10 @@ async def test_output_whose_tokens_nobody_knows_can_not_go_on(
     assert stream.lacks_ids is lacks
     stream.restart()
     assert not stream.lacks_ids
+
+
+def test_a_worker_that_was_left_long_ago_may_be_gone_back_to() -> None:
+    left = [Move(worker=name, at_seconds=at, emitted_tokens=1, cause="") for name, at in (("a", 2.0), ("b", 6.5))]
+    assert left_lately(left, 6.6) == ["a", "b"]
+    assert left_lately(left, 8.0) == ["b"]
+    assert left_lately(left, 60.0) == []
