@@ -33,6 +33,8 @@ __all__ = ["Caller", "Generation", "Generator"]
 _log = logging.getLogger(__name__)
 # Workers and engines are lost for many reasons; but a request that was in so many of them may well be the reason.
 _MAX_VICTIMS: Final = 3
+# What has brought so many from a worker that vanished was running there, and not what it died of.
+_PROOF_TOKENS: Final = 2
 # Workers that turn it away are well; but where each of so many does, another one would, too.
 _MAX_MOVES: Final = 8
 # A picture is a few hundred to a thousand tokens for most models; only the worker knows.
@@ -85,6 +87,8 @@ class Generation:
         self._lease: Lease | None = None
         self._moves: list[Move] = []
         self._victims = 0
+        self._brought = 0
+        """Tokens that it had when it came to its worker."""
         # Also of earlier attempts by the same client or others: it is no reason to refuse it, but to be careful.
         self._losses = generator.quarantine.check(request)
         self._output_limit = 0
@@ -227,6 +231,7 @@ class Generation:
         )
         # A prompt plus the tokens emitted so far is all that a generation is.
         submission.request.emitted_token_ids.extend(self._stream.token_ids)
+        self._brought = self._emitted
         submission.request.model = self.model
         _shorten(submission.request.sampling, self._output_limit)
         attributes = {**self._gen_ai, "tokenloom.worker": lease.worker_id, "tokenloom.attempt": self.moves + 1}
@@ -334,11 +339,17 @@ class Generation:
             if len(self._moves) >= _MAX_MOVES:
                 raise (lost.refusal or _engine_failed()) from lost
         else:
-            losses = Losses(engines=lost.loss is Loss.ENGINE, workers=lost.loss is Loss.WORKER)
+            vanished = lost.loss is Loss.WORKER and self._emitted - self._brought < _PROOF_TOKENS
+            losses = Losses(engines=lost.loss is Loss.ENGINE, workers=vanished)
             self._losses += losses
             self._quarantine.note(self._request, losses, fatal=lost.fatal)
         if lost.fatal or self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
             raise _engine_failed() from lost
+
+    @property
+    def _emitted(self) -> int:
+        """How many tokens it has, those included of which only the text is known."""
+        return len(self._stream.token_ids) + self._stream.other_tokens
 
     @property
     def _resumes_exactly(self) -> bool:
