@@ -32,7 +32,7 @@ _SERVING: Final = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckRe
 _NOT_SERVING: Final = health_pb2.HealthCheckResponse(
     status=health_pb2.HealthCheckResponse.NOT_SERVING
 ).SerializeToString()
-# So long messages are taken in before it is looked what else has come.
+# So much of its own time messages take before it is looked what else has come: a machine that is busy makes no crowd.
 _TURN_SECONDS: Final = 0.005
 
 
@@ -149,14 +149,14 @@ class _Turns:
     def __init__(self) -> None:
         self._waiting: deque[tuple[Callable[[bytes], None], bytes]] = deque()
         self._until: float | None = None
-        """When the turn is over that has begun."""
+        """When the turn is over that has begun, by the clock of this thread's CPU time."""
 
     def take(self, act: Callable[[bytes], None], message: bytes) -> bool:
         """Acts on a message; False: it will be done soon, after those before it."""
         if self._until is None:
-            self._until = time.monotonic() + _TURN_SECONDS
+            self._until = time.thread_time() + _TURN_SECONDS
             asyncio.get_running_loop().call_soon(self._next)
-        if self._waiting or time.monotonic() >= self._until:
+        if self._waiting or time.thread_time() >= self._until:
             self._waiting.append((act, message))
             return False
         act(message)
@@ -167,9 +167,9 @@ class _Turns:
         self._until = None
         if not self._waiting:
             return
-        self._until = time.monotonic() + _TURN_SECONDS
+        self._until = time.thread_time() + _TURN_SECONDS
         asyncio.get_running_loop().call_soon(self._next)
-        while self._waiting and time.monotonic() < self._until:
+        while self._waiting and time.thread_time() < self._until:
             act, message = self._waiting.popleft()
             act(message)
 
