@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-__all__ = ["TEXT_BLOCK_BYTES", "chained", "root", "salt_of", "text_block_hashes", "token_block_hashes"]
+__all__ = ["TEXT_BLOCK_BYTES", "chained", "root", "salt_of", "tenant_salt", "text_block_hashes", "token_block_hashes"]
 
 TEXT_BLOCK_BYTES = 256
 
@@ -17,6 +17,11 @@ _MOST_BLOCKS = 4096
 def salt_of(model: str, cache_salt: str = "") -> str:
     """What keeps the prefixes of a request apart from others: its model, and its own cache salt if it has one."""
     return f"{model}\0{cache_salt}" if cache_salt else model
+
+
+def tenant_salt(tenant: str, cache_salt: str = "") -> str:
+    """A cache salt that no request of another tenant has; without a tenant the request's own."""
+    return f"{tenant}\0{cache_salt}" if tenant else cache_salt
 
 
 def text_block_hashes(text: str, *, salt: str = "") -> list[int]:

@@ -103,6 +103,8 @@ class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     other (Envoy's override_host policy). An ORIGINAL_DST cluster takes none."""
     telemetry: list[Address] = []
     """Telemetry agents whose GPU readings are joined to the workers."""
+    isolate_tenants: bool = True
+    """Whether workers keep what tenants' prompts leave in caches apart."""
     max_waiting: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024
     """Requests that may wait for a worker; the next one is refused with NO_CAPACITY."""
     max_wait_seconds: Positive = 60.0
@@ -280,6 +282,10 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     """How long a client of the typed API may take nothing of its answer before its generation is stopped."""
     report_seconds: Annotated[float, Meta(gt=0, le=0.25)] = 0.1
     """Longest between two load reports."""
+    isolate_tenants: bool = True
+    """Whether what one tenant's prompts leave in the engine's cache serves that tenant alone."""
+    new_forms_per_minute: Count = 120
+    """Forms of outputs that one tenant may bring along that were not compiled before; the next one is refused."""
 
 
 class GrantSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

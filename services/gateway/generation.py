@@ -227,6 +227,7 @@ class Generation:
             request_id=self._caller.request_id,
             request=self._request,
             priority=self._caller.priority,
+            tenant_id=self._caller.tenant,
             lost_engine_count=self._losses.suspicion,
         )
         # A prompt plus the tokens emitted so far is all that a generation is.

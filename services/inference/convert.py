@@ -59,6 +59,7 @@ def generation_from_proto(
     generation_id: str,
     priority: int = 0,
     traceparent: str = "",
+    tenant: str = "",
 ) -> Generation:
     """What a request asks of the engine that `card` describes.
 
@@ -80,6 +81,7 @@ def generation_from_proto(
         choices=_choices(request, card),
         echo=request.echo,
         cache_salt=_cache_salt(request.cache_salt),
+        tenant=tenant,
         prompt_token_limit=_prompt_token_limit(request, card),
         add_special_tokens=not request.without_special_tokens,
         emitted_token_ids=list(request.emitted_token_ids),

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from services.common.errors import MeshError, Reason
+from services.common.prefix import tenant_salt
 from services.inference.cache_journal import CacheJournal
 
 if TYPE_CHECKING:
@@ -185,6 +186,11 @@ class Generation:
     choices: int = 1
     echo: bool = False
     cache_salt: str = ""
+    """What the client asked for."""
+    tenant: str = ""
+    """Whose it is."""
+    cache_tenant: str = ""
+    """Whom alone what it leaves in caches is for; empty: everybody."""
     prompt_token_limit: int | None = None
     add_special_tokens: bool = True
     emitted_token_ids: Sequence[int] = ()
@@ -193,6 +199,11 @@ class Generation:
     """Engines that were lost while they ran it."""
     priority: int = 0
     traceparent: str = ""
+
+    @property
+    def salt(self) -> str:
+        """What keeps its part of a prefix cache apart from others."""
+        return tenant_salt(self.cache_tenant, self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,8 +181,16 @@ class Run:
 class Generations:
     """The generations that run."""
 
-    def __init__(self, spans: Spans, metrics: WorkerMetrics, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` gives seconds."""
+    def __init__(
+        self,
+        spans: Spans,
+        metrics: WorkerMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        isolates_tenants: bool = False,
+    ) -> None:
+        """`clock` gives seconds. `isolates_tenants`: what one leaves in caches is for its tenant alone."""
+        self._isolates_tenants = isolates_tenants
         self.metrics = metrics
         self.clock = clock
         self.quarantine = Quarantine(clock)
@@ -206,6 +214,8 @@ class Generations:
 
     def start(self, engine: Engine, generation: Generation, sink: Sink, request_id: str) -> Run:
         """A run that is to be submitted next."""
+        if self._isolates_tenants:
+            generation = replace(generation, cache_tenant=generation.tenant)
         span = self.spans.start(generation, request_id)
         if span is not None:
             generation = replace(generation, traceparent=span.traceparent)

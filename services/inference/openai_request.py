@@ -57,8 +57,9 @@ def request_of(generation: Generation, flavour: Flavour, model: str) -> Call:
     body |= _sampling(generation, flavour, chat=chat)
     if generation.choices > 1:
         body["n"] = generation.choices
-    if generation.cache_salt:
-        body[flavour.parameters["cache_salt"]] = generation.cache_salt
+    if generation.salt and "cache_salt" in flavour.parameters:
+        # A server that knows none shares its cache as it likes: only who asks for a salt is refused.
+        body[flavour.parameters["cache_salt"]] = generation.salt
     if generation.prompt_token_limit is not None:
         body[flavour.parameters["prompt_token_limit"]] = generation.prompt_token_limit
         body["truncation_side"] = "left"

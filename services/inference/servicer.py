@@ -126,6 +126,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 generation_id=self._generations.new_id(request_id),
                 priority=convert.priority_from_metadata(str(metadata.get("x-tokenloom-priority", ""))),
                 traceparent=str(metadata.get("traceparent", "")),
+                tenant=str(metadata.get("x-tokenloom-tenant", "")),
             )
         except MeshError as error:
             self._generations.refused(error)

@@ -107,6 +107,7 @@ class Session:
             generation_id=self._generations.new_id(submission.request_id),
             priority=submission.priority,
             traceparent=submission.traceparent,
+            tenant=submission.tenant_id,
         )
         generation = replace(generation, lost_engines=submission.lost_engine_count)
         return self._generations.start(engine, generation, sink, submission.request_id)

@@ -503,7 +503,7 @@ class _Sequence:
         self.reason = reason
         self.stop_cause: StopCause | None = None
         self.echo = _echo(generation, prompt, seed)
-        self._root = salt_hash(salt_of(generation.model, generation.cache_salt))
+        self._root = salt_hash(salt_of(generation.model, generation.salt))
         self.hashes = block_hashes(tokens, block_size, after=self._root)
         """Of every full block of prompt and output; the pool shares the first `shared` of them with this sequence."""
         self.shared = self.alone = 0

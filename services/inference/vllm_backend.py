@@ -81,7 +81,9 @@ _log = logging.getLogger(__name__)
 class Backend:
     """A running AsyncLLM, and what of vLLM's is needed to use it."""
 
-    def __init__(self, llm: Any, *, card: EngineCard, prompts: Prompts, parsing: "Parsing | None") -> None:
+    def __init__(
+        self, llm: Any, *, card: EngineCard, prompts: Prompts, parsing: "Parsing | None", new_forms_per_minute: int
+    ) -> None:
         self.llm = llm
         self.card = card
         self.prompts = prompts
@@ -94,7 +96,7 @@ class Backend:
         """What vLLM raises when its engine process is gone."""
         self._dropped_weights = False
         self.texts = TokenTexts(llm.get_tokenizer())
-        self._forms = form_checker(llm)
+        self._forms = form_checker(llm, new_per_minute=new_forms_per_minute)
         if self._forms is not None:
             # They are checked already, where they can't hold up everybody else.
             llm.input_processor.structured_outputs_config = None
@@ -192,7 +194,7 @@ class Backend:
         with self.refusals("messages" if generation.kind == "chat" else "prompt"):
             return await self.llm.add_request(
                 generation.id,
-                _engine_input(plan, generation.cache_salt),
+                _engine_input(plan, generation.salt),
                 # It is this request's alone; vLLM would copy it deeply.
                 SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA, skip_clone=True),
                 lora_request=lora,
@@ -208,12 +210,12 @@ class Backend:
         thinks = self.parsing is not None and self.parsing.has_reasoning
         return {"reasoning_ended": True} if thinks and generation.structured_output is not None else {}
 
-    async def check_form(self, form: StructuredOutput, *, field: str | None = None) -> None:
+    async def check_form(self, form: StructuredOutput, *, tenant: str = "", field: str | None = None) -> None:
         """Returns when outputs can be held to the form; raises MeshError as Forms.check() does."""
         if self._forms is None:
             message = "this model's outputs can't be held to a form"
             raise MeshError(Reason.UNIMPLEMENTED, message, field=field or "structured_output")
-        await self._forms.check(form, field=field)
+        await self._forms.check(form, tenant=tenant, field=field)
 
     def replay(self, plan: Plan) -> Replay | None:
         """What turns a continuation's tokens into text; None for a new generation, whose text vLLM makes."""
@@ -419,7 +421,7 @@ def _backend(settings: WorkerSettings, llm: Any, kv_events: str) -> Backend:
     card = dataclasses.replace(
         _card(settings, llm, prompts, parsing), kv_block_tokens=_told_block_tokens(llm.vllm_config, kv_events)
     )
-    return Backend(llm, card=card, prompts=prompts, parsing=parsing)
+    return Backend(llm, card=card, prompts=prompts, parsing=parsing, new_forms_per_minute=settings.new_forms_per_minute)
 
 
 def _told_block_tokens(config: Any, kv_events: str) -> int:

@@ -385,7 +385,8 @@ class VllmEngine:
         with backend.refusals("messages" if generation.kind == "chat" else "prompt"):
             prompt = await prompts.of_generation(generation)
         if generation.structured_output is not None:
-            await backend.check_form(generation.structured_output, field=form_field)
+            form = generation.structured_output
+            await backend.check_form(form, tenant=generation.tenant, field=form_field)
         todo = plan(generation, prompt.tokens, self._ready().limits, prompt.media)
         if not generation.echo:
             return todo

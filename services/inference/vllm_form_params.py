@@ -30,7 +30,7 @@ def form_settings(settings: WorkerSettings) -> dict[str, Any]:
     return _SETTINGS | given | {"reasoning_parser": settings.model.reasoning_parser or ""}
 
 
-def form_checker(llm: Any) -> Forms | None:
+def form_checker(llm: Any, *, new_per_minute: int) -> Forms | None:
     """What tries forms out; None where outputs can't be held to any."""
     tokenizer = llm.renderer.get_tokenizer()
     if llm.model_config.runner_type != "generate" or not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -45,7 +45,8 @@ def form_checker(llm: Any) -> Forms | None:
             "vocabulary": max(llm.model_config.get_vocab_size(), len(tokenizer)),
             "end_id": tokenizer.eos_token_id,
             "any_whitespace": not config.disable_any_whitespace,
-        }
+        },
+        new_per_minute=new_per_minute,
     )
 
 

@@ -46,7 +46,11 @@ class Worker:
         if settings.engine == "vllm":
             self._registry.register(VllmCollector())
         tracer = tracing.tracer() if settings.otlp_endpoint else None
-        self._generations = Generations(Spans(tracer, worker=settings.name), WorkerMetrics(self._registry))
+        self._generations = Generations(
+            Spans(tracer, worker=settings.name),
+            WorkerMetrics(self._registry),
+            isolates_tenants=settings.isolate_tenants,
+        )
         self._inference = InferenceServicer(
             self._gate, self._generations, worker=settings.name, client_seconds=settings.client_timeout_seconds
         )

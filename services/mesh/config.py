@@ -169,6 +169,9 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     """Tokens of an identity provider that are taken beside keys; null: none."""
     ledger: LedgerSettings = LedgerSettings()
     """What a request costs, and how long that is known."""
+    isolate_tenants: bool = True
+    """Whether what one tenant's prompts leave in engines' caches serves that tenant alone. Where it serves all, the
+    time to first token tells one tenant what another one has asked."""
     guardrails: GuardrailSettings = GuardrailSettings()
     """What prompts and answers must not have, by tenant."""
     batches: BatchSettings = BatchSettings()

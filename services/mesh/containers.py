@@ -109,6 +109,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
             pools=mesh.pool_names,
             models=mesh.model_names,
             expected_workers=mesh.worker_count,
+            isolate_tenants=mesh.isolate_tenants,
         )
         yield Container(name=name, service="router", address=next(hosts), settings=router)
     for name in mesh.gateway_names:
@@ -165,6 +166,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         sim=worker.sim or SimSettings(),
         upstream=worker.upstream,
         watchdog=worker.watchdog,
+        isolate_tenants=mesh.isolate_tenants,
         drain_seconds=mesh.drain_seconds,
         client_timeout_seconds=mesh.edge.client_timeout_seconds,
     )

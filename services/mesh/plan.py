@@ -96,6 +96,7 @@ class _Planner:
             pools=self._mesh.pool_names,
             models=self._mesh.model_names,
             expected_workers=self._mesh.worker_count,
+            isolate_tenants=self._mesh.isolate_tenants,
         )
 
     def _worker(self, pool: PoolConfig, worker: WorkerConfig, routers: list[str]) -> ProcessPlan:
@@ -118,6 +119,7 @@ class _Planner:
             sim=worker.sim or SimSettings(),
             upstream=worker.upstream,
             watchdog=worker.watchdog,
+            isolate_tenants=self._mesh.isolate_tenants,
             drain_seconds=self._mesh.drain_seconds,
             client_timeout_seconds=self._mesh.edge.client_timeout_seconds,
         )

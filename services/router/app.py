@@ -134,7 +134,7 @@ class _Core:
         )
         path = settings.policy_path
         self.policy_file = PolicyFile(None if path is None else Path(path), self.policies)
-        lengths, prefixes = AnswerLengths(), Prefixes()
+        lengths, prefixes = AnswerLengths(), Prefixes(isolates_tenants=settings.isolate_tenants)
         self.prefixes = prefixes
         # Who wins a tie is no secret.
         rng = random.Random()  # noqa: S311

@@ -6,9 +6,10 @@ blocks, however many workers there are.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
-from services.common.prefix import TEXT_BLOCK_BYTES, salt_of, token_block_hashes
+from services.common.prefix import TEXT_BLOCK_BYTES, root, salt_of, tenant_salt, token_block_hashes
 from services.router.request import Request
 from services.router.worker import Worker
 
@@ -149,7 +150,9 @@ class Prefixes:
     any, which worker served its session last.
     """
 
-    def __init__(self, *, max_sessions: int = _SESSIONS) -> None:
+    def __init__(self, *, max_sessions: int = _SESSIONS, isolates_tenants: bool = False) -> None:
+        """`isolates_tenants`: what one tenant's prompts leave in caches is of no use to others."""
+        self._isolates_tenants = isolates_tenants
         self._max_sessions = max_sessions
         self._sessions: OrderedDict[_Key, tuple[str, int]] = OrderedDict()
         self._text = BlockIndex()
@@ -173,7 +176,7 @@ class Prefixes:
         """The request's prompt is on its way into that worker's cache."""
         if request.prefix_hashes:
             known = self._of(worker)
-            self._text.add(worker.worker_id, request.prefix_hashes, most=_most_blocks(worker, known.share))
+            self._text.add(worker.worker_id, self._text_hashes(request), most=_most_blocks(worker, known.share))
         elif request.session:
             self._sessions[_key(request)] = (worker.worker_id, request.prompt_tokens)
             self._sessions.move_to_end(_key(request))
@@ -232,14 +235,22 @@ class Prefixes:
         for index in self._tokens.values():
             index.forget(worker_id)
 
+    def _text_hashes(self, request: Request) -> Sequence[int]:
+        hashes = request.prefix_hashes
+        if not self._isolates_tenants or not request.tenant:
+            return hashes
+        # What follows the first block is only looked at where that is there.
+        return (hashes[0] ^ _tenant_hash(request.tenant), *hashes[1:])
+
     def _by_text(self, request: Request) -> dict[str, float]:
-        hashes, prompt = request.prefix_hashes, request.prompt_tokens
+        hashes, prompt = self._text_hashes(request), request.prompt_tokens
         # The part of a block that ends the prompt has no hash; what follows the longest text that is hashed has none.
         blocks = max(len(hashes) + 0.5, prompt / _TEXT_BLOCK_TOKENS / 2)
         return {name: prompt * depth / blocks for name, depth in self._text.depths(hashes).items()}
 
     def _by_tokens(self, request: Request) -> dict[str, float]:
-        ids, salt = request.prompt_token_ids, salt_of(request.model or "")
+        tenant = request.tenant if self._isolates_tenants else ""
+        ids, salt = request.prompt_token_ids, salt_of(request.model or "", tenant_salt(tenant))
         found: dict[str, float] = {}
         for size, index in self._tokens.items():
             for name, depth in index.depths(token_block_hashes(ids, size, salt=salt)).items():
@@ -258,3 +269,8 @@ def _kv_tokens(worker: Worker) -> int:
 
 def _most_blocks(worker: Worker, share: float) -> int:
     return max(_LEAST_BLOCKS, min(_MOST_BLOCKS, int(share * _kv_tokens(worker) / _TEXT_BLOCK_TOKENS)))
+
+
+@lru_cache(maxsize=4096)
+def _tenant_hash(tenant: str) -> int:
+    return int.from_bytes(root(tenant), "big")

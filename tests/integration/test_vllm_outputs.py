@@ -4,8 +4,10 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from typing import Any
 
+import psutil
 import pytest
 
 from services.common.errors import MeshError, Reason
@@ -147,6 +149,16 @@ async def test_a_salt_keeps_prefix_caches_apart(engine: VllmEngine) -> None:
         for salt in ("a", "a", "b", "", "b")
     ]
     assert cached == [0, 96, 0, 0, 96]
+
+
+async def test_tenants_that_are_kept_apart_share_no_cache_whatever_salts_they_choose(engine: VllmEngine) -> None:
+    prompt = list(range(500, 600))
+    cached = [
+        (await generate(engine, asked("apart", prompt=prompt, cache_tenant=of, cache_salt=salt))).starts[0][1]
+        for of, salt in (("a", ""), ("a", ""), ("b", ""), ("", ""), ("b", ""), ("b", "s"), ("a", "s"), ("", "a\0"))
+    ]
+    # Whoever has no tenant is behind the edge.
+    assert cached == [0, 96, 0, 0, 96, 0, 0, 96]
 
 
 async def test_only_allowed_tokens_come_and_bad_words_do_not(engine: VllmEngine) -> None:
@@ -299,6 +311,48 @@ async def test_too_many_new_forms_at_once_are_told_to_come_back(engine: VllmEngi
     found = await asyncio.gather(*checks, return_exceptions=True)
     refused = [error for error in found if error is not None]
     assert [error.reason for error in refused if isinstance(error, MeshError)] == [Reason.NO_CAPACITY] * 4
+
+
+async def test_a_tenant_has_a_quota_of_new_forms_and_others_do_not_notice(engine: VllmEngine) -> None:
+    # Kind of bad input 56: a thousand schemas a minute, of which nobody has seen any.
+    forms = engine._backend._forms
+    assert forms is not None
+    checker = await forms._running()
+    started = psutil.Process(checker.pid)
+    await forms.check(StructuredOutput(kind="regex", value="warm"))
+    before = started.memory_info().rss, psutil.Process().memory_info().rss
+    reasons: Counter[Reason | None] = Counter()
+    begun = time.monotonic()
+    for number in range(1000):
+        schema = SCHEMA | {"title": f"unique-{number}"}
+        try:
+            await forms.check(StructuredOutput(kind="json_schema", value=json.dumps(schema)), tenant="flood")
+            reasons[None] += 1
+        except MeshError as error:
+            reasons[error.reason if error.retry_after_seconds is not None else Reason.INTERNAL] += 1
+    # A minute's worth at once, and what the time since has brought.
+    assert 120 <= reasons[None] <= 121 + 2 * (time.monotonic() - begun)
+    assert reasons[Reason.RATE_LIMIT_EXCEEDED] == 1000 - reasons[None]
+    # One that it has brought along before is no new one, and others have quotas of their own.
+    await forms.check(
+        StructuredOutput(kind="json_schema", value=json.dumps(SCHEMA | {"title": "unique-0"})), tenant="flood"
+    )
+    await forms.check(StructuredOutput(kind="regex", value="of another"), tenant="quiet")
+    after = started.memory_info().rss, psutil.Process().memory_info().rss
+    assert max(now - then for now, then in zip(after, before, strict=True)) < 16 << 20
+    assert started.is_running()
+
+
+async def test_a_tenant_leaves_others_places_among_the_forms_that_wait(engine: VllmEngine) -> None:
+    forms = engine._backend._forms
+    assert forms is not None
+    wanted = [("greedy", number) for number in range(8)] + [("modest", number) for number in range(3)]
+    checks = [forms.check(StructuredOutput(kind="regex", value=f"{of}{number}"), tenant=of) for of, number in wanted]
+    found = await asyncio.gather(*checks, return_exceptions=True)
+    assert Counter(of for (of, _), error in zip(wanted, found, strict=True) if error is None) == {
+        "greedy": 4,
+        "modest": 3,
+    }
 
 
 async def test_contradictory_wishes_do_not_harm_the_engine(engine: VllmEngine) -> None:

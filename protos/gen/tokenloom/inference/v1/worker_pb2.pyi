@@ -266,6 +266,7 @@ class Submission(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOST_ENGINE_COUNT_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """The gateway's name for it, never used twice in a session."""
     request_id: _builtins.str
@@ -278,6 +279,8 @@ class Submission(_message.Message):
     """Engines that were lost while they ran this request, and whole workers after the first: one may vanish for many
     reasons. Above 0 it is let into the engine alone, so that it is known whose doing it was if that is lost, too.
     """
+    tenant_id: _builtins.str
+    """Whose request it is: what it leaves in caches serves this tenant alone, where tenants are kept apart."""
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
         """What to generate."""
@@ -296,10 +299,11 @@ class Submission(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         priority: _builtins.int = ...,
         lost_engine_count: _builtins.int = ...,
+        tenant_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "lost_engine_count", b"lost_engine_count", "priority", b"priority", "request", b"request", "request_id", b"request_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "lost_engine_count", b"lost_engine_count", "priority", b"priority", "request", b"request", "request_id", b"request_id", "tenant_id", b"tenant_id", "timeout", b"timeout", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
