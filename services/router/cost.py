@@ -32,7 +32,7 @@ Counting the line more than once leaves the fast card to those who gain most by 
 """
 
 
-_TWICE: Final = 2.0
+_TWICE: Final = 1.5
 """What a second of prefill counts beyond itself where another worker would not need it: others wait for it."""
 
 

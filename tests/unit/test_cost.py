@@ -66,7 +66,7 @@ def test_what_is_cached_is_not_prefilled() -> None:
 def test_to_compute_what_another_worker_has_costs_more_than_it_takes() -> None:
     ahead = outlook(Gauges(prefill_tokens_per_second=1000.0))
     cold, warm = (predict(ahead, Demand(500, 0, known=400), 0.0, cached) for cached in (0, 400))
-    assert cold[2] - warm[2] == pytest.approx(3 * 0.4)
+    assert cold[2] - warm[2] == pytest.approx(2.5 * 0.4)
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1.0, 1.0), (2.0, 1.0), (1.0, 3.0)])
