@@ -14,7 +14,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +133,15 @@ def measure_requests(proxy: Proxy, connections: int, requests: int) -> dict[str,
     }
 
 
-def measure(proxy: Proxy, streams: int, max_tokens: int) -> dict[str, float]:
+def measure(
+    proxy: Proxy, streams: int, max_tokens: int, *, read_cpu: Callable[[int], float] = cpu_seconds
+) -> dict[str, float]:
     """One run of the client against a proxy."""
     client = [sys.executable, "-m", "bench.sse_client", proxy.target, proxy.key, str(streams)]
     subprocess.run([*client, "20"], check=True, capture_output=True)  # warms connections and code
-    before = cpu_seconds(proxy.pids[0])
+    before = read_cpu(proxy.pids[0])
     run = subprocess.run([*client, str(max_tokens)], check=True, capture_output=True, text=True)
-    cpu = cpu_seconds(proxy.pids[0]) - before
+    cpu = read_cpu(proxy.pids[0]) - before
     result = json.loads(run.stdout)
     firsts = result["first_event_seconds"]
     return {

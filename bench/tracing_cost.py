@@ -19,6 +19,7 @@ from typing import Final
 import psutil
 
 from bench.gateway_cpu import Proxy, measure, tokenloom
+from bench.processes import exact_cpu_seconds
 from tests.support.otlp import otlp_receiver
 
 _TOKENS_PER_SECOND: Final = 200.0
@@ -48,7 +49,10 @@ def main() -> None:
             sorted(proxies, key=lambda name: (list(proxies).index(name) + turn) % len(proxies)) for turn in range(3)
         ]
         rounds = [
-            {name: measure(proxies[name], options.streams, options.tokens) for name in orders[number % len(orders)]}
+            {
+                name: measure(proxies[name], options.streams, options.tokens, read_cpu=exact_cpu_seconds)
+                for name in orders[number % len(orders)]
+            }
             for number in range(options.rounds)
         ]
         for name, proxy in proxies.items():
@@ -56,15 +60,15 @@ def main() -> None:
 
 
 def _summary(name: str, rounds: list[dict[str, dict[str, float]]], tokens: int) -> dict[str, float]:
-    """CPU of all rounds together, since it is read in hundredths of a second; of latencies the median of the ratios
-    within a round, since a busy machine slows all of it."""
-    cpu = {gateway: sum(each[gateway]["us_cpu_per_token"] for each in rounds) for gateway in (name, "untraced")}
-    firsts = [(each[name]["first_event_ms_p50"], each["untraced"]["first_event_ms_p50"]) for each in rounds]
+    """Medians over the rounds; ratios are taken within a round, since a busy machine slows all of it."""
+    of_round = [(each[name], each["untraced"]) for each in rounds]
     return {
-        "ms_cpu_per_request": cpu[name] * tokens / 1000 / len(rounds),
-        "cpu_ratio": cpu[name] / cpu["untraced"],
-        "first_event_ms_p50": statistics.median(own for own, _ in firsts),
-        "first_event_ratio": statistics.median(own / base for own, base in firsts),
+        "ms_cpu_per_request": statistics.median(own["us_cpu_per_token"] for own, _ in of_round) * tokens / 1000,
+        "cpu_ratio": statistics.median(own["us_cpu_per_token"] / base["us_cpu_per_token"] for own, base in of_round),
+        "first_event_ms_p50": statistics.median(own["first_event_ms_p50"] for own, _ in of_round),
+        "first_event_ratio": statistics.median(
+            own["first_event_ms_p50"] / base["first_event_ms_p50"] for own, base in of_round
+        ),
     }
 
 

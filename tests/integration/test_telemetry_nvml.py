@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -25,6 +26,7 @@ SECOND_L40 = replace(L40, uuid="GPU-l40-2")
 FLEET = (L40, SECOND_L40, RTX_4090)
 LOST, RESET_REQUIRED, UNKNOWN = 15, 16, 999
 SAMPLE_SECONDS = 0.1
+LONG_SAMPLE_SECONDS = 0.4
 ABSENT = pb.Driver(state=pb.DRIVER_STATE_ABSENT, message="no NVIDIA driver on this machine")
 
 
@@ -405,6 +407,114 @@ async def test_datacentre_cards_report_more_and_rates_are_made_of_their_counters
     assert (small.pcie_transmit_bytes_per_second, small.pcie_receive_bytes_per_second) == (2_000, 3_000)
     assert not small.HasField("memory_temperature_celsius")
     assert not small.HasField("recovery_action")
+
+
+@pytest.fixture(scope="module")
+def slow_stub(tmp_path_factory: pytest.TempPathFactory) -> NvmlStub:
+    return NvmlStub(tmp_path_factory.mktemp("slow"))
+
+
+@pytest.fixture(scope="module")
+def slow_agent(slow_stub: NvmlStub) -> Iterator[TelemetryAgent]:
+    """An agent whose samples are so far apart that they can be counted by the clock."""
+    slow_stub.show([L40])
+    running = telemetry_agent(slow_stub.folder, environment=slow_stub.environment, sample_seconds=LONG_SAMPLE_SECONDS)
+    with running as agent:
+        yield agent
+
+
+EIGHT = tuple(replace(L40, uuid=f"GPU-{n}") for n in range(8))
+SPLIT = replace(L40, mig="MIG-0", utilization=None)
+INSTANCE = Card(uuid="MIG-0", name="A part", memory_total=10 << 30, memory_used=1, mig_instance=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "check"),
+    [
+        ({"cards": [L40]}, {"cards": [replace(L40, error=LOST)]}, lambda gpu, *_: gpu.health == pb.GPU_HEALTH_LOST),
+        (
+            {"cards": [L40]},
+            {"cards": [replace(L40, clock_reasons=0x40)]},
+            lambda gpu, *_: list(gpu.throttle_reasons) == ["hw_thermal_slowdown"] and gpu.health_reason,
+        ),
+        (
+            {"cards": [L40]},
+            {"cards": [replace(L40, events="1:8:31")]},
+            lambda gpu, *_: gpu.recent_events and gpu.recent_events[-1].xid == 31,
+        ),
+        (
+            {"cards": [L40]},
+            {"cards": [replace(L40, events="2:8:79")]},
+            lambda gpu, *_: gpu.health == pb.GPU_HEALTH_FAILED,
+        ),
+        ({"cards": [L40]}, {"cards": [SPLIT, INSTANCE]}, lambda gpu, *_: len(gpu.mig_instances) == 1),
+        (
+            {"cards": [L40]},
+            {"cards": [replace(L40, power_mw=None, temperature=None)]},
+            lambda gpu, *_: not gpu.HasField("power_watts") and not gpu.HasField("temperature_celsius"),
+        ),
+        (
+            {"cards": [L40]},
+            {"cards": [replace(L40, temperature=f"!{UNKNOWN}")]},
+            lambda gpu, *_: not gpu.HasField("temperature_celsius") and gpu.HasField("power_watts"),
+        ),
+        (
+            {"cards": [L40]},
+            {"error": NOT_LOADED},
+            lambda gpu, driver, _: driver.state == pb.DRIVER_STATE_FAILED and gpu.health == pb.GPU_HEALTH_LOST,
+        ),
+        (
+            {"error": NOT_LOADED},
+            {"cards": [L40], "version": "575.1"},
+            lambda gpu, driver, _: driver.version == "575.1" and gpu.health == pb.GPU_HEALTH_HEALTHY,
+        ),
+        (
+            {"cards": EIGHT},
+            {"cards": [replace(card, utilization=77, fan_speed=50) for card in EIGHT]},
+            lambda _, __, gpus: [gpu.fan_speed_percent for gpu in gpus] == [50] * 8,
+        ),
+        ({"cards": EIGHT}, {"cards": EIGHT[:5]}, lambda _, __, gpus: len(gpus) == 5),
+    ],
+    ids=[
+        "a card is lost", "a card throttles", "an XID", "a fatal XID", "a card is split", "a card stops reporting",
+        "a reading fails", "the driver is unloaded", "the driver is loaded again", "eight cards change",
+        "three of eight cards are taken away",
+    ],
+)  # fmt: skip  # a table
+async def test_whatever_happens_is_seen_by_a_watcher_within_two_samples(
+    slow_agent: TelemetryAgent,
+    slow_stub: NvmlStub,
+    request: pytest.FixtureRequest,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    check: Callable[[pb.Gpu, pb.Driver, list[pb.Gpu]], object],
+) -> None:
+    # Cards of this case alone: one that was lost or failed by an XID stays so.
+    case = f"{request.node.callspec.id.replace(' ', '-')}-"
+
+    def of_this(it: Watcher) -> list[pb.Gpu]:
+        return [gpu for uuid, gpu in it.gpus.items() if uuid.startswith(case)]
+
+    async with watching(slow_agent) as watcher:
+        slow_stub.show(**of_case(before, case))
+        if "cards" in before:
+            await watcher.sees(lambda it: len(of_this(it)) == len(before["cards"]))
+        else:
+            await watcher.sees(lambda it: it.driver.state == pb.DRIVER_STATE_FAILED)
+        slow_stub.show(**of_case(after, case))
+        took = await watcher.sees(
+            lambda it: bool(check(it.gpus.get(f"{case}{L40.uuid}", pb.Gpu()), it.driver, of_this(it)))
+        )
+
+    assert took < 2.5 * LONG_SAMPLE_SECONDS  # the half is what a busy machine takes
+
+
+def of_case(shown: dict[str, Any], case: str) -> dict[str, Any]:
+    """The same with cards of other names."""
+    if "cards" not in shown:
+        return shown
+    cards = [card if card.mig_instance else replace(card, uuid=f"{case}{card.uuid}") for card in shown["cards"]]
+    return {**shown, "cards": cards}
 
 
 async def test_eight_cards_are_seen_and_cost_little(agent: TelemetryAgent, stub: NvmlStub) -> None:

@@ -44,10 +44,16 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(folder: Path, targets: Sequence[dict[str, Any]]) -> Iterator[Prometheus]:
+def running_prometheus(
+    folder: Path, targets: Sequence[dict[str, Any]], *, scrape_interval: str = "250ms"
+) -> Iterator[Prometheus]:
     """Runs it on our configuration and rules, only faster, until the block is left."""
     config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
-    config["global"] = {"scrape_interval": "250ms", "scrape_timeout": "250ms", "evaluation_interval": "500ms"}
+    config["global"] = {
+        "scrape_interval": scrape_interval,
+        "scrape_timeout": scrape_interval,
+        "evaluation_interval": "500ms",
+    }
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     shutil.copy(FOLDER / "rules.yaml", folder)
     (folder / "targets").mkdir()

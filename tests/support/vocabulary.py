@@ -1,5 +1,6 @@
 """deploy/observability/metrics.yaml: what it says, and whether what a process exposes is that."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["FOLDER", "Entry", "labels", "strays", "vocabulary"]
+__all__ = ["FOLDER", "Entry", "asked_by_rules", "labels", "strays", "vocabulary"]
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 _OF_HISTOGRAMS = {"le"}
@@ -49,6 +50,13 @@ def vocabulary() -> list[Entry]:
         for service, entries in _file()["metrics"].items()
         for entry in entries
     ]
+
+
+def asked_by_rules() -> set[str]:
+    """The series that deploy/observability/rules.yaml asks of, those that it makes itself aside."""
+    groups = yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]
+    text = " ".join(rule["expr"] for group in groups for rule in group["rules"])
+    return set(re.findall(r"\btokenloom_[a-z0-9_]+", text))
 
 
 def labels() -> dict[str, str]:

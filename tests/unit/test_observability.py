@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 from services.common.errors import TABLE, Reason
 from services.common.metrics import OTHER, BoundedLabel
 from tests.support.prometheus import needs_prometheus
-from tests.support.vocabulary import FOLDER, labels, strays, vocabulary
+from tests.support.vocabulary import FOLDER, asked_by_rules, labels, strays, vocabulary
 
 DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
 UNIT_ENDINGS = {
@@ -85,6 +87,54 @@ def test_the_rules_do_what_their_tests_say() -> None:
             ["promtool", *command], cwd=FOLDER, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What fires as each phase of the recorded run ends; where nothing stands nothing does, and in the calm at first never.
+_CARD = 'process="telemetry",index'
+FIRING = {
+    "a card is hot": [f'alertname="TokenloomGpuHot",{_CARD}="0"', f'alertname="TokenloomGpuThrottled",{_CARD}="0"'],
+    "a card's memory is nearly full": [f'alertname="TokenloomGpuMemoryHigh",{_CARD}="1"'],
+    "a card is lost": [f'alertname="TokenloomGpuUnusable",{_CARD}="1"'],
+    "a queue builds up": ['alertname="TokenloomLongQueue"', 'alertname="TokenloomSlowFirstToken",model="sim"'],
+    "a worker stands still": ['alertname="TokenloomProcessDown",process="worker-1"'],
+}
+# It fires for a moment while a card is hot, until the router has seen that its worker is as quick as ever.
+_FIRING = 'count by (alertname, index, model, process) (ALERTS{alertstate="firing",alertname!="TokenloomWorkerSlow"})'
+
+
+@needs_prometheus
+def test_alerts_fire_on_what_happened_to_a_real_mesh_and_rest_while_nothing_did(tmp_path: Path) -> None:
+    recording = yaml.safe_load((FOLDER / "recorded.yaml").read_text())
+    phases = {phase["name"]: phase["steps"] for phase in recording["phases"]}
+    assert phases.keys() > FIRING.keys()
+    looks = [(step, list[str]()) for step in range(5, phases["calm"], 5)]
+    ends = accumulate(phases.values())
+    looks += [(end - 1, FIRING.get(name, [])) for name, end in zip(phases, ends, strict=True)]
+    seconds = int(recording["step"].removesuffix("s"))
+    test = {
+        "interval": recording["step"],
+        "input_series": recording["series"],
+        "promql_expr_test": [
+            {
+                "expr": _FIRING,
+                "eval_time": f"{step * seconds}s",
+                "exp_samples": [{"labels": f"{{{alert}}}", "value": 1} for alert in firing],
+            }
+            for step, firing in looks
+        ],
+    }
+    file = {"rule_files": [str(FOLDER / "rules.yaml")], "evaluation_interval": recording["step"], "tests": [test]}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(file))
+    command = ["promtool", "test", "rules", "test.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_recorded_run_has_all_that_rules_ask_of() -> None:
+    recorded = {
+        one["series"].partition("{")[0] for one in yaml.safe_load((FOLDER / "recorded.yaml").read_text())["series"]
+    }
+    assert asked_by_rules() <= recorded
 
 
 def test_every_alert_is_tested_where_it_is_to_fire_and_where_it_is_not() -> None:
