@@ -1,10 +1,11 @@
 """What tracing every request costs the gateway, and what it costs when the backend never answers.
 
-    python -m bench.tracing_cost [--streams 256] [--tokens 64] [--rounds 15]
+    python -m bench.tracing_cost [--streams 256] [--tokens 64] [--starts 4] [--rounds 5]
 
 Three gateways run side by side and take turns with the same short streams: one that traces nothing, one that sends
-every trace to a real OTLP receiver, and one whose backend takes connections and never answers. CPU is user + system of
-the gateway alone; latencies are the client's times to the first event.
+every trace to a real OTLP receiver, and one whose backend takes connections and never answers. They are started anew
+several times, since the same program is some percent faster or slower by how its memory happens to lie. CPU is user +
+system of the gateway alone; latencies are the client's times to the first event.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import json
 import socket
 import statistics
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,8 @@ from tests.support.otlp import otlp_receiver
 
 _TOKENS_PER_SECOND: Final = 200.0
 _MIB: Final = 1 << 20
+Round = dict[str, dict[str, float]]
+"""What was measured of each gateway, one after the other."""
 
 
 def main() -> None:
@@ -31,8 +35,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--starts", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    rounds = list[Round]()
+    for _ in range(options.starts):
+        with _gateways(options.streams) as proxies:
+            for number in range(options.rounds):
+                rounds.append(
+                    _round(proxies, first=number % len(proxies), streams=options.streams, tokens=options.tokens)
+                )
+    for name in rounds[0]:
+        print(name, json.dumps(_summary(name, rounds, options.tokens)), flush=True)
+
+
+@contextmanager
+def _gateways(streams: int) -> Iterator[dict[str, Proxy]]:
     with ExitStack() as stack:
         receiver = stack.enter_context(otlp_receiver())
         hole = stack.enter_context(socket.socket())
@@ -42,24 +60,18 @@ def main() -> None:
         proxies: dict[str, Proxy] = {}
         for name, endpoint in endpoints.items():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            running = tokenloom(folder, options.streams, _TOKENS_PER_SECOND, otlp_endpoint=endpoint)
+            running = tokenloom(folder, streams, _TOKENS_PER_SECOND, otlp_endpoint=endpoint)
             proxies[name] = stack.enter_context(running)
-        # Each comes first as often as any other.
-        orders = [
-            sorted(proxies, key=lambda name: (list(proxies).index(name) + turn) % len(proxies)) for turn in range(3)
-        ]
-        rounds = [
-            {
-                name: measure(proxies[name], options.streams, options.tokens, read_cpu=exact_cpu_seconds)
-                for name in orders[number % len(orders)]
-            }
-            for number in range(options.rounds)
-        ]
-        for name, proxy in proxies.items():
-            print(name, json.dumps(_summary(name, rounds, options.tokens) | _memory(proxy)), flush=True)
+        yield proxies
 
 
-def _summary(name: str, rounds: list[dict[str, dict[str, float]]], tokens: int) -> dict[str, float]:
+def _round(proxies: dict[str, Proxy], *, first: int, streams: int, tokens: int) -> Round:
+    names = [*list(proxies)[first:], *list(proxies)[:first]]
+    measured = {name: measure(proxies[name], streams, tokens, read_cpu=exact_cpu_seconds) for name in names}
+    return {name: {**measured[name], **_memory(proxy)} for name, proxy in proxies.items()}
+
+
+def _summary(name: str, rounds: list[Round], tokens: int) -> dict[str, float]:
     """Medians over the rounds; ratios are taken within a round, since a busy machine slows all of it."""
     of_round = [(each[name], each["untraced"]) for each in rounds]
     return {
@@ -69,6 +81,7 @@ def _summary(name: str, rounds: list[dict[str, dict[str, float]]], tokens: int) 
         "first_event_ratio": statistics.median(
             own["first_event_ms_p50"] / base["first_event_ms_p50"] for own, base in of_round
         ),
+        "memory_mib": max(own["memory_mib"] for own, _ in of_round),
     }
 
 
