@@ -22,7 +22,7 @@ from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
 from services.gateway.router_client import OnQueued
-from services.gateway.routes import Routes
+from services.gateway.routes import UNKNOWN_PATH, Routes
 
 __all__ = ["App"]
 
@@ -91,7 +91,11 @@ class App:
             kind=SpanKind.SERVER,
             record_exception=False,
             set_status_on_exception=False,
-            attributes={"tokenloom.request_id": request_id},
+            attributes={
+                "tokenloom.request_id": request_id,
+                "http.request.method": request.method,
+                **({} if endpoint == UNKNOWN_PATH else {"http.route": endpoint}),
+            },
         ) as span:
             await self._answer(request, response, endpoint, span)
 
@@ -118,6 +122,8 @@ class App:
             outcome = await _answer_error(response, error, span)
         finally:
             seconds = monotonic() - began
+            if response.status:
+                span.set_attribute("http.response.status_code", response.status)
             self._metrics.open_requests.dec()
             self._metrics.ended(endpoint, outcome, seconds, span=span, lane="openai")
             _log.info(

@@ -13,7 +13,7 @@ from services.common.errors import MeshError
 from services.gateway.convert import from_completion, in_openai_terms
 from services.gateway.convert_chat import from_chat
 from services.gateway.decoding import decode
-from services.gateway.generation import Caller, Generator
+from services.gateway.generation import Caller, Generation, Generator
 from services.gateway.http import QUEUE_HEADER, Request, Response, kept_alive, while_connected
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
@@ -76,7 +76,7 @@ class Endpoint(Generic[R]):
         body.check()
         identity.check_model(body.model)
         generates = self._kind.convert(body)
-        describe(self._kind.operation, body)
+        describe(self._kind.operation, body, caller)
         answer = _Answer(self._generator, self._metrics, body=body, response=response, identity=identity, caller=caller)
         renderers = self._renderers(body, caller, len(generates))
         async with while_connected(request, response, self._limits.timeout_seconds):
@@ -179,7 +179,7 @@ class _Answer:
                     await response.send_events(last)
                 return b"", running.ending
             finally:
-                record(running, self._body.model, self._response, self._metrics)
+                self._record(running, renderer)
 
     async def _whole_one(
         self, generate: pb.GenerateRequest, renderer: Renderer
@@ -192,7 +192,13 @@ class _Answer:
                 assert running.ending is not None
                 return renderer.choices(pieces, running.prompt, running.ending), running.prompt, running.ending
             finally:
-                record(running, self._body.model, self._response, self._metrics)
+                self._record(running, renderer)
+
+    def _record(self, running: Generation, renderer: Renderer) -> None:
+        body = self._body
+        record(
+            running, body.model, self._response, self._metrics, answer_id=renderer.answer_id, streamed=bool(body.stream)
+        )
 
 
 def _wants_scores(body: GenerationRequest) -> bool:

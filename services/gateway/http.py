@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from services.common.errors import MeshError, Reason
+from services.gateway.pieces import Totals
 
 __all__ = [
     "ABORT",
@@ -204,6 +205,7 @@ class Response:
         self._error: Exception | None = None
         self.facts: dict[str, object] = {}
         """What the request's log line tells beside its outcome."""
+        self.totals = Totals()
 
     def add_header(self, name: str, value: str, *, once: bool = False) -> None:
         """Adds a header; before anything is sent. `once`: unless it is there."""

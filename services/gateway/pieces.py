@@ -1,10 +1,21 @@
 """What a generation's output is made of, on its way from a worker to a client."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
-__all__ = ["CallPiece", "Ending", "FinishReason", "Move", "Piece", "Prompt", "Spent", "TokenScore", "left_lately"]
+__all__ = [
+    "CallPiece",
+    "Ending",
+    "FinishReason",
+    "Move",
+    "Piece",
+    "Prompt",
+    "Spent",
+    "TokenScore",
+    "Totals",
+    "left_lately",
+]
 
 _LATELY_SECONDS: Final = 5.0
 
@@ -74,6 +85,25 @@ class Ending:
     gpu_seconds: float | None = 0.0
     """Its part of the worker's time; None: it was cut off before the worker said."""
     stop: str | int | None = None
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the generations of one request cost together."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    finish_reasons: list[FinishReason] = field(default_factory=list)
+
+    def add(self, ending: Ending) -> None:
+        """One more is complete."""
+        self.prompt_tokens += ending.prompt_tokens
+        self.cached_tokens += ending.cached_tokens
+        self.output_tokens += ending.output_tokens
+        self.reasoning_tokens += ending.reasoning_tokens
+        self.finish_reasons.append(ending.finish_reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,31 +4,50 @@ from time import monotonic
 from typing import Any
 
 from opentelemetry import trace
+from opentelemetry.trace import Span
 
 from services.common.tracing import gen_ai
-from services.gateway.generation import Generation
+from services.gateway.generation import Caller, Generation
 from services.gateway.http import Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.pieces import Totals
 from services.gateway.schema import GenerationRequest
+from services.gateway.schema_chat import ChatRequest
 
 __all__ = ["describe", "record", "show_route"]
 
 
-def describe(operation: str, body: GenerationRequest) -> None:
+def describe(operation: str, body: GenerationRequest, caller: Caller) -> None:
     """Says on the request's span what is asked for; `operation` is `gen_ai.operation.name`."""
     span = trace.get_current_span()
     if span.is_recording():
         span.update_name(f"{operation} {body.model}")
-        wanted: dict[str, Any] = {
-            **gen_ai(operation, body.model),
-            "gen_ai.request.stream": bool(body.stream),
-            "gen_ai.request.max_tokens": body.max_tokens,
-            "gen_ai.request.temperature": body.temperature,
-            "gen_ai.request.top_p": body.top_p,
-            "gen_ai.request.choice.count": body.n,
-        }
-        span.set_attributes({key: value for key, value in wanted.items() if value is not None})
+        asked = {**_asked(body), "gen_ai.conversation.id": caller.session_id or None}
+        wanted = {key: value for key, value in asked.items() if value is not None}
+        span.set_attributes({**gen_ai(operation, body.model), **wanted})
+
+
+def _asked(body: GenerationRequest) -> dict[str, Any]:
+    """What OpenTelemetry's GenAI conventions have names for; None: the client has not said, or what goes unsaid."""
+    stop, form = body.stop, body.response_format
+    asked = {
+        "gen_ai.request.stream": body.stream or None,
+        "gen_ai.request.max_tokens": body.max_tokens,
+        "gen_ai.request.temperature": body.temperature,
+        "gen_ai.request.top_p": body.top_p,
+        "gen_ai.request.top_k": body.top_k,
+        "gen_ai.request.frequency_penalty": body.frequency_penalty,
+        "gen_ai.request.presence_penalty": body.presence_penalty,
+        "gen_ai.request.seed": body.seed,
+        "gen_ai.request.stop_sequences": [stop] if isinstance(stop, str) else stop or None,
+        "gen_ai.request.choice.count": body.n if body.n != 1 else None,
+        "gen_ai.output.type": None if form is None else "text" if form.type == "text" else "json",
+    }
+    if isinstance(body, ChatRequest):
+        asked["gen_ai.request.reasoning.level"] = body.reasoning_effort
+        asked["gen_ai.request.max_tokens"] = body.max_completion_tokens or body.max_tokens
+    return asked
 
 
 def show_route(generation: Generation, response: Response, identity: Identity) -> None:
@@ -46,15 +65,24 @@ def show_route(generation: Generation, response: Response, identity: Identity) -
         response.add_header("x-tokenloom-route", generation.route, once=True)
 
 
-def record(generation: Generation, model: str, response: Response, metrics: GatewayMetrics) -> None:
-    """Says what a generation took, complete or not."""
+def record(
+    generation: Generation,
+    model: str,
+    response: Response,
+    metrics: GatewayMetrics,
+    *,
+    answer_id: str,
+    streamed: bool | None,
+) -> None:
+    """Says what a generation took, complete or not; of several for one request, what they took together."""
     span, facts = trace.get_current_span(), response.facts
     facts.update(model=model, worker=generation.worker_id)
     ending, first_at, last_at = generation.ending, generation.first_token_at, monotonic()
     if first_at is not None:
         seconds = first_at - generation.started_at
         metrics.first_token(seconds, generation.model, lane="openai")
-        span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
+        if streamed:
+            span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
         facts["ttft_ms"] = round(1000 * seconds, 1)
     metrics.moved(generation.moves)
     if ending is None:
@@ -62,20 +90,31 @@ def record(generation: Generation, model: str, response: Response, metrics: Gate
     metrics.count_tokens(
         generation.model, ending.prompt_tokens, ending.cached_tokens, ending.output_tokens, lane="openai"
     )
-    facts.update(
-        input_tokens=ending.prompt_tokens, cached_tokens=ending.cached_tokens, output_tokens=ending.output_tokens
-    )
     if first_at is not None and ending.output_tokens > 1:
         seconds = (last_at - first_at) / (ending.output_tokens - 1)
         metrics.time_per_token(seconds, generation.model, lane="openai")
         facts["tpot_ms"] = round(1000 * seconds, 2)
+    totals = response.totals
+    totals.add(ending)
+    facts.update(
+        input_tokens=totals.prompt_tokens, cached_tokens=totals.cached_tokens, output_tokens=totals.output_tokens
+    )
+    _tell_of_answer(span, generation, totals, answer_id)
+
+
+def _tell_of_answer(span: Span, generation: Generation, totals: Totals, answer_id: str) -> None:
+    if not span.is_recording():
+        return
     span.set_attributes(
         {
+            "gen_ai.response.id": answer_id,
             "gen_ai.response.model": generation.model,
-            "gen_ai.response.finish_reasons": [ending.finish_reason],
-            "gen_ai.usage.input_tokens": ending.prompt_tokens,
-            "gen_ai.usage.output_tokens": ending.output_tokens,
-            "gen_ai.usage.cache_read.input_tokens": ending.cached_tokens,
+            "gen_ai.response.finish_reasons": list(totals.finish_reasons),
+            "gen_ai.usage.input_tokens": totals.prompt_tokens,
+            "gen_ai.usage.output_tokens": totals.output_tokens,
+            "gen_ai.usage.cache_read.input_tokens": totals.cached_tokens,
             "tokenloom.worker": generation.worker_id,
         }
     )
+    if totals.reasoning_tokens:
+        span.set_attribute("gen_ai.usage.reasoning.output_tokens", totals.reasoning_tokens)

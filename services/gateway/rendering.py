@@ -38,6 +38,9 @@ class Show:
 class Renderer(Protocol):
     """Renders one answer."""
 
+    answer_id: str
+    """As its client sees it."""
+
     def answered_by(self, model: str) -> None:
         """The model that answers, which may have another name than was asked for; before anything is rendered."""
         ...

@@ -15,7 +15,8 @@ class ChatRenderer:
 
     def __init__(self, *, answer_id: str, created: int, model: str, show: Show) -> None:
         self._show = show
-        self._head = {"id": f"chatcmpl-{answer_id}", "object": "chat.completion", "created": created, "model": model}
+        self.answer_id = f"chatcmpl-{answer_id}"
+        self._head = {"id": self.answer_id, "object": "chat.completion", "created": created, "model": model}
         self._chunks = self._make_chunks()
 
     def answered_by(self, model: str) -> None:

@@ -15,7 +15,8 @@ class CompletionRenderer:
 
     def __init__(self, *, answer_id: str, created: int, model: str, show: Show) -> None:
         self._show = show
-        self._head = {"id": f"cmpl-{answer_id}", "object": "text_completion", "created": created, "model": model}
+        self.answer_id = f"cmpl-{answer_id}"
+        self._head = {"id": self.answer_id, "object": "text_completion", "created": created, "model": model}
         self._chunks = Chunks(self._head, _choice(show.first_index, HOLE), show)
         self._offsets = [0] * show.choices
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import msgspec
+from opentelemetry import trace
 
 from services.common.errors import MeshError, Reason
 from services.gateway.answers import Deleted, ItemList, ResponseObject
@@ -63,7 +64,9 @@ class Responses:
         earlier, history = await self._history(body, identity)
         asked = chat_request(body, [*items_of(history), *new])
         (generate,) = from_chat(asked)
-        describe("chat", asked)
+        describe("chat", asked, caller)
+        if body.previous_response_id is not None:
+            trace.get_current_span().set_attribute("gen_ai.request.previous_response.id", body.previous_response_id)
         renderer = ResponsesRenderer(answer_id=uuid.uuid4().hex, created=int(time.time()), request=body)
         tell_queue = request.header(QUEUE_HEADER) == "1"
         async with while_connected(request, response, self._limits.timeout_seconds):
@@ -75,7 +78,14 @@ class Responses:
                     try:
                         answer, closing = await self._answer(body, running, renderer, response, identity)
                     finally:
-                        record(running, body.model, response, self._metrics)
+                        record(
+                            running,
+                            body.model,
+                            response,
+                            self._metrics,
+                            answer_id=renderer.id,
+                            streamed=body.stream,
+                        )
                 if body.store is not False:
                     turn = Turn(response=msgspec.Raw(answer), input=_stored_input(body), earlier=earlier)
                     await self._conversations.save(identity.tenant, renderer.id, turn)

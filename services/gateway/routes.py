@@ -10,7 +10,10 @@ from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 
-__all__ = ["Handler", "Route", "Routes"]
+__all__ = ["UNKNOWN_PATH", "Handler", "Route", "Routes"]
+
+UNKNOWN_PATH: Final = "other"
+"""What metrics and spans call a path that is none of ours."""
 
 Handler = Callable[[Request, Response, Identity, Caller], Awaitable[None]]
 _PARAMETER: Final = re.compile(r"\{(\w+)(:path)?\}")
@@ -57,7 +60,7 @@ class Routes:
         """
         if path in self._methods:
             return path
-        return next((route.path for pattern, route in self._patterns if pattern.fullmatch(path)), "other")
+        return next((route.path for pattern, route in self._patterns if pattern.fullmatch(path)), UNKNOWN_PATH)
 
     def find(self, request: Request, response: Response) -> Route:
         """The route of a request, whose parameters are set.

@@ -67,6 +67,77 @@ def test_the_openai_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans
     assert trace["schedule"].attributes["tokenloom.predicted_ttft_seconds"] > 0
 
 
+def test_the_requests_span_says_what_the_genai_conventions_have_names_for(vllm_mesh: Mesh, spans: Receiver) -> None:
+    trace_id, traceparent = new_trace()
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_completion_tokens": 3,
+        "stream": True,
+        "n": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 20,
+        "frequency_penalty": 0.1,
+        "presence_penalty": 0.2,
+        "seed": 7,
+        "stop": "never",
+        "ignore_eos": True,
+        "response_format": {"type": "text"},
+    }
+    headers = {**vllm_mesh.headers, "traceparent": traceparent, "x-session-id": "conversation-1"}
+    answer = httpx.post(f"{vllm_mesh.edge}/v1/chat/completions", json=body, headers=headers)
+    assert answer.status_code == 200
+    wait_until(lambda: any(span.name == "chat demo" for span in spans.trace(trace_id)), within=10)
+    (span,) = [span for span in spans.trace(trace_id) if span.name == "chat demo"]
+    told = dict(span.attributes)
+    reasons = [value.string_value for value in told.pop("gen_ai.response.finish_reasons").values]
+    stops = [value.string_value for value in told.pop("gen_ai.request.stop_sequences").values]
+    assert (reasons, stops) == (["length"] * len(reasons), ["never"])
+    assert 0 < told.pop("gen_ai.response.time_to_first_chunk") < 30
+    assert told.pop("gen_ai.response.id") in answer.text
+    assert told.pop("tokenloom.request_id") == answer.headers["x-request-id"]
+    assert told.pop("gen_ai.usage.input_tokens") > 0
+    assert told == {
+        "http.request.method": "POST",
+        "http.route": "/v1/chat/completions",
+        "http.response.status_code": 200,
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "tokenloom",
+        "gen_ai.conversation.id": "conversation-1",
+        "gen_ai.output.type": "text",
+        "gen_ai.request.model": "demo",
+        "gen_ai.request.stream": True,
+        "gen_ai.request.choice.count": 2,
+        "gen_ai.request.max_tokens": 3,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.9,
+        "gen_ai.request.top_k": 20,
+        "gen_ai.request.frequency_penalty": 0.1,
+        "gen_ai.request.presence_penalty": 0.2,
+        "gen_ai.request.seed": 7,
+        "gen_ai.response.model": "demo",
+        "gen_ai.usage.output_tokens": 6,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+        "tokenloom.worker": "worker-0",
+    }
+
+
+def test_several_prompts_are_told_of_together_and_what_was_not_said_is_not(vllm_mesh: Mesh, spans: Receiver) -> None:
+    trace_id, traceparent = new_trace()
+    body = {"model": "demo", "prompt": ["one", "two"], "max_tokens": 3, "ignore_eos": True}
+    headers = {**vllm_mesh.headers, "traceparent": traceparent}
+    assert httpx.post(f"{vllm_mesh.edge}/v1/completions", json=body, headers=headers).status_code == 200
+    name = "text_completion demo"
+    wait_until(lambda: any(span.name == name for span in spans.trace(trace_id)), within=10)
+    (span,) = [span for span in spans.trace(trace_id) if span.name == name]
+    assert span.attributes["gen_ai.usage.output_tokens"] == 6
+    assert [value.string_value for value in span.attributes["gen_ai.response.finish_reasons"].values] == ["length"] * 2
+    asked = {key for key in span.attributes if key.startswith("gen_ai.request.")}
+    assert asked == {"gen_ai.request.model", "gen_ai.request.max_tokens"}
+    assert "gen_ai.response.time_to_first_chunk" not in span.attributes
+
+
 @pytest.mark.parametrize("lane", ["grpc", "rest"])
 def test_the_typed_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans: Receiver, lane: str) -> None:
     trace_id, traceparent = new_trace()
