@@ -200,7 +200,7 @@ def _name(labels: dict[str, str]) -> str:
 
 def _values(found: dict[float, str], began: float, seconds: int) -> str:
     """One word for each run of the same value."""
-    words = []
+    words: list[str] = []
     each = ((found.get(round(began + second, 3)) or "_") for second in range(seconds))
     for value, run in groupby(each):
         more = sum(1 for _ in run) - 1
