@@ -22,6 +22,8 @@ __all__ = ["Outbound", "SpanCounts"]
 _log = logging.getLogger(__name__)
 _METHOD: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 _QUEUE_SPANS: Final = 4096
+_QUEUE_SPANS_AWAY: Final = 1024
+"""What is kept for a backend that takes nothing: the beginning of its absence."""
 _BATCH_SPANS: Final = 512
 # A span takes 8 us, and while some are written nothing else runs in a process: as many as delay a token by a quarter of
 # a millisecond, and then whoever waits is let in.
@@ -62,7 +64,7 @@ class Outbound:
     """Spans on their way out: a bounded queue, which a thread empties in batches.
 
     While the backend takes nothing, one batch is offered again after pauses that grow to half a minute, and no other is
-    written; what ends meanwhile waits in the queue or, once that is full, is dropped.
+    written; what ends meanwhile waits in the queue and, once there is enough of it, no span is recorded any more.
     """
 
     def __init__(self, endpoint: str, resource: Mapping[str, Any]) -> None:
@@ -80,6 +82,14 @@ class Outbound:
         self._metadata = headers_of("traces")
         self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
         self._thread.start()
+
+    def admits(self) -> bool:
+        """Whether a span that begins now has a chance to be sent; one that has none is counted as dropped."""
+        waiting = len(self._queue)
+        if waiting < _QUEUE_SPANS_AWAY or (waiting < _QUEUE_SPANS and not self._is_away):
+            return True
+        _counts["dropped"] += 1
+        return False
 
     def send(self, span: Recorded) -> None:
         """Queues a span that has ended; while the queue is full it is dropped. From any thread."""

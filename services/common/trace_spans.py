@@ -47,7 +47,7 @@ class Recorded(Span):
         self.parent = parent
         self.kind = kind
         self.attributes = attributes
-        self.events: list[Event] = []
+        self.events: Sequence[Event] = ()
         self.status: Status | None = None
         self.start_time = start_time
         self.end_time = 0
@@ -81,7 +81,7 @@ class Recorded(Span):
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         """Something happened, now if no other time is told."""
         if not self.end_time:
-            self.events.append((timestamp or time.time_ns(), name, attributes or {}))
+            self.events = (*self.events, (timestamp or time.time_ns(), name, attributes or {}))
 
     def update_name(self, name: str) -> None:
         """Names it anew."""
@@ -118,10 +118,13 @@ class Recorded(Span):
 
 
 class _Tracer(trace.Tracer):
-    def __init__(self, scope: str, ratio: float, on_end: Callable[[Recorded], object]) -> None:
+    def __init__(
+        self, scope: str, ratio: float, on_end: Callable[[Recorded], object], admits: Callable[[], bool]
+    ) -> None:
         self._scope = scope
         self._bound = round(ratio * _RATIO_BITS)
         self._on_end = on_end
+        self._admits = admits
 
     def start_span(  # noqa: PLR0917  # the signature is the base class's
         self,
@@ -137,6 +140,9 @@ class _Tracer(trace.Tracer):
         """Starts a span. Links are not kept; nothing here makes any."""
         parent: SpanContext | None = trace.get_current_span(context).get_span_context()
         assert parent is not None
+        if not self._admits():
+            # Its children are its parent's.
+            return trace.NonRecordingSpan(parent)
         if parent.is_valid:
             trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
         else:
@@ -203,10 +209,15 @@ class Provider(trace.TracerProvider):
     A span's trace is sampled when its parent's is; of traces that begin here, the share that was asked for.
     """
 
-    def __init__(self, ratio: float, on_end: Callable[[Recorded], object]) -> None:
-        """`ratio`: the share of the traces that begin in this process, 0 to 1."""
+    def __init__(
+        self, ratio: float, on_end: Callable[[Recorded], object], admits: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`ratio`: the share of the traces that begin in this process, 0 to 1. `admits` is asked for each span that
+        begins: one that could not be sent anyway is not recorded.
+        """
         self._ratio = ratio
         self._on_end = on_end
+        self._admits = admits
 
     def get_tracer(
         self,
@@ -216,7 +227,7 @@ class Provider(trace.TracerProvider):
         attributes: Attributes = None,  # noqa: ARG002
     ) -> trace.Tracer:
         """A tracer whose spans say which module made them."""
-        return _Tracer(instrumenting_module_name, self._ratio, self._on_end)
+        return _Tracer(instrumenting_module_name, self._ratio, self._on_end, self._admits)
 
 
 def _failed(error: Exception) -> Status:

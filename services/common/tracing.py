@@ -53,7 +53,7 @@ def provider(
         return
     outbound = Outbound(endpoint, resource_of(service, instance).attributes)
     keeper = Keeper(outbound.send, slow_seconds=settings.slow_seconds)
-    tracing = Provider(settings.sample_ratio, keeper.on_end)
+    tracing = Provider(settings.sample_ratio, keeper.on_end, outbound.admits)
     # vLLM makes its spans by the process's provider.
     trace.set_tracer_provider(tracing)
     _Own.tracer = tracing.get_tracer(_NAME)

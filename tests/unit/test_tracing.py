@@ -41,7 +41,9 @@ def tracing(endpoint: str, *, ratio: float = 1.0) -> Iterator[Tracer]:
     """A provider as processes have it; on leaving what it kept has arrived."""
     outbound = Outbound(endpoint, RESOURCE)
     try:
-        yield Provider(ratio, Keeper(outbound.send, slow_seconds=SLOW_SECONDS).on_end).get_tracer("test")
+        yield Provider(ratio, Keeper(outbound.send, slow_seconds=SLOW_SECONDS).on_end, outbound.admits).get_tracer(
+            "test"
+        )
     finally:
         outbound.close(within=2)
 
@@ -189,7 +191,7 @@ def test_what_fails_in_a_span_is_told_by_it_unless_that_is_not_wanted() -> None:
     assert (told.status.status_code, told.status.description) == (StatusCode.ERROR, "BrokenError: why")
     ((_, name, attributes),) = told.events
     assert (name, attributes["exception.message"]) == ("exception", "why")
-    assert (quietly.status, quietly.events) == (None, [])
+    assert (quietly.status, quietly.events) == (None, ())
     assert not trace.get_current_span().is_recording()
 
 
@@ -222,6 +224,17 @@ def test_a_backend_that_never_answers_costs_a_bounded_queue_and_little_time_and_
     assert lost["dropped"] + lost["failed"] == 20_000
     # As much as a span costs anyway.
     assert took / 20_000 < 50e-6
+
+
+def test_a_span_that_could_not_be_sent_is_not_recorded_and_leaves_its_children_to_its_parent() -> None:
+    spans, room = list[Recorded](), [True, False, True]
+    tracer = Provider(1.0, spans.append, lambda: room.pop(0)).get_tracer("test")
+    with tracer.start_as_current_span("outer"), tracer.start_as_current_span("none") as none:
+        assert not none.is_recording()
+        tracer.start_span("inner").end()
+    inner, outer = spans
+    assert inner.parent == outer.context
+    assert traceparent_of(none) == traceparent_of(outer)
 
 
 def test_what_ends_while_the_backend_is_away_for_a_moment_arrives_when_it_is_back() -> None:
