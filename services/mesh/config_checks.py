@@ -76,7 +76,7 @@ def database_finding(where: str) -> Finding:
         said = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
         advice = "keys can't be checked without it: start it, or mend database_url and the rights of its user"
         return Finding(Level.TROUBLE, "database", f"{shown}: {said}", advice)
-    return Finding(Level.OK, "database", f"{shown}: {count} keys")
+    return Finding(Level.OK, "database", f"{shown}: {count} key{'' if count == 1 else 's'}")
 
 
 def _models(mesh: MeshConfig) -> Iterator[Finding]:

@@ -123,7 +123,7 @@ function row(one) {
     key: one.name,
     cells: [
       one.name, one.pool, one.models.join(", "), state,
-      meter(one.leases / (one.slots || 1), `${one.running}/${one.slots}${one.waiting ? ` +${one.waiting}` : ""}`, "slots in use"),
+      meter(one.running / (one.slots || 1), `${one.running}/${one.slots}${one.waiting ? ` +${one.waiting}` : ""}`, "slots in use"),
       meter(one.kv, share(one.kv), "KV cache in use"), number(round(one.rate)), number(time(one.step)),
       number(one.prefill ? `${round(one.prefill)}/s` : "–"), number(one.cached === null ? "–" : share(one.cached)),
       [...gpus.values()].filter(gpu => uses(one, gpu)).map(label).join(", ") || one.gpus.map(uuid => uuid.slice(0, 12)).join(", ") || "–",
@@ -146,7 +146,7 @@ function drawGpus(cards, workers) {
     const users = workers.filter(one => uses(one, gpu)).map(one => one.name), well = health(gpu) === "healthy";
     const lines = [];
     const tell = (name, value) => lines.push(h("dt", "", name), h("dd", "", value));
-    if (gpu.utilization_percent !== undefined) tell("Busy", meter(gpu.utilization_percent / 100, `${gpu.utilization_percent} %`, "busy"));
+    if (gpu.utilization_percent !== undefined) tell("Busy", meter(gpu.utilization_percent / 100, `${gpu.utilization_percent} %`, "busy", true));
     if (gpu.memory_total_bytes) {
       tell("Memory", meter((gpu.memory_used_bytes ?? 0) / gpu.memory_total_bytes, `${gib(gpu.memory_used_bytes ?? 0)}/${gib(gpu.memory_total_bytes)} GiB`, "memory in use"));
     }
@@ -160,7 +160,7 @@ function drawGpus(cards, workers) {
     const event = gpu.recent_events?.at(-1);
     if (event) tell("Last event", `${new Date(event.time).toLocaleTimeString("en-GB")} ${event.message ?? ""}`);
     if (users.length) tell("Workers", users.join(", "));
-    return h("div", "gpu", [h("p", "", [h("strong", "", `${label(gpu)} `), pill(health(gpu), well ? "good" : "bad")]),
+    return h("div", "gpu", [h("p", "", [h("strong", "", `${label(gpu)} `), pill(health(gpu), well ? "good" : health(gpu) === "degraded" ? "warn" : "bad")]),
       h("p", "quiet", gpu.name ?? ""), h("dl", "", lines)]);
   }));
 }

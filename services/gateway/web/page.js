@@ -41,11 +41,11 @@ function put(place, cell) {
   else if (place.textContent !== String(text ?? "")) place.textContent = text ?? "";
 }
 
-/** A bar with its value in words; `share` from 0 to 1. */
-export function meter(share, text, label) {
+/** A bar with its value in words; `share` from 0 to 1. `fine`: being full is nothing to worry about. */
+export function meter(share, text, label, fine = false) {
   const bar = h("i"), full = Math.max(0, Math.min(1, share || 0));
   bar.style.width = `${100 * full}%`;
-  return h("div", "meter" + (full >= .9 ? " high" : ""), [h("i", "", bar), text], {
+  return h("div", "meter" + (full >= .9 && !fine ? " high" : ""), [h("i", "", bar), text], {
     role: "meter", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.round(100 * full),
   });
 }

@@ -33,9 +33,10 @@ function shares(lines) {
   }
   // Where nothing has a price the share is that of the GPUs' time.
   const all = [...tenants.values()], priced = all.some(one => one.cost), of = one => priced ? one.cost : one.gpu;
+  const whole = priced ? "the cost" : "the GPUs' time";
   const total = all.reduce((sum, one) => sum + of(one), 0) || 1;
   $("by-tenants").replaceChildren(...[...tenants].sort((a, b) => of(b[1]) - of(a[1])).slice(0, 12).map(([tenant, sum]) => h("div", "", [
-    h("strong", "", tenant), meter(of(sum) / total, `${Math.round(100 * of(sum) / total)} %`, priced ? "share of the cost" : "share of the GPUs' time"),
+    h("strong", "", tenant), meter(of(sum) / total, `${Math.round(100 * of(sum) / total)} % of ${whole}`, `share of ${whole}`, true),
     h("div", "quiet", `${round(sum.requests)} requests, ${round(sum.tokens)} tokens, ${time(sum.gpu)} of a GPU${priced ? `, cost ${money(sum.cost)}` : ""}`),
   ])));
 }
