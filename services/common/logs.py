@@ -105,3 +105,5 @@ def setup(service: str, *, level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # It tells of every request; workers before other servers ask these twice a second how they are.
+    logging.getLogger("httpx").setLevel(max(root.level, logging.WARNING))

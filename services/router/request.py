@@ -20,7 +20,7 @@ class Request(NamedTuple):
         tenant: whose request it is.
         priority: scheduling class, lower first.
         session: groups requests that share a prefix; may be empty.
-        excluded: ids of workers not to pick, as they were registered when the request was made.
+        excluded: ids of workers not to pick, unless they became ready after the request was made.
         subset: endpoints to pick from; None allows all.
         timeout_seconds: time until the request is not worth starting; None leaves it to the router.
         prefix_hashes: what the prompt begins with, as services.common.prefix hashes its text; none where not known.

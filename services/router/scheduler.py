@@ -125,7 +125,8 @@ class Scheduler:
     def pick(self, request: Request, *, asked_at: float | None = None, spare: bool = False) -> Decision:
         """The worker with the least cost among those that take the request now; changes nothing.
 
-        `asked_at` is when the request was made; a worker that registered since is a new process and not excluded.
+        `asked_at` is when the request was made; a worker that registered or became ready since is not excluded: what
+        was wrong with it is over.
         `spare`: only workers with capacity to spare are taken, the rest being kept for others.
         """
         now = self._clock()
@@ -280,7 +281,7 @@ class Scheduler:
             return worker.blocked
         if now - worker.reported_at > STALE_SECONDS:
             return "silent"
-        if worker.worker_id in request.excluded and worker.registered_at <= asked:
+        if worker.worker_id in request.excluded and worker.serving_since <= asked:
             return "excluded"
         return self._unfit(worker, request, context)
 

@@ -98,7 +98,8 @@ class Worker:
         self.worker_id = card.worker_id
         self.endpoint = card.endpoint
         self.load = Load()
-        self.registered_at = now
+        self.serving_since = now
+        """When it registered, or last became ready after it was not."""
         self.reported_at = now
         self.drained = drained
         self.cordoned = False
@@ -185,6 +186,8 @@ class Worker:
 
         `hope` stands for rates that the worker has not measured.
         """
+        if load.state is WorkerState.READY and self.load.state is not WorkerState.READY:
+            self.serving_since = now
         self.load = load = believable(load, self.card)
         self.reported_at = now
         if load.running and load.decode_step_seconds is not None:

@@ -229,7 +229,8 @@ def test_a_batch_is_answered_line_by_line(stage: Stage, greedy: str, client: str
 @clients(*ALL)
 def test_log_probabilities_come_token_by_token(stage: Stage, greedy: str, client: str) -> None:
     saw = stage.play(client, "logprobs")
-    assert saw["text"] == greedy
+    # A token within a character has no text of its own, as with vLLM's own server.
+    assert saw["text"] == greedy.replace("\N{REPLACEMENT CHARACTER}", "")
     assert len(saw["logprobs"]) == 12
     assert all(value <= 0 for value in saw["logprobs"])
     assert saw["alternatives"] == [2] * 12

@@ -174,6 +174,19 @@ def test_excluded_workers_and_those_outside_the_subset_are_not_picked() -> None:
     assert bench.pick(subset=frozenset()) == ""
 
 
+def test_a_worker_that_became_ready_since_a_request_left_it_is_not_excluded_any_more() -> None:
+    bench = Bench()
+    worker = bench.worker("w0")
+    ticket = bench.ask(excluded=frozenset({"w0"}))
+    assert ticket.is_waiting
+    bench.pass_time(0.1)
+    bench.report(worker, state=WorkerState.UNAVAILABLE)
+    assert ticket.is_waiting
+    bench.pass_time(0.1)
+    bench.report(worker)
+    assert ticket.lease is not None
+
+
 def test_a_long_prompt_goes_where_the_context_is_long_enough() -> None:
     bench = Bench()
     bench.worker("short", models={"demo": 1000})
