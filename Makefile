@@ -16,14 +16,14 @@ $(STAMP): pyproject.toml locks/cpu.lock locks/gpu.lock scripts/install
 up: install
 	@exec $(BIN)/tokenloom up $(ARGS)
 
-# Most unit and contract tests wait for something; the others start processes, which would be in each other's way.
+# Most tests wait for something, and may do so two at a time; the others start what needs the machine for itself.
 test: install
 	@scripts/system-packages
 ifdef ARGS
 	$(BIN)/pytest $(ARGS)
 else
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/contract
-	$(BIN)/pytest tests/e2e tests/integration
+	$(BIN)/pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -m alone
 endif
 
 # The clients that `make test` leaves out where they are not installed; they come from PyPI and npm.

@@ -1,12 +1,20 @@
 """Meshes that several tests share. Tests that kill things start their own."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.otlp import Receiver, otlp_receiver
 from tests.support.uneven_mesh import running_uneven_mesh
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A whole mesh needs the machine for itself."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

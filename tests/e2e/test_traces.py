@@ -160,8 +160,8 @@ def test_the_typed_lane_is_one_trace_from_edge_to_engine(vllm_mesh: Mesh, spans:
         },
     )
     # Envoy's own span of the call to the picker stands between; the trace is one all the same.
-    services = {span.service for span in spans.trace(trace_id)}
-    assert services >= {"tokenloom-edge", "tokenloom-router", "tokenloom-inference"}
+    passed = {"tokenloom-edge", "tokenloom-router", "tokenloom-inference"}
+    wait_until(lambda: {span.service for span in spans.trace(trace_id)} >= passed, within=10)
     assert any(child == "tokenloom-router: pick" for _, child in spans.edges(trace_id))
 
 

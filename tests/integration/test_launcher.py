@@ -20,6 +20,8 @@ from tests.support.mesh import Mesh, running_mesh
 from tests.support.ports import free_port
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.alone
+
 TOKENLOOM = [sys.executable, "-m", "services.mesh"]
 SIMULATED = ("--engine", "sim", "--workers", "2")
 

@@ -21,6 +21,8 @@ from tests.support.sinks import Kept
 from tests.support.upstreams import generation, run, settings_for
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.alone
+
 GREEDY = Sampling(temperature=0, max_tokens=12, ignore_eos=True)
 SAID = [ChatMessage(role="user", content="Tell me a story.")]
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": false}'

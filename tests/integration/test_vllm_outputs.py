@@ -19,6 +19,7 @@ from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.vllm,
     pytest.mark.asyncio(loop_scope="session"),
     # The engine starts with the first of them, and its model is made once.
