@@ -7,6 +7,7 @@ Then what a decision and a live stream cost with few workers and with many: both
 """
 
 import argparse
+import gc
 import itertools
 import random
 import statistics
@@ -204,6 +205,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     # As the router's process does.
+    # As a router's process has it.
+    gc.freeze()
     collect_rarely()
     repeats = range(options.repeats)
     free = statistics.median(measure_free(options.workers, options.decisions) for _ in repeats)

@@ -42,12 +42,7 @@ def _init_started_us() -> bool:
 
 
 def collect_rarely() -> None:
-    """For a process that keeps many small objects for long and makes few cycles: looks for cycles less often.
-
-    What there is by now stays, and is looked through no more.
-    """
-    gc.collect()
-    gc.freeze()
+    """For a process that keeps many small objects for long and makes few cycles: looks for cycles less often."""
     gc.set_threshold(*_COLLECTED_AFTER)
 
 

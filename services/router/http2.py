@@ -4,7 +4,6 @@ This is as much of HTTP/2 as our own edge and gateways speak with us; its frames
 """
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -44,8 +43,6 @@ _SETTINGS: Final = {
     Setting.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
     Setting.MAX_HEADER_LIST_SIZE: MOST_HEADER_BYTES,
 }
-# A peer that vanished without a FIN is noticed within 30 s.
-_KEEPALIVE: Final = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 30_000}
 
 
 Open = Callable[["Stream", Mapping[bytes, bytes]], Call]
@@ -71,8 +68,8 @@ async def serve_streams(
         OSError: the address is in use or not ours.
     """
     host, _, port = address.rpartition(":")
-    server = _Server({path.encode(): opened for path, opened in methods.items()}, max_message_bytes)
-    server.silent_seconds, server.answer_seconds = silent_seconds, answer_seconds
+    named = {path.encode(): opened for path, opened in methods.items()}
+    server = _Server(named, max_message_bytes, silent_seconds, answer_seconds)
     loop = asyncio.get_running_loop()
     listener = await loop.create_server(lambda: _Connection(server), host.strip("[]"), int(port), backlog=1024)
     try:
@@ -85,11 +82,13 @@ async def serve_streams(
 class _Server:
     """What the connections share."""
 
-    def __init__(self, methods: Mapping[bytes, Open], max_message_bytes: int) -> None:
+    def __init__(
+        self, methods: Mapping[bytes, Open], max_message_bytes: int, silent_seconds: float, answer_seconds: float
+    ) -> None:
         self.methods = methods
         self.budget = Budget(max_message_bytes)
-        self.silent_seconds = SILENT_SECONDS
-        self.answer_seconds = ANSWER_SECONDS
+        self.silent_seconds = silent_seconds
+        self.answer_seconds = answer_seconds
         self.connections: set[_Connection] = set()
         self._emptied = asyncio.Event()
 
@@ -132,7 +131,6 @@ class _Connection(Connection[Stream]):
             transport.abort()
             return
         self._server.connections.add(self)
-        _keep_alive(transport.get_extra_info("socket"))
         self._out += [settings(_SETTINGS), update(0, CONNECTION_WINDOW - WINDOW)]
         self._flush()
 
@@ -207,11 +205,3 @@ class _Connection(Connection[Stream]):
             stream.close()
             if not self.streams:
                 self._server.emptied()
-
-
-def _keep_alive(connected: socket.socket) -> None:
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        # Not every system has all of them.
-        if hasattr(socket, name):
-            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -17,7 +17,7 @@ from services.common.tracing import tracer
 from services.router.app import RunningRouter
 from services.router.http2 import Open, serve_streams
 from services.router.servicer import SESSION_PATH, RouterServicer
-from tests.support.router import GatewaySession, gateway_session, running_router, worker_link
+from tests.support.router import GatewaySession, assert_stuck_alone, gateway_session, running_router, worker_link
 from tests.support.scheduling import Bench
 from tests.support.waiting import eventually
 from tests.support.wire import wire
@@ -107,12 +107,7 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_elses()
         lean_session(port) as patient,
         lean_session(port) as stuck,
     ):
-        await patient.granted()
-        # All answers to one message are there before the first of them can be sent.
-        await stuck.acquire(count=30)
-        assert await stuck.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        await eventually(lambda: len(bench.fleet.workers[0].leases) == 1, within=1)
-        await patient.granted()
+        await assert_stuck_alone(bench.fleet, patient, stuck)
 
 
 async def test_a_gateway_that_hangs_loses_its_leases() -> None:

@@ -13,7 +13,7 @@ from services.common.rpc import channel, serve
 from services.common.status import error_from_status
 from services.common.tracing import tracer
 from services.router.servicer import RouterServicer
-from tests.support.router import duration, gateway_session, running_router, tracer_to, worker_link
+from tests.support.router import assert_stuck_alone, duration, gateway_session, running_router, tracer_to, worker_link
 from tests.support.scheduling import Bench
 from tests.support.waiting import eventually
 
@@ -239,12 +239,7 @@ async def test_a_gateway_that_does_not_read_loses_its_session_and_nobody_elses()
         gateway_session(to_router) as patient,
         gateway_session(to_router) as stuck,
     ):
-        await patient.granted()
-        # All answers to one message are there before the first of them can be read.
-        await stuck.acquire(count=30)
-        assert await stuck.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        await eventually(lambda: len(bench.fleet.workers[0].leases) == 1, within=1)
-        await patient.granted()
+        await assert_stuck_alone(bench.fleet, patient, stuck)
 
 
 async def test_the_span_of_a_request_that_is_given_up_ends_all_the_same() -> None:

@@ -1,9 +1,10 @@
 """A real OTLP gRPC receiver that keeps the spans it gets."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -12,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from tests.support.waiting import wait_until
 
-__all__ = ["ReceivedSpan", "Receiver", "otlp_receiver"]
+__all__ = ["ReceivedSpan", "Receiver", "otlp_receiver", "serving"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,17 +74,25 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 @contextmanager
-def otlp_receiver(address: str = "127.0.0.1:0", *, refuses: bool = False) -> Iterator[Receiver]:
-    """Receives spans at `receiver.endpoint` until the block is left."""
+def serving(add: Callable[[grpc.Server], None], address: str) -> Iterator[str]:
+    """Serves what `add` adds to the server until the block is left; yields where."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
-    receiver = Receiver(refuses=refuses)
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]  # untyped upstream
-    receiver.endpoint = f"127.0.0.1:{server.add_insecure_port(address)}"
+    add(server)
+    port = server.add_insecure_port(address)
     server.start()
     try:
-        yield receiver
+        yield f"127.0.0.1:{port}"
     finally:
         server.stop(grace=0.5).wait(2)
+
+
+@contextmanager
+def otlp_receiver(address: str = "127.0.0.1:0", *, refuses: bool = False) -> Iterator[Receiver]:
+    """Receives spans at `receiver.endpoint` until the block is left."""
+    receiver = Receiver(refuses=refuses)
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    with serving(partial(add, receiver), address) as receiver.endpoint:
+        yield receiver
 
 
 def _label(span: ReceivedSpan) -> str:

@@ -1,8 +1,8 @@
 """A real OTLP gRPC receiver of metrics, and what Prometheus would make of them."""
 
 from collections.abc import Iterator
-from concurrent import futures
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -10,6 +10,8 @@ import grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.metrics.v1 import metrics_pb2 as pb
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.otlp import serving
 
 __all__ = ["MetricsReceiver", "Series", "metrics_receiver", "scraped", "series_of"]
 
@@ -50,15 +52,10 @@ class MetricsReceiver(metrics_service_pb2_grpc.MetricsServiceServicer):
 @contextmanager
 def metrics_receiver(address: str = "127.0.0.1:0") -> Iterator[MetricsReceiver]:
     """Receives metrics at `receiver.endpoint` until the block is left."""
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
     receiver = MetricsReceiver()
-    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(receiver, server)  # type: ignore[no-untyped-call]  # untyped upstream
-    receiver.endpoint = f"127.0.0.1:{server.add_insecure_port(address)}"
-    server.start()
-    try:
+    add: Any = metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server
+    with serving(partial(add, receiver), address) as receiver.endpoint:
         yield receiver
-    finally:
-        server.stop(grace=0.5).wait(2)
 
 
 def series_of(metric: pb.Metric) -> Series:

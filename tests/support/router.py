@@ -17,11 +17,13 @@ from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 from services.common.rpc import channel
 from services.common.settings import RouterSettings
 from services.router.app import RunningRouter, running
+from services.router.fleet import Fleet
 from tests.support.waiting import eventually
 
 __all__ = [
     "GatewaySession",
     "WorkerLink",
+    "assert_stuck_alone",
     "duration",
     "gateway_session",
     "running_router",
@@ -131,6 +133,16 @@ async def worker_link(
 def _is_reported(router: RunningRouter, worker_id: str) -> bool:
     worker = router.fleet.get(worker_id)
     return worker is not None and worker.load.said is not None
+
+
+async def assert_stuck_alone(fleet: Fleet, patient: "GatewaySession", stuck: "GatewaySession") -> None:
+    """Of two gateways of a router that lets 20 answers be unread, the one that does not read is given up alone."""
+    await patient.granted()
+    # All answers to one message are there before the first of them can be sent.
+    await stuck.acquire(count=30)
+    assert await stuck.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await eventually(lambda: len(fleet.workers[0].leases) == 1, within=1)
+    await patient.granted()
 
 
 class GatewaySession:
