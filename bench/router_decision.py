@@ -205,7 +205,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     # As the router's process does.
-    # As a router's process has it.
     gc.freeze()
     collect_rarely()
     repeats = range(options.repeats)
