@@ -368,7 +368,7 @@ class VllmEngine:
     def _check_room(self, backend: "Backend") -> None:
         there, most, queue = self._sequences, backend.card.max_running, self._settings.max_queued
         # vLLM can run fewer than it may: its KV cache is a bound too.
-        waiting = min(self._stats.waiting, there)
+        waiting = min(self._stats.known_waiting, there)
         if there >= most + queue or waiting > max(0, queue - 1):
             turns = (max(waiting, there - most) + 1) / most
             seconds = min(60.0, max(0.1, turns * (self._served_seconds.value or 1.0)))
@@ -412,6 +412,8 @@ class VllmEngine:
                 stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
         finally:
             del self._streams[stream.generation.id]
+            if stream.pending_prefill_tokens:
+                self._stats.leave_queue()
             stream.accept()
 
     async def _generate_or_release(self, stream: Stream, todo: Plan, backend: "Backend", lora: Any) -> None:

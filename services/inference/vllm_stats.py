@@ -1,10 +1,14 @@
 """What vLLM tells of each of its steps, kept as the numbers that a load report needs."""
 
-from typing import Any
+import math
+import time
+from typing import Any, Final
 
 from services.inference.calibration import DecodeModel, TokenRate
 
 __all__ = ["EngineStats"]
+
+_STEPS_UNDER_WAY_SECONDS: Final = 0.25
 
 
 class EngineStats:
@@ -15,6 +19,9 @@ class EngineStats:
         """Steps of every engine so far."""
         self.running = 0
         self.waiting = 0
+        self._told_at = -math.inf
+        """When a step last told how many wait: time.monotonic()."""
+        self._left_at = -math.inf
         self.kv_usage = 0.0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -29,6 +36,16 @@ class EngineStats:
         self.kv_usage = 0.0
         self.warming_up = True
 
+    def leave_queue(self) -> None:
+        """One that may have waited was taken out of the engine."""
+        self._left_at = time.monotonic()
+
+    @property
+    def known_waiting(self) -> int:
+        """Sequences that wait, by the last step; 0 when that may count some that have left since."""
+        # An idle engine takes no step, so what its last one said stays; and steps under way don't know of who left.
+        return self.waiting if self._told_at > self._left_at + _STEPS_UNDER_WAY_SECONDS else 0
+
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
@@ -36,6 +53,7 @@ class EngineStats:
         del mm_cache_stats, engine_idx
         self.steps += 1
         if scheduler_stats is not None:
+            self._told_at = time.monotonic()
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage

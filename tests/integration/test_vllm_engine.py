@@ -375,6 +375,26 @@ async def test_when_too_many_wait_the_next_one_is_told_when_to_come_back(engine:
     await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
 
 
+async def test_a_queue_that_was_given_up_takes_no_room(engine: VllmEngine) -> None:
+    for i in range(RUNNING + QUEUED):
+        await engine.submit(generation(f"full-{i}", max_tokens=1500), Kept())
+    await eventually(lambda: engine._stats.waiting == QUEUED, within=5)
+    (core,) = engine._nursery.pids
+    names = [f"next-{i}" for i in range(RUNNING)]
+    # It takes no step that could tell of an empty queue.
+    os.kill(core, signal.SIGSTOP)
+    try:
+        for i in range(RUNNING + QUEUED):
+            engine.abort(f"full-{i}")
+        await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+        await asyncio.gather(*[engine.submit(generation(name, max_tokens=1500), Kept()) for name in names])
+    finally:
+        os.kill(core, signal.SIGCONT)
+    for name in names:
+        engine.abort(name)
+    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+
+
 async def test_the_more_urgent_generation_starts_first(engine: VllmEngine) -> None:
     for i in range(RUNNING):
         await engine.submit(generation(f"busy-{i}", max_tokens=1500), Kept())
