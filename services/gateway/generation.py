@@ -165,8 +165,8 @@ class Generation:
     async def take_whole(self) -> list[str | Piece]:
         """Waits for the output to be complete and takes all of it.
 
-        A worker that is lost is replaced by another one, which continues from the tokens emitted so far, or, where that
-        would not be exact, begins anew: nobody has seen anything yet.
+        A worker that is lost is replaced by another one, which continues from the tokens emitted so far, or, where it
+        can't, begins anew: nobody has seen anything yet.
 
         Raises:
             MeshError: the generation failed.
@@ -323,7 +323,7 @@ class Generation:
         self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
         self._victims += lost.loss is not Loss.NOTHING
         self._check_movable(lost)
-        if self._resumes_exactly:
+        if self._resumes:
             self._stream.recover()
         else:
             self._stream.restart()
@@ -344,7 +344,7 @@ class Generation:
             losses = Losses(engines=lost.loss is Loss.ENGINE, workers=vanished)
             self._losses += losses
             self._quarantine.note(self._request, losses, fatal=lost.fatal)
-        if lost.fatal or self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes_exactly):
+        if lost.fatal or self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes):
             raise _engine_failed() from lost
 
     @property
@@ -353,12 +353,14 @@ class Generation:
         return len(self._stream.token_ids) + self._stream.other_tokens
 
     @property
-    def _resumes_exactly(self) -> bool:
+    def _resumes(self) -> bool:
+        """Whether another worker goes on as this one would have, or might have where tokens are drawn."""
         request, sampling = self._request, self._request.sampling
-        greedy = sampling.HasField("temperature") and sampling.temperature == 0
+        # What a seed makes repeatable depends on all that was drawn before.
+        drawn_alike = not sampling.HasField("seed") or (sampling.HasField("temperature") and sampling.temperature == 0)
         silent = not sampling.HasField("prompt_logprob_count")
         free = not request.HasField("structured_output") and not _forces_a_call(request.chat)
-        return greedy and silent and free and request.choice_count <= 1 and not self._stream.lacks_ids
+        return drawn_alike and silent and free and request.choice_count <= 1 and not self._stream.lacks_ids
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""

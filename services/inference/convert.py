@@ -239,7 +239,7 @@ def _check_continuation(generation: Generation, card: EngineCard) -> None:
     _check_fits("what was emitted", len(emitted), card)
     check_token_ids("emitted_token_ids", emitted, card.vocabulary_size)
     inexact = {
-        "sampling.temperature": (sampling.temperature > 0, "only greedy decoding (temperature 0)"),
+        "sampling.seed": (sampling.temperature > 0 and sampling.seed is not None, "no sampling with a seed"),
         "structured_output": (generation.structured_output is not None, "no structured output"),
         "choice_count": (generation.choices > 1, "only a single choice"),
         "sampling.prompt_logprob_count": (
@@ -249,7 +249,7 @@ def _check_continuation(generation: Generation, card: EngineCard) -> None:
     }
     for field, (asked, message) in inexact.items():
         if asked:
-            raise invalid(field, f"{message} can be continued exactly")
+            raise invalid(field, f"{message} can be continued")
 
 
 def _check_fits(what: str, token_count: int, card: EngineCard) -> None:

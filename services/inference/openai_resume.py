@@ -16,6 +16,7 @@ __all__ = ["Resumption", "resumption"]
 
 
 _TAIL_TOKENS: Final = 16
+_MOST_BIAS: Final = 100
 
 
 class Resumption(NamedTuple):
@@ -44,7 +45,7 @@ async def resumption(
     """How a generation goes on after the tokens that were emitted elsewhere.
 
     Only the server knows whether the last of them ended the output, and whether it would have said the same. So it is
-    asked for that token again first.
+    asked for that token again first; where it draws its tokens, it is made to say it.
 
     Raises:
         MeshError: NO_READY_WORKER, it can't go on here exactly; ENGINE_FAILED, the server says something else.
@@ -61,6 +62,9 @@ async def resumption(
         again = continued(generation, prompt, emitted[:-1], flavour, tokens.model)
         end = await _ended(generation, again, upstream)
     whole = await _whole_characters(prompt, emitted, tokens)
+    if whole < len(emitted) and sampling.temperature > 0:
+        # Drawn again, the rest of the character might turn out another one.
+        raise _inexact("a temperature above 0 that was cut inside a character")
     call = continued(generation, prompt, emitted[:whole], flavour, tokens.model)
     return Resumption(call, len(prompt), emitted[whole:], end)
 
@@ -69,6 +73,8 @@ async def _ended(generation: Generation, again: Call, upstream: Upstream) -> tup
     """Whether the last token that was emitted was the output's end."""
     emitted, sampling = generation.emitted_token_ids, generation.sampling
     body = {**again.body, "max_tokens": 1, "min_tokens": int(len(emitted) <= sampling.min_tokens), "stream": False}
+    if sampling.temperature > 0:
+        body |= {"temperature": 0, "logit_bias": {str(emitted[-1]): _MOST_BIAS}}
     del body["stream_options"]
     (said,) = decoded(await upstream.post(again.path, body), _Answer).choices
     if list(said.token_ids or ()) != [emitted[-1]]:
@@ -108,7 +114,7 @@ def _check_exact(generation: Generation, flavour: Flavour, card: EngineCard) -> 
         raise _turned_away("emitted_token_ids: the server behind this worker takes and tells no tokens")
     sampling, chat = generation.sampling, generation.kind == "chat"
     inexact = {
-        "a temperature above 0": sampling.temperature > 0,
+        "a seed and a temperature above 0": sampling.seed is not None and sampling.temperature > 0,
         "a structured output": generation.structured_output is not None,
         "several choices": generation.choices > 1,
         # What was held back of a text for them, or of an answer for what reads it, is not known here.

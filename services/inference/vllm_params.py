@@ -195,14 +195,14 @@ def _check_continuation(generation: Generation, max_tokens: int, limits: Limits)
     if emitted > max_tokens:
         raise _invalid("emitted_token_ids", f"must be at most {max_tokens}, as many as max_tokens")
     inexact = {
-        "a temperature above 0": sampling.temperature != 0,
+        "a seed and a temperature above 0": sampling.seed is not None and sampling.temperature > 0,
         "log-probabilities of the prompt": sampling.prompt_logprob_count is not None,
         "a structured output": generation.structured_output is not None,
         "several choices": generation.choices > 1,
     }
     for what, asked in inexact.items():
         if asked:
-            raise _invalid("emitted_token_ids", f"a generation with {what} can't be continued exactly")
+            raise _invalid("emitted_token_ids", f"a generation with {what} can't be continued")
     if not limits.counts_emitted and (counted := _counted_over_output(sampling)):
         # It would count the emitted tokens as prompt, to which these don't apply. Another worker may well count right.
         message = f"a generation with sampling.{counted[0]} can't be continued exactly by this engine"

@@ -290,7 +290,7 @@ async def test_megabytes_of_text_are_refused_at_once(engine: VllmEngine) -> None
         (generation("bad", logit_bias={99999: 1.0}), "sampling.logit_bias"),
         (generation("bad", min_tokens=41), "sampling.min_tokens"),
         (generation("bad", logprob_count=21), "sampling.logprob_count"),
-        (generation("bad", emitted=[7], temperature=0.5), "emitted_token_ids"),
+        (generation("bad", emitted=[7], temperature=0.5, seed=1), "emitted_token_ids"),
         # Past our own checks: vLLM's refusal.
         (generation("bad", top_p=1.5), "sampling.top_p"),
     ],
@@ -303,10 +303,14 @@ async def test_what_does_not_fit_is_refused_and_leaves_nothing(
     assert engine.load.running + engine.load.waiting == 0
 
 
-async def test_a_continuation_is_what_one_engine_would_have_streamed_wherever_it_was_cut(engine: VllmEngine) -> None:
+# Of what is drawn from one token alone it is known what it is.
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.5, "top_k": 1}], ids=["greedy", "drawn"])
+async def test_a_continuation_is_what_one_engine_would_have_streamed_wherever_it_was_cut(
+    engine: VllmEngine, drawn: dict[str, Any]
+) -> None:
     # Bytes of 日 and é and letters, so that cuts fall inside of characters too.
     bias = dict.fromkeys([165, 248, 101, 130, 107, 40, 41, 42], 100.0)
-    asked = generation("whole", logit_bias=bias)
+    asked = generation("whole", logit_bias=bias, **drawn)
     whole = await generate(engine, asked)
     assert len(set(whole.text_after.values())) < len(whole.text_after)
     for cut, text in whole.text_after.items():

@@ -178,7 +178,7 @@ OTHERS = [
         "chat.messages[1].role",
         "invalid_value",
     ),
-    (generate(emitted_token_ids=[1]), "sampling.temperature", "invalid_value"),
+    (continued(sampling=pb.SamplingParameters(seed=1)), "sampling.seed", "invalid_value"),
     (continued(emitted_token_ids=[500]), "emitted_token_ids[0]", "invalid_value"),
     (continued(structured_output=pb.StructuredOutput(regex="a")), "structured_output", "invalid_value"),
     (continued(prompt_logprob_count=1), "sampling.prompt_logprob_count", "invalid_value"),
@@ -365,6 +365,12 @@ def test_absent_scalars_take_the_defaults() -> None:
     assert generation.sampling == Sampling()
     assert (generation.prompt, generation.kind) == ([1, 2], "tokens")
     assert (generation.id, generation.priority, generation.traceparent) == ("g", 3, "00-x")
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {}, {"temperature": 0, "seed": 1}], ids=str)
+def test_what_is_drawn_without_a_seed_can_go_on_anywhere(sampling: dict[str, Any]) -> None:
+    message = continued(sampling=pb.SamplingParameters(**sampling))
+    assert convert.generation_from_proto(message, CARD, generation_id="g").emitted_token_ids == [1]
 
 
 def test_a_continuation_keeps_what_was_emitted() -> None:

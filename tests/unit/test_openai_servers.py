@@ -365,6 +365,30 @@ async def test_what_began_elsewhere_goes_on_after_its_last_whole_character() -> 
     assert [(each["prompt"], each["max_tokens"]) for each in asked[1:]] == [([1, 2, 3, 5], 1), ([1, 2, 3, 5], 11)]
 
 
+async def test_what_is_drawn_goes_on_too_once_the_server_was_made_to_say_whether_it_had_ended() -> None:
+    whole = telling(said_again=5) | {"/detokenize": plain({"prompt": "a"})}
+    drawn = Sampling(temperature=1, max_tokens=12)
+    async with engine_before(whole, flavour="vllm") as (engine, far):
+        kept = await run(engine, generation(SAID, emitted_token_ids=[5], sampling=drawn))
+        again, rest = far.bodies(TEXT)[1:]
+    assert (kept.text, kept.token_ids, kept.reason) == ("b", [6, 7], FinishReason.STOP)
+    assert (again["prompt"], again["max_tokens"], again["temperature"], again["logit_bias"]) == (
+        [1, 2, 3],
+        1,
+        0,
+        {"5": 100},
+    )
+    assert (rest["prompt"], rest["temperature"], rest.get("logit_bias")) == ([1, 2, 3, 5], 1, None)
+
+
+async def test_what_is_drawn_does_not_go_on_inside_a_character() -> None:
+    async with engine_before(telling(), flavour="vllm") as (engine, _):
+        with pytest.raises(MeshError, match="inside a character"):
+            await run(
+                engine, generation(SAID, emitted_token_ids=[5, 6], sampling=Sampling(temperature=1, max_tokens=12))
+            )
+
+
 async def test_what_was_complete_elsewhere_is_not_asked_for_again() -> None:
     async with engine_before(telling(end="stop"), flavour="vllm") as (engine, far):
         kept = await run(engine, generation(SAID, emitted_token_ids=[5, 6]))
@@ -376,11 +400,16 @@ async def test_what_was_complete_elsewhere_is_not_asked_for_again() -> None:
     ("fields", "reason"),
     [
         ({"sampling": Sampling(temperature=0, max_tokens=12)}, Reason.ENGINE_FAILED),
-        ({"sampling": Sampling(temperature=1, max_tokens=12)}, Reason.NO_READY_WORKER),
+        ({"sampling": Sampling(temperature=1, max_tokens=12, seed=3)}, Reason.NO_READY_WORKER),
         ({"sampling": Sampling(temperature=0, max_tokens=12, stop=("x",))}, Reason.NO_READY_WORKER),
         ({"sampling": Sampling(temperature=0, max_tokens=12, presence_penalty=1)}, Reason.NO_READY_WORKER),
     ],
-    ids=["it would say something else", "it is drawn", "text was held back", "the output is counted"],
+    ids=[
+        "it would say something else",
+        "its draws are to be repeatable",
+        "text was held back",
+        "the output is counted",
+    ],
 )
 async def test_what_could_not_go_on_exactly_is_turned_away(fields: dict[str, Any], reason: Reason) -> None:
     async with engine_before(telling(said_again=9), flavour="vllm") as (engine, _):
