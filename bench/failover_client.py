@@ -56,9 +56,9 @@ def _said(events: Sequence[dict[str, Any]], error: str | None) -> Said:
         if "error" in event:
             error = json.dumps(event["error"])
         for choice in event.get("choices", ()):
-            text.append(choice["text"])
+            text.append(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
             ids += choice.get("token_ids") or ()
-            reason = choice["finish_reason"] or reason
+            reason = choice.get("finish_reason") or reason
         if told := event.get("usage"):
             usage = told["prompt_tokens"], told["completion_tokens"]
     return Said("".join(text), tuple(ids), reason, usage, error)
@@ -75,7 +75,7 @@ def _unchunked(body: bytes) -> bytes:
 async def stream_all(
     target: str, key: str, bodies: Sequence[dict[str, Any]], *, flowing: Callable[[], None] = lambda: None
 ) -> list[Streamed]:
-    """Streams them all at once from /v1/completions of HOST:PORT; `flowing` is called when each has begun."""
+    """Streams them all at once from HOST:PORT, those with messages as chats; calls `flowing` when all have begun."""
     streams = [Streamed() for _ in bodies]
     left = {id(stream) for stream in streams}
 
@@ -95,7 +95,8 @@ async def _stream(
 ) -> None:
     host, _, port = target.rpartition(":")
     encoded = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {target}\r\nauthorization: Bearer {key}\r\n"
+    path = "chat/completions" if "messages" in body else "completions"
+    head = f"POST /v1/{path} HTTP/1.1\r\nhost: {target}\r\nauthorization: Bearer {key}\r\n"
     head += f"content-type: application/json\r\ncontent-length: {len(encoded)}\r\n\r\n"
     reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
     writer.write(head.encode() + encoded)

@@ -1,10 +1,11 @@
 """The routers that are compared, each started over engines of its own."""
 
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -12,12 +13,14 @@ from bench.processes import program, service, wait_for_http
 from bench.routing.engine import BLOCK_TOKENS, EngineSpec
 from services.common.keystore import KeyStore
 from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
+from services.mesh.envoy_binary import find_envoy
 from tests.support.ports import free_port
 
-__all__ = ["MODEL", "PEERS", "Contender", "Target", "peer", "tokenloom"]
+__all__ = ["MODEL", "PEERS", "Contender", "Target", "envoy", "litellm", "peer", "tokenloom"]
 
 MODEL: Final = "sim"
 _CONTEXT: Final = 16_384
+_TYPES: Final = "type.googleapis.com/envoy.extensions."
 
 Contender = Callable[[Path, Sequence[EngineSpec]], AbstractContextManager["Target"]]
 """Starts a router over engines, with a folder for its files."""
@@ -28,6 +31,8 @@ class Target(NamedTuple):
 
     host: str
     key: str
+    engines: Sequence[int]
+    """The pids of the processes with an engine each."""
 
 
 class Peer(NamedTuple):
@@ -73,14 +78,13 @@ def tokenloom(folder: Path, specs: Sequence[EngineSpec]) -> Iterator[Target]:
     with ExitStack() as stack:
         settings = RouterSettings(name="router", listen=router, metrics=_anywhere())
         stack.enter_context(service("router", settings, folder))
-        for spec in specs:
-            stack.enter_context(service("inference", _worker(spec, router), folder))
+        engines = [stack.enter_context(service("inference", _worker(spec, router), folder)) for spec in specs]
         gateway = GatewaySettings(
             name="gateway", listen=_anywhere(), metrics=_anywhere(), http=http, routers=[router], database=keys
         )
         stack.enter_context(service("gateway", gateway, folder))
         wait_for_http(f"http://{http}/readyz")
-        yield Target(http, key)
+        yield Target(http, key, engines)
 
 
 def _worker(spec: EngineSpec, router: str) -> WorkerSettings:
@@ -102,23 +106,98 @@ def peer(program_path: str, how: Peer) -> Contender:
 
     @contextmanager
     def contender(folder: Path, specs: Sequence[EngineSpec]) -> Iterator[Target]:
+        port = free_port()
+        command = [program_path, *how.arguments, "--port", str(port), "--prometheus-port", str(free_port())]
         with ExitStack() as stack:
-            urls = [stack.enter_context(_http_engine(folder, spec)) for spec in specs]
-            port = free_port()
-            command = [program_path, *how.arguments, "--port", str(port), "--prometheus-port", str(free_port())]
+            urls, engines = stack.enter_context(_http_engines(folder, specs))
             stack.enter_context(program([*command, "--worker-urls", *urls], folder / "router.log"))
             wait_for_http(f"http://127.0.0.1:{port}{how.ready}", within=60)
-            yield Target(f"127.0.0.1:{port}", "none")
+            yield Target(f"127.0.0.1:{port}", "none", engines)
+
+    return contender
+
+
+def litellm(program_path: str) -> Contender:
+    """litellm's proxy, with the HTTP servers as deployments of one model."""
+
+    @contextmanager
+    def contender(folder: Path, specs: Sequence[EngineSpec]) -> Iterator[Target]:
+        port, key, config = free_port(), f"sk-{secrets.token_hex(16)}", folder / "litellm.json"
+        command = [program_path, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        with _http_engines(folder, specs) as (urls, engines):
+            models = [
+                {
+                    "model_name": MODEL,
+                    "litellm_params": {"model": f"openai/{MODEL}", "api_base": f"{url}/v1", "api_key": "none"},
+                }
+                for url in urls
+            ]
+            config.write_bytes(msgspec.json.encode({"model_list": models, "general_settings": {"master_key": key}}))
+            with program([*command, "--telemetry", "False"], folder / "litellm.log"):
+                wait_for_http(f"http://127.0.0.1:{port}/health/liveliness", within=120)
+                yield Target(f"127.0.0.1:{port}", key, engines)
 
     return contender
 
 
 @contextmanager
-def _http_engine(folder: Path, spec: EngineSpec) -> Iterator[str]:
+def envoy(folder: Path, specs: Sequence[EngineSpec]) -> Iterator[Target]:
+    """Envoy alone, in turn to the HTTP servers, with retries and outlier detection as they are commonly switched on."""
+    port, admin, config = free_port(), free_port(), folder / "envoy.json"
+    with _http_engines(folder, specs) as (urls, engines):
+        config.write_bytes(msgspec.json.encode(_envoy_config(port, admin, urls)))
+        with program([str(find_envoy()), "-c", str(config), "--log-level", "error"], folder / "envoy.log"):
+            wait_for_http(f"http://127.0.0.1:{admin}/ready")
+            yield Target(f"127.0.0.1:{port}", "none", engines)
+
+
+def _envoy_config(port: int, admin: int, urls: Sequence[str]) -> dict[str, Any]:
+    def address(at: int) -> dict[str, Any]:
+        return {"socket_address": {"address": "127.0.0.1", "port_value": at}}
+
+    retries = {"retry_on": "connect-failure,refused-stream,reset,5xx", "num_retries": 3}
+    route = {"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s", "retry_policy": retries}}
+    manager = {
+        "@type": f"{_TYPES}filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "in",
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": f"{_TYPES}filters.http.router.v3.Router"},
+            }
+        ],
+    }
+    chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+    endpoints = [{"endpoint": {"address": address(int(url.rpartition(":")[2]))}} for url in urls]
+    cluster = {
+        "name": "engines",
+        "type": "STATIC",
+        "lb_policy": "ROUND_ROBIN",
+        "outlier_detection": {},
+        "load_assignment": {"cluster_name": "engines", "endpoints": [{"lb_endpoints": endpoints}]},
+    }
+    listener = {"name": "in", "address": address(port), "filter_chains": [chain]}
+    return {
+        "admin": {"address": address(admin)},
+        "static_resources": {"listeners": [listener], "clusters": [cluster]},
+    }
+
+
+@contextmanager
+def _http_engines(folder: Path, specs: Sequence[EngineSpec]) -> Iterator[tuple[list[str], list[int]]]:
+    """Yields their URLs, and the pids of their processes."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(_http_engine(folder, spec)) for spec in specs]
+        yield [url for url, _ in started], [pid for _, pid in started]
+
+
+@contextmanager
+def _http_engine(folder: Path, spec: EngineSpec) -> Iterator[tuple[str, int]]:
     port = free_port()
     settings = ",".join(f"{name}={value}" for name, value in msgspec.to_builtins(_sim(spec)).items() if value != "")
     arguments = [sys.executable, "-m", "bench.peers.sim_openai", str(port), settings]
-    with program(arguments, folder / f"{spec.name}.log"):
+    with program(arguments, folder / f"{spec.name}.log") as pid:
         url = f"http://127.0.0.1:{port}"
         wait_for_http(f"{url}/health")
-        yield url
+        yield url, pid

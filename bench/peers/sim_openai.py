@@ -147,10 +147,11 @@ class Server:
         self._count += 1
         name = f"chatcmpl-{self._count}"
         messages = _messages(body)
+        sampling = Sampling(max_tokens=body.get("max_tokens"), ignore_eos=body.get("ignore_eos", False))
         stream = _Stream(writer, name)
         try:
             await self._engine.submit(
-                Generation(id=name, model=_MODEL, prompt=messages, kind="chat", sampling=Sampling()), stream
+                Generation(id=name, model=_MODEL, prompt=messages, kind="chat", sampling=sampling), stream
             )
             await stream.ended
         except MeshError as error:
