@@ -33,7 +33,8 @@ _SERVER_OPTIONS: Final[list[tuple[str, Any]]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Two processes on one port would share its connections, and half the calls would go to a ghost.
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Gateways ask workers that are silent every second whether they are there.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.max_metadata_size", 16 << 10),
 ]
 _CHANNEL_OPTIONS: Final[list[tuple[str, Any]]] = [

@@ -323,7 +323,7 @@ class Generation:
         self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
         self._victims += lost.loss is not Loss.NOTHING
         self._check_movable(lost)
-        if self._resumes:
+        if self._resumes and not self._begins_anew(lost):
             self._stream.recover()
         else:
             self._stream.restart()
@@ -347,6 +347,10 @@ class Generation:
         if lost.fatal or self._victims >= _MAX_VICTIMS or (self._shown and not self._resumes):
             raise _engine_failed() from lost
 
+    def _begins_anew(self, lost: WorkerLostError) -> bool:
+        # Not every worker can go on with everything, but all of them can begin what nobody has seen anything of.
+        return not self._shown and lost.refusal is not None and lost.refusal.field == "emitted_token_ids"
+
     @property
     def _emitted(self) -> int:
         """How many tokens it has, those included of which only the text is known."""
@@ -359,8 +363,7 @@ class Generation:
         # What a seed makes repeatable depends on all that was drawn before.
         drawn_alike = not sampling.HasField("seed") or (sampling.HasField("temperature") and sampling.temperature == 0)
         silent = not sampling.HasField("prompt_logprob_count")
-        free = not request.HasField("structured_output") and not _forces_a_call(request.chat)
-        return drawn_alike and silent and free and request.choice_count <= 1 and not self._stream.lacks_ids
+        return drawn_alike and silent and request.choice_count <= 1 and not self._stream.lacks_ids
 
     async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""
@@ -457,13 +460,6 @@ def _outcome(error: MeshError) -> router_pb2.Outcome.ValueType:
     if error.row.http < 500:
         return router_pb2.OUTCOME_REFUSED
     return router_pb2.OUTCOME_FAILED
-
-
-def _forces_a_call(chat: pb.ChatPrompt) -> bool:
-    # These hold the output to a grammar, whose state can't be carried over.
-    choice = chat.tool_choice.mode
-    forced = choice in (pb.TOOL_CHOICE_MODE_REQUIRED, pb.TOOL_CHOICE_MODE_FUNCTION)
-    return forced or any(tool.strict for tool in chat.tools)
 
 
 def _most_output(request: pb.GenerateRequest) -> int | None:

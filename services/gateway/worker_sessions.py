@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 _PATH: Final = "/tokenloom.inference.v1.WorkerService/Session"
 _MAX_WAITING_EDITS: Final = 10_000
 _CONNECT_SECONDS: Final = 2.0
+# A worker that stands still, whatever of it does, is given up within three seconds, and its streams go on elsewhere.
+_SILENT_SECONDS: Final = 1.0
+_ANSWER_SECONDS: Final = 2.0
 _TURNED_AWAY: Final = (Reason.NO_READY_WORKER, Reason.NO_CAPACITY)
 
 
@@ -42,7 +45,14 @@ class _Session:
         """Talks to the worker until either side ends it; then every stream on it has lost its worker."""
         try:
             # Given up at the first refusal: a worker that is picked listens, so one that doesn't is gone.
-            async with calling(self._endpoint, _PATH, self._take, connect_seconds=_CONNECT_SECONDS) as call:
+            async with calling(
+                self._endpoint,
+                _PATH,
+                self._take,
+                connect_seconds=_CONNECT_SECONDS,
+                silent_seconds=_SILENT_SECONDS,
+                answer_seconds=_ANSWER_SECONDS,
+            ) as call:
                 self._connected = True
                 send_from(self._outbox, call, _encoded)
                 await call.ended()

@@ -240,7 +240,6 @@ def _check_continuation(generation: Generation, card: EngineCard) -> None:
     check_token_ids("emitted_token_ids", emitted, card.vocabulary_size)
     inexact = {
         "sampling.seed": (sampling.temperature > 0 and sampling.seed is not None, "no sampling with a seed"),
-        "structured_output": (generation.structured_output is not None, "no structured output"),
         "choice_count": (generation.choices > 1, "only a single choice"),
         "sampling.prompt_logprob_count": (
             sampling.prompt_logprob_count is not None,

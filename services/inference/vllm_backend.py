@@ -34,7 +34,7 @@ from services.inference.vllm_environment import has_cuda
 from services.inference.vllm_form_params import form_checker, form_params, form_settings
 from services.inference.vllm_media import placeholder_ids
 from services.inference.vllm_nursery import Nursery
-from services.inference.vllm_params import Limits, Plan
+from services.inference.vllm_params import FORM_ARGUMENT, Limits, Plan
 from services.inference.vllm_prompts import Prompts
 from services.inference.vllm_replay import Replay
 from services.inference.vllm_token_text import TokenTexts
@@ -191,6 +191,9 @@ class Backend:
             arguments |= {"stop": None, "detokenize": False}
         if generation.structured_output is not None:
             arguments["structured_outputs"] = form_params(generation.structured_output)
+            if plan.emitted_token_ids:
+                extra = arguments.get("extra_args", {}) | {FORM_ARGUMENT: len(plan.emitted_token_ids)}
+                arguments["extra_args"] = extra
         with self.refusals("messages" if generation.kind == "chat" else "prompt"):
             return await self.llm.add_request(
                 generation.id,

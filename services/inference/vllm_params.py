@@ -7,11 +7,13 @@ from typing import Any, Final
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Generation, Sampling
 
-__all__ = ["EMITTED_ARGUMENT", "Limits", "Plan", "plan"]
+__all__ = ["EMITTED_ARGUMENT", "FORM_ARGUMENT", "Limits", "Plan", "plan"]
 
 EMITTED_ARGUMENT: Final = "tokenloom_emitted"
 """The extra argument that services.inference.vllm_emitted finds in the engine process: how many tokens of a request's
 prompt were emitted elsewhere, and the penalties that are to count them."""
+FORM_ARGUMENT: Final = "tokenloom_emitted_in_form"
+"""The same for services.inference.vllm_emitted_form: how many there are for the form of the output to go through."""
 
 _SEED_BITS: Final = (1 << 62) - 1
 # Of log-probabilities of a prompt, the token itself counted: about a megabyte, which one message can carry.
@@ -197,7 +199,6 @@ def _check_continuation(generation: Generation, max_tokens: int, limits: Limits)
     inexact = {
         "a seed and a temperature above 0": sampling.seed is not None and sampling.temperature > 0,
         "log-probabilities of the prompt": sampling.prompt_logprob_count is not None,
-        "a structured output": generation.structured_output is not None,
         "several choices": generation.choices > 1,
     }
     for what, asked in inexact.items():

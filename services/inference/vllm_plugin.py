@@ -21,21 +21,36 @@ def register() -> None:
     if WORKER_PID_VARIABLE in os.environ:
         tie()
         _allow_matrix_tiles()
+        if not _is_worker():
+            _carry_forms_on()
 
 
 def tie() -> None:
     """Has this process end when the worker does, or whatever process of the worker's has started this one."""
-    worker = int(os.environ[WORKER_PID_VARIABLE])
-    if worker == os.getpid():
+    if _is_worker():
         return
     # A terminal's Ctrl-C is for the worker, which drains first.
     os.setpgid(0, 0)
     die_with_parent()
     try:
-        os.kill(worker, 0)
+        os.kill(_worker(), 0)
     except ProcessLookupError:
         # It died before the kernel knew that it matters to us.
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _worker() -> int:
+    return int(os.environ[WORKER_PID_VARIABLE])
+
+
+def _is_worker() -> bool:
+    return _worker() == os.getpid()
+
+
+def _carry_forms_on() -> None:
+    from services.inference.vllm_emitted_form import carry_forms_on  # noqa: PLC0415  # it imports vLLM
+
+    carry_forms_on()
 
 
 def _allow_matrix_tiles() -> None:

@@ -75,6 +75,22 @@ async def test_64_streams_survive_the_loss_of_workers_without_a_token_lost_or_tw
     wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
 
 
+async def test_streams_go_on_elsewhere_when_their_worker_stands_still(mesh: Mesh) -> None:
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
+    prompts, pid = [f"prompt {index}" for index in range(32)], int(mesh.process("worker-1")["pid"])
+    undisturbed = await said(mesh, MODEL, prompts, tokens=150)
+    began = time.monotonic()
+    try:
+        assert await said(mesh, MODEL, prompts, tokens=150, kill=["worker-1"], by=signal.SIGSTOP) == undisturbed
+        # It is given up after three seconds; the rest is what the streams take.
+        assert time.monotonic() - began < 10
+        assert await said(mesh, MODEL, prompts[:4], tokens=5) != {}
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
+    assert await said(mesh, MODEL, prompts, tokens=150) == undisturbed
+
+
 def check_that_moves_are_told(mesh: Mesh, *, away_from: str) -> None:
     def moved() -> list[dict[str, Any]]:
         return [row for row in ended(mesh, limit=64) if row["moves"]]
@@ -186,7 +202,7 @@ async def test_no_request_fails_or_waits_while_the_router_hangs(mesh: Mesh) -> N
 
 def test_a_stream_that_cannot_go_on_ends_with_an_error_and_without_done(mesh: Mesh) -> None:
     wait_until(lambda: answers(mesh), within=10)
-    body = {"model": MODEL, "prompt": "x", "max_tokens": 2000, "stream": True, "temperature": 1, "ignore_eos": True}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2000, "stream": True, "seed": 1, "ignore_eos": True}
     with httpx.stream("POST", f"{mesh.edge}/v1/completions", json=body, headers=mesh.headers, timeout=20) as response:
         worker = response.headers["x-tokenloom-worker"]
         lines = response.iter_lines()
@@ -199,7 +215,7 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error_and_without_done(mesh: Me
 
 def test_a_worker_that_is_asked_to_stop_finishes_its_streams_and_comes_back(mesh: Mesh) -> None:
     wait_until(lambda: answers(mesh), within=10)
-    body = {"model": MODEL, "prompt": "x", "max_tokens": 200, "stream": True, "temperature": 1, "ignore_eos": True}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 200, "stream": True, "seed": 1, "ignore_eos": True}
     with httpx.stream("POST", f"{mesh.edge}/v1/completions", json=body, headers=mesh.headers, timeout=20) as response:
         worker = response.headers["x-tokenloom-worker"]
         pid = int(mesh.process(worker)["pid"])

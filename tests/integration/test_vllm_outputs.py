@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -405,6 +406,31 @@ async def test_a_continuation_is_exact_whatever_is_asked_for(engine: VllmEngine,
     result = await resume_everywhere(engine, request)
     assert not result.differences
     assert result.cuts > len(result.whole.token_ids) / 2
+
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "seed": None, "max_tokens": 30}
+HELD = [
+    form("json_schema", json.dumps(SCHEMA), **GREEDY),
+    form("json_object", **GREEDY),
+    form("regex", "[0-9]{3}-(yes|no)", **GREEDY),
+    form("grammar", 'root ::= ("ab" | "cd") "!" [x-z]{4}', **GREEDY),
+    # Of what is drawn from one token alone it is known what it is.
+    form("json_schema", json.dumps(SCHEMA), **GREEDY | {"temperature": 1.5, "top_k": 1, "presence_penalty": 0.5}),
+]
+
+
+@pytest.mark.parametrize("held", HELD, ids=lambda held: held.id)
+async def test_a_form_goes_on_elsewhere_where_it_was(engine: VllmEngine, held: Generation) -> None:
+    result = await resume_everywhere(engine, held)
+    assert not result.differences
+    assert result.cuts > len(result.whole.token_ids) / 2
+
+
+async def test_what_was_emitted_has_to_have_the_form(engine: VllmEngine) -> None:
+    held = form("regex", "[0-9]{3}", **GREEDY)
+    letters = engine._backend.llm.get_tokenizer().encode("abc")
+    assert (await generate(engine, replace(held, emitted_token_ids=letters))).error is not None
+    assert (await generate(engine, held)).text.isdigit()
 
 
 # As likely as each other, so that what counts over the output decides.

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -304,7 +304,6 @@ async def test_what_can_not_be_called_as_asked_is_refused_by_field(engine: VllmE
             chat(tools=(replace(broken, strict=True),)),
             chat(tools=(cyclic,), tool_choice="required"),
         ],
-        "emitted_token_ids": [chat(tool_choice="required", emitted_token_ids=[40, 41])],
     }
     for named, generations in refused.items():
         for asked in generations:
@@ -425,17 +424,40 @@ async def test_a_generation_with_thinking_and_functions_goes_on_elsewhere_exactl
             break
     assert whole.reasoning
     assert whole.text
-    # A client has whole deltas, however many tokens each brings.
-    for count in sorted({1, 2, len(sink.deltas) // 2, len(sink.deltas) - 1, len(sink.deltas)}):
+    cuts = sorted({1, 2, len(sink.deltas) // 2, len(sink.deltas) - 1, len(sink.deltas)})
+    await assert_it_goes_on(engine, asked, whole, sink, cuts)
+
+
+async def assert_it_goes_on(
+    engine: VllmEngine, asked: Generation, whole: Said, sink: Kept, cuts: Iterable[int]
+) -> None:
+    """Resumes it after so many deltas each: a client has whole ones, however many tokens each brings."""
+    for count in cuts:
         had = sink.deltas[:count]
         emitted = [token_id for delta in had for token_id in delta.token_ids]
         resumed = await generate(engine, replace(asked, id=f"r{count}", emitted_token_ids=emitted))
+        assert resumed.error is None
         said = put_together([*had, *resumed.deltas])
-        assert (said.text, said.reasoning) == (whole.text, whole.reasoning)
+        assert (said.text, said.reasoning, said.calls) == (whole.text, whole.reasoning, whole.calls)
         assert resumed.reason is sink.reason
         assert resumed.usage is not None
         assert sink.usage is not None
         assert resumed.usage.output == sink.usage.output
+
+
+@pytest.mark.parametrize(
+    "choice", [{"tool_choice": "required"}, {"tool_choice": "function", "function_name": "f"}], ids=str
+)
+async def test_a_call_that_has_to_be_made_goes_on_elsewhere_inside_its_form(
+    engine: VllmEngine, choice: dict[str, Any]
+) -> None:
+    # Nothing in it can be long: the model would use it.
+    parameters = {"properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"enum": [1, 2]}}, "required": ["city"]}
+    tools = (Tool(name="f", description="", parameters_json=json.dumps(parameters | {"additionalProperties": False})),)
+    asked = chat(tools=tools, sampling={"max_tokens": 60}, **choice)
+    whole, sink = await said_by(engine, asked)
+    assert whole.calls
+    await assert_it_goes_on(engine, asked, whole, sink, range(1, len(sink.deltas) + 1))
 
 
 @pytest.mark.parametrize(
@@ -469,6 +491,16 @@ async def test_a_form_begins_after_the_thinking() -> None:
                 break
         assert said.reasoning
         assert (said.text, sink.reason) == ("yes", FinishReason.STOP)
+        # Greedy, and cut everywhere, in the thinking and after it.
+        for likely in range(1, 12):
+            greedy = {"logit_bias": {tokenizer.get_vocab()["</think>"]: float(likely)}, "max_tokens": 60}
+            letters = StructuredOutput(kind="regex", value="[a-z]{9}!")
+            held = chat(template_arguments={}, tools=(), structured_output=letters, sampling=greedy)
+            whole, sink = await said_by(engine, held)
+            if whole.reasoning and whole.text:
+                break
+        assert whole.text.endswith("!")
+        await assert_it_goes_on(engine, held, whole, sink, range(1, len(sink.deltas) + 1))
         # It doesn't think where the template says so, nor outside of a chat.
         assert (await said_by(engine, replace(thinking, chat=ChatOptions(template_arguments=PLAIN))))[0].text == "yes"
         text = replace(thinking, id="t", prompt="Well,", kind="text", chat=ChatOptions())

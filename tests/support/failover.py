@@ -3,7 +3,9 @@
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
 import openai
 
@@ -16,16 +18,24 @@ _SECOND_KILL_SECONDS = 0.02
 
 
 async def said(
-    mesh: Mesh, model: str, prompts: Sequence[str], *, tokens: int, kill: Sequence[str] = ()
+    mesh: Mesh,
+    model: str,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    kill: Sequence[str] = (),
+    by: signal.Signals = signal.SIGKILL,
+    more: Sequence[Mapping[str, Any]] = ({},),
 ) -> dict[str, tuple[str, int]]:
     """What a stream of each prompt says, and its output tokens by the usage.
 
-    `kill` names workers that are killed once all streams flow, each one shortly after the one before.
+    `kill` names workers that are killed once all streams flow, each one shortly after the one before. `more` has
+    further fields of the bodies, by turns.
     """
     flowing: set[str] = set()
     texts: dict[str, tuple[str, int]] = {}
 
-    async def stream(client: openai.AsyncOpenAI, prompt: str) -> None:
+    async def stream(client: openai.AsyncOpenAI, prompt: str, fields: Mapping[str, Any]) -> None:
         events = await client.completions.create(
             model=model,
             prompt=prompt,
@@ -33,7 +43,7 @@ async def said(
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, **fields},
         )
         parts, count = [], 0
         async for event in events:
@@ -43,11 +53,11 @@ async def said(
         texts[prompt] = "".join(parts), count
 
     async with mesh.async_sdk() as client, asyncio.TaskGroup() as tasks:
-        for prompt in prompts:
-            tasks.create_task(stream(client, prompt))
+        for prompt, fields in zip(prompts, cycle(more), strict=False):
+            tasks.create_task(stream(client, prompt, fields))
         if kill:
             await eventually(lambda: len(flowing) == len(prompts), within=20)
         for number, name in enumerate(kill):
             await asyncio.sleep(_SECOND_KILL_SECONDS if number else 0)
-            os.kill(int(mesh.process(name)["pid"]), signal.SIGKILL)
+            os.kill(int(mesh.process(name)["pid"]), by)
     return texts
