@@ -276,7 +276,7 @@ async def test_a_worker_process_drains_on_sigterm_and_loses_nothing(tmp_path: Pa
     config = worker_config(sim=SimSettings(decode_step_ms=10))
     async with worker_process(config, tmp_path) as process, rpc.channel(process.address) as channel:
         async with open_session(channel) as session:
-            await session.send(*(submission(handle, max_tokens=60) for handle in range(1, 9)))
+            await session.send(*(submission(handle, max_tokens=150) for handle in range(1, 9)))
             await session.read()
             process.terminate()
             await process.wait_for_health("NOT_SERVING", within=2)
@@ -285,7 +285,7 @@ async def test_a_worker_process_drains_on_sigterm_and_loses_nothing(tmp_path: Pa
             assert not await session.read()
         assert await process.exit_code(within=5) == 0
     for handle in range(1, 9):
-        assert session.texts[handle] == sim_text.expected_text(sim_text.tokenize(f"prompt {handle}"), 60)
+        assert session.texts[handle] == sim_text.expected_text(sim_text.tokenize(f"prompt {handle}"), 150)
     assert error_of(session, 9).reason == Reason.NO_READY_WORKER
     lines = [json.loads(line) for line in process.log.read_text(encoding="utf-8").splitlines()]
     assert [line["message"] for line in lines if line["level"] in ("warning", "error")] == []
