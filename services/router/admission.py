@@ -10,13 +10,13 @@ from typing import Final, Protocol
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
 from services.router.choosing import Chooser
 from services.router.deadlines import Deadlines
-from services.router.decisions import Decisions, Record
+from services.router.decisions import Decisions
 from services.router.fleet import Clock, Fleet
 from services.router.memory import AnswerLengths
 from services.router.policy import Policies
 from services.router.prefixes import Prefixes
 from services.router.promises import Promises
-from services.router.refusals import LONGEST_MODEL_NAME, Refusals, check
+from services.router.refusals import Refusals, check
 from services.router.request import Request
 from services.router.retry_budget import RetryBudget
 from services.router.scheduler import Decision, Scheduler, Verdict
@@ -282,7 +282,8 @@ class Admission:
             self._refuse(ticket, self._refusals.too_late(ticket))
             return
         wait = self._refusals.expected_wait(ticket, self._line.before(ticket))
-        if wait is not None and wait > self._refusals.allowed_wait(ticket, now):
+        allowed = self._refusals.allowed_wait(ticket, now)
+        if wait is not None and wait > allowed:
             # It would wait in vain, and take a place from those who need not.
             self._refuse(
                 ticket,
@@ -295,7 +296,7 @@ class Admission:
         ticket.state = State.WAITING
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
-        self._promises.set(ticket, now + self._refusals.allowed_wait(ticket, now))
+        self._promises.set(ticket, now + allowed)
         self._waits(ticket, 1)
         self._look_again(ticket, check_at)
 
@@ -398,7 +399,6 @@ class Admission:
         self._deadlines.drop(ticket)
         self._promises.drop(ticket)
         self._line.serve(ticket)
-        self._waits(ticket, -1)
         self._grant(ticket, decision)
 
     def _serve_aged(self, models: tuple[str, ...]) -> bool:
@@ -415,27 +415,33 @@ class Admission:
     def _grant(self, ticket: Ticket, decision: Decision) -> None:
         worker, request = decision.worker, ticket.way.request
         assert worker is not None
+        now, has_waited = self._clock(), ticket.is_waiting
         ticket.state = State.GRANTED
-        ticket.queue_seconds = self._clock() - ticket.asked_at
+        ticket.queue_seconds = now - ticket.asked_at
         ticket.lease = self._fleet.grant(
             worker, request, output_tokens=decision.output_tokens, prediction=decision.prediction
         )
         if ticket.most_others:
             ticket.others = self._others(decision, ticket.most_others)
-        self._runs(ticket, 1)
+        if request.occupies_slot:
+            shares = self._shares.of(ticket.lane.model, now)
+            if has_waited:
+                shares.starts(ticket.tenant)
+            else:
+                shares.runs(ticket.tenant, 1, now)
         self._prefixes.note(request, worker)
-        ticket.said = ticket.reason
-        self._record(ticket, worker.worker_id, ticket.said)
+        self._decisions.add(ticket.record(at=now))
         self._observer.decided("granted", ticket.queue_seconds)
         ticket.settle(ticket)
-        ticket.forget_looks()
+        # A ticket may live for long, and a fleet may be large.
+        ticket.decision = None
 
     def _refuse(self, ticket: Ticket, error: MeshError) -> None:
         self._leave_line(ticket)
         ticket.state = State.REFUSED
         ticket.queue_seconds = self._clock() - ticket.asked_at
         ticket.error = error
-        self._record(ticket, "", error.message)
+        self._decisions.add(ticket.record(at=self._clock(), refusal=error.message))
         self._observer.decided(error.reason.value.lower(), ticket.queue_seconds)
         ticket.settle(ticket)
 
@@ -444,20 +450,3 @@ class Admission:
         self._promises.drop(ticket)
         if self._line.remove(ticket):
             self._waits(ticket, -1)
-
-    def _record(self, ticket: Ticket, worker_id: str, reason: str) -> None:
-        request, decision = ticket.request, ticket.decision
-        self._decisions.add(
-            Record(
-                at=self._clock(),
-                request_id=request.request_id,
-                model=(request.model or "")[:LONGEST_MODEL_NAME],
-                worker_id=worker_id,
-                reason=reason,
-                queue_seconds=ticket.queue_seconds,
-                looked_at=decision.looked_at if decision is not None else [],
-                prompt_tokens=request.prompt_tokens,
-                rule=ticket.way.rule,
-                degraded=bool(worker_id) and ticket.way.degraded,
-            )
-        )

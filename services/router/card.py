@@ -38,6 +38,7 @@ class Card:
         max_running: sequences that it runs at the same time, at least 1.
         kv_tokens: tokens of KV cache; 0 where it is not known.
         said: the registration as it came, for those who show it.
+        headroom: requests that may wait in its engine, so that a slot is taken again the moment it is free.
     """
 
     worker_id: str
@@ -50,16 +51,16 @@ class Card:
     max_running: int = 1
     kv_tokens: int = 0
     said: Any = field(default=None, repr=False)
+    headroom: int = field(init=False)
 
     def can(self, model: str | None, needs: frozenset[str]) -> bool:
         """Whether the model can do all of that; a model whose card names nothing is taken to."""
         able = self.abilities.get(model or "")
         return not able or needs <= able
 
-    @property
-    def headroom(self) -> int:
-        """Requests that may wait in its engine, so that a slot is taken again the moment it is free."""
-        return max(1, self.max_running // 16)
+    def __post_init__(self) -> None:
+        # Asked for at every decision.
+        object.__setattr__(self, "headroom", max(1, self.max_running // 16))
 
     @property
     def most_prompt_tokens(self) -> int:

@@ -29,17 +29,21 @@ class _Group(Generic[M]):
 
     def add(self, member: M) -> None:
         self.oldest_first[member] = None
-        queue = self.tenants.setdefault(member.tenant, {})
-        self._move(member.tenant, len(queue), len(queue) + 1)
+        tenant = member.tenant
+        queue = self.tenants.get(tenant)
+        if queue is None:
+            queue = self.tenants[tenant] = {}
+        self._move(tenant, len(queue), len(queue) + 1)
         queue[member] = None
 
     def remove(self, member: M) -> None:
         del self.oldest_first[member]
-        queue = self.tenants[member.tenant]
-        self._move(member.tenant, len(queue), len(queue) - 1)
+        tenant = member.tenant
+        queue = self.tenants[tenant]
+        self._move(tenant, len(queue), len(queue) - 1)
         del queue[member]
         if not queue:
-            del self.tenants[member.tenant]
+            del self.tenants[tenant]
 
     @property
     def largest(self) -> str:
@@ -53,7 +57,10 @@ class _Group(Generic[M]):
             if not peers:
                 del self._by_count[before]
         if after:
-            self._by_count.setdefault(after, {})[tenant] = None
+            equals = self._by_count.get(after)
+            if equals is None:
+                equals = self._by_count[after] = {}
+            equals[tenant] = None
         # It changes by one at a time, so the most is never more than one away.
         if after > self._most or (before == self._most and before not in self._by_count):
             self._most = after
@@ -72,7 +79,10 @@ class Crowd(Generic[M]):
 
     def add(self, member: M) -> None:
         """One more waits."""
-        self._groups.setdefault(member.priority, _Group()).add(member)
+        group = self._groups.get(member.priority)
+        if group is None:
+            group = self._groups[member.priority] = _Group()
+        group.add(member)
 
     def remove(self, member: M) -> None:
         """One waits no more."""

@@ -19,11 +19,20 @@ class Deadlines(Generic[T]):
         self._order = 0
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no member has a time."""
+        return not self._times
+
+    @property
     def next(self) -> float | None:
         """The earliest time, or None."""
-        while self._heap and self._times.get(self._heap[0][2]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        heap, times = self._heap, self._times
+        while heap:
+            at, _, member = heap[0]
+            if times.get(member) == at:
+                return at
+            heapq.heappop(heap)
+        return None
 
     @property
     def first(self) -> T | None:

@@ -1,11 +1,12 @@
-"""The workers that a decision looked at, kept as columns: a tuple for each would be most of what a router allocates."""
+"""The workers that a decision looked at: kept as it went through them, and spelled out for those who ask."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Self, overload
+from typing import NamedTuple, Protocol, Self, overload
 
 from services.router.cost import Prediction
 
-__all__ = ["NO_PREDICTION", "Look", "Looks"]
+__all__ = ["NO_PREDICTION", "Look", "Looks", "Step"]
 
 Look = tuple[str, str, Prediction]
 """A worker that was looked at: its name, why it was out of the question (or nothing), and what was predicted."""
@@ -13,31 +14,74 @@ Look = tuple[str, str, Prediction]
 NO_PREDICTION: Prediction = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
+class Named(Protocol):
+    """A worker, as far as it is told of."""
+
+    @property
+    def worker_id(self) -> str: ...
+
+
+Step = tuple[Sequence[Named], Sequence[Named], str]
+"""Some workers, those of them that were left, in the same order, and why the others were not."""
+
+
+class _Name(NamedTuple):
+    worker_id: str
+
+
 class Looks(Sequence[Look]):
-    """First the workers that were out of the question, by name and reason, then the others, with what was predicted."""
+    """First the workers that were out of the question, by name and reason, then the others, with what was predicted.
 
-    __slots__ = ("_names", "_predictions", "_reasons")
+    Nearly nobody asks, so that names are put to lists only then: what is kept are the lists that the decision made.
+    """
 
-    def __init__(self, names: list[str], reasons: list[str], predictions: Sequence[Prediction]) -> None:
-        """`names` has those with a reason first."""
+    __slots__ = ("_left", "_names", "_predictions", "_reasons", "_steps")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        reasons: Sequence[str],
+        steps: Sequence[Step],
+        left: Sequence[Named],
+        predictions: Sequence[Prediction],
+    ) -> None:
+        """`names` were out for a reason of their own, each; those that a step took out come after them.
+
+        `left`: those that were compared, with a prediction each. Whoever gives a list leaves it as it is.
+        """
         self._names = names
         self._reasons = reasons
+        self._steps = steps
+        self._left = left
         self._predictions = predictions
 
     @classmethod
     def of(cls, looks: Iterable[Look]) -> Self:
         """From a tuple for each."""
         ordered = sorted(looks, key=lambda look: not look[1])
-        reasons = [why for _, why, _ in ordered if why]
-        return cls([name for name, _, _ in ordered], reasons, [one for _, why, one in ordered if not why])
+        names, reasons = [name for name, why, _ in ordered if why], [why for _, why, _ in ordered if why]
+        left = [(_Name(name), one) for name, why, one in ordered if not why]
+        return cls(names, reasons, (), [name for name, _ in left], [one for _, one in left])
 
     @property
-    def reasons(self) -> list[str]:
-        """Why those were out of the question that were."""
-        return self._reasons
+    def compared(self) -> int:
+        """How many were not out of the question."""
+        return len(self._left)
+
+    @property
+    def out(self) -> dict[str, int]:
+        """How many were out of the question, by reason."""
+        counts = dict(Counter(self._reasons)) if self._reasons else {}
+        for before, after, why in self._steps:
+            if len(after) < len(before):
+                counts[why] = counts.get(why, 0) + len(before) - len(after)
+        return counts
 
     def __len__(self) -> int:
-        return len(self._names)
+        count = len(self._names) + len(self._left)
+        for before, after, _ in self._steps:
+            count += len(before) - len(after)
+        return count
 
     @overload
     def __getitem__(self, place: int) -> Look: ...
@@ -47,8 +91,12 @@ class Looks(Sequence[Look]):
         return list(self)[place]
 
     def __iter__(self) -> Iterator[Look]:
-        out = len(self._reasons)
-        for name, reason in zip(self._names, self._reasons, strict=False):
+        for name, reason in zip(self._names, self._reasons, strict=True):
             yield name, reason, NO_PREDICTION
-        for name, prediction in zip(self._names[out:], self._predictions, strict=True):
-            yield name, "", prediction
+        for before, after, reason in self._steps:
+            kept = {one.worker_id for one in after}
+            for one in before:
+                if one.worker_id not in kept:
+                    yield one.worker_id, reason, NO_PREDICTION
+        for one, prediction in zip(self._left, self._predictions, strict=True):
+            yield one.worker_id, "", prediction

@@ -30,19 +30,27 @@ class Promises(Generic[P]):
 
     def set(self, one: P, at: float) -> None:
         """It should be served by then."""
-        self._lanes.setdefault(_key(one), {}).setdefault(one.lane, Deadlines()).set(one, at)
+        key, lane = _key(one), one.lane
+        lanes = self._lanes.get(key)
+        if lanes is None:
+            lanes = self._lanes[key] = {}
+        times = lanes.get(lane)
+        if times is None:
+            times = lanes[lane] = Deadlines()
+        times.set(one, at)
 
     def drop(self, one: P) -> None:
         """It waits no more; one that was promised nothing changes nothing."""
-        lanes = self._lanes.get(_key(one), {})
-        times = lanes.get(one.lane)
+        key, lane = _key(one), one.lane
+        lanes = self._lanes.get(key, _NO_LANES)
+        times = lanes.get(lane)
         if times is None:
             return
         times.drop(one)
-        if times.next is None:
-            del lanes[one.lane]
+        if times.is_empty:
+            del lanes[lane]
             if not lanes:
-                del self._lanes[_key(one)]
+                del self._lanes[key]
 
     def overdue(self, models: Iterable[str], priority: int, now: float, *, skip: Container[LaneKey] = ()) -> P | None:
         """Who of a class should have been served the longest ago, of these models; None where nobody should."""

@@ -4,14 +4,13 @@ from typing import Final
 
 from services.common.errors import MeshError, Reason
 from services.common.policy import STANDARD
-from services.router.request import Request
+from services.router.request import LONGEST_MODEL_NAME, Request
 from services.router.scheduler import Scheduler, Verdict
 from services.router.ticket import Ticket
 from services.router.waiting import WaitingLine
 
-__all__ = ["LONGEST_MODEL_NAME", "Refusals", "check"]
+__all__ = ["Refusals", "check"]
 
-LONGEST_MODEL_NAME: Final = 256
 _UNKNOWN_RETRY_SECONDS: Final = 5.0
 _LONGEST_RETRY_SECONDS: Final = 60.0
 

@@ -1,11 +1,13 @@
 """A request for a worker, the same from both lanes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from services.common.policy import SloClass
 
-__all__ = ["Request"]
+__all__ = ["LONGEST_MODEL_NAME", "Request"]
+
+LONGEST_MODEL_NAME: Final = 256
 
 
 class Request(NamedTuple):

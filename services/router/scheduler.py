@@ -1,7 +1,6 @@
 """Which worker gets a request: the one pick behind both lanes."""
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from itertools import islice
@@ -10,7 +9,7 @@ from typing import Final, NamedTuple
 from services.common.policy import STANDARD
 from services.router.cost import Demand, Forecast, Prediction
 from services.router.fleet import Clock, Fleet
-from services.router.looks import Looks
+from services.router.looks import Looks, Step
 from services.router.memory import AnswerLengths
 from services.router.prefixes import Prefixes
 from services.router.request import Request
@@ -47,7 +46,7 @@ class Verdict(Enum):
     UNABLE = "unable"
 
 
-_NOBODY: Final = Looks([], [], [])
+_NOBODY: Final = Looks((), (), (), (), ())
 
 
 class Decision(NamedTuple):
@@ -70,11 +69,7 @@ class Decision(NamedTuple):
     @property
     def out(self) -> dict[str, int]:
         """How many of these were out of the question, by reason."""
-        reasons = self.looked_at.reasons
-        if reasons and reasons.count(reasons[0]) == len(reasons):
-            # Counting what differs takes longer.
-            return {reasons[0]: len(reasons)}
-        return dict(Counter(reasons))
+        return self.looked_at.out
 
     @property
     def reason(self) -> str:
@@ -83,9 +78,8 @@ class Decision(NamedTuple):
         if self.prediction is None:
             return f"{self.verdict.value} ({others})" if others else self.verdict.value
         ttft, tpot, _, _, cached = self.prediction
-        compared = len(self.looked_at) - len(self.looked_at.reasons)
         return (
-            f"least predicted time of {compared}{f' ({others})' if others else ''}: "
+            f"least predicted time of {self.looked_at.compared}{f' ({others})' if others else ''}: "
             f"first token in {1000 * ttft:.1f} ms, whole answer in {ttft + self.output_tokens * tpot:.2f} s"
             f"{f', {cached:.0f} tokens cached' if cached else ''}"
         )
@@ -105,6 +99,7 @@ class _Found(NamedTuple):
     open_to: list[Worker]
     names: list[str]
     reasons: list[str]
+    steps: list[Step]
     full: bool
     """Whether somebody would take it later."""
 
@@ -142,22 +137,15 @@ class Scheduler:
         found = self._sort_out(self._some(workers, request) if plain else workers, asks)
         if not found.open_to and plain and len(workers) > _MOST_COMPARED:
             found = self._sort_out(workers, asks)
-        names, reasons, open_to = found.names, found.reasons, found.open_to
+        open_to, names, reasons, steps, full = found
         if [worker for worker in open_to if worker.admitted_ratio != 1.0]:
-            open_to = self._without_returning(open_to, names, reasons)
+            open_to = self._without_returning(open_to, steps)
         if not open_to:
-            verdict = self._why_none(request, full=found.full, now=now)
-            return Decision(verdict=verdict, looked_at=Looks(names, reasons, []))
+            return Decision(self._why_none(request, full=full, now=now), looked_at=Looks(names, reasons, steps, (), ()))
         forecast = self._forecast(open_to, request, output, now)
-        best = self._best(open_to, forecast.costs())
-        names += [worker.worker_id for worker in open_to]
-        return Decision(
-            verdict=Verdict.PICKED,
-            worker=open_to[best],
-            prediction=forecast[best],
-            output_tokens=output,
-            looked_at=Looks(names, reasons, forecast),
-        )
+        best = self._best(open_to, forecast.costs()) if len(open_to) > 1 else 0
+        looks = Looks(names, reasons, steps, open_to, forecast)
+        return Decision(Verdict.PICKED, open_to[best], forecast[best], output, looks)
 
     def _some(self, workers: Sequence[Worker], request: Request) -> Sequence[Worker]:
         """The workers that are compared: all, or of very many some, and those who know the prompt."""
@@ -174,6 +162,7 @@ class Scheduler:
         request, now, asked, context, plain, spare = ask
         names: list[str] = []
         reasons: list[str] = []
+        steps: list[Step] = []
         oldest = now - STALE_SECONDS
         fit = workers
         if not plain or [worker for worker in workers if worker.blocked or worker.reported_at < oldest]:
@@ -182,22 +171,18 @@ class Scheduler:
             names = [worker.worker_id for worker, why in zip(workers, whys, strict=True) if why]
             reasons = [why for why in whys if why]
         if not request.occupies_slot:
-            return _Found([*fit], names, reasons, full=False)
+            return _Found([*fit], names, reasons, steps, False)
         open_to = [worker for worker in fit if not worker.full]
         if len(open_to) < len(fit):
-            names += [worker.worker_id for worker in fit if worker.full]
-            reasons += [_FULL] * (len(fit) - len(open_to))
+            steps.append((fit, open_to, _FULL))
         if spare:
-            spared = self._spared(open_to, request)
-            names += [worker.worker_id for worker in open_to if worker not in spared]
-            open_to = spared
-            reasons += [_KEPT] * (len(names) - len(reasons))
+            before, open_to = open_to, self._spared(open_to, request)
+            steps.append((before, open_to, _KEPT))
         if open_to and open_to[0].backlogged and all(worker.backlogged for worker in open_to):
             # Nobody would begin with it soon, and who does first is not known yet.
-            names += [worker.worker_id for worker in open_to]
-            reasons += [_BACKLOGGED] * len(open_to)
-            open_to = []
-        return _Found(open_to, names, reasons, full=len(open_to) < len(fit))
+            before, open_to = open_to, []
+            steps.append((before, open_to, _BACKLOGGED))
+        return _Found(open_to, names, reasons, steps, len(open_to) < len(fit))
 
     def _spared(self, workers: Sequence[Worker], request: Request) -> list[Worker]:
         """Those that have capacity to spare for a tenant with more than its share.
@@ -212,17 +197,14 @@ class Scheduler:
             or (worker.has_spare_slots and 2.0 * cached.get(worker.worker_id, 0.0) > request.prompt_tokens)
         ]
 
-    def _without_returning(self, open_to: list[Worker], names: list[str], reasons: list[str]) -> list[Worker]:
+    def _without_returning(self, open_to: list[Worker], steps: list[Step]) -> list[Worker]:
         """Leaves out workers that return from an ejection, as often as they are not to be picked yet."""
         kept = [
             worker for worker in open_to if worker.admitted_ratio == 1.0 or self._rng.random() < worker.admitted_ratio
         ]
         if not kept:
             return open_to
-        for worker in open_to:
-            if worker not in kept:
-                names.append(worker.worker_id)
-                reasons.append(_RETURNING)
+        steps.append((open_to, kept, _RETURNING))
         return kept
 
     def _forecast(self, workers: list[Worker], request: Request, output: float, now: float) -> Forecast:

@@ -34,6 +34,11 @@ class Shares:
         """So many more of a tenant's requests hold a slot; fewer for -1."""
         self._count(self._running, tenant, more, now)
 
+    def starts(self, tenant: str) -> None:
+        """One of a tenant's requests that waited holds a slot now."""
+        _add(self._waiting, tenant, -1)
+        _add(self._running, tenant, 1)
+
     def is_idle(self, now: float) -> bool:
         """Whether nobody is there, and nobody was lately."""
         self._forget(now)

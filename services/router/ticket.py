@@ -5,9 +5,10 @@ from enum import Enum
 from functools import lru_cache
 
 from services.common.errors import MeshError
+from services.router.decisions import Record, in_words
 from services.router.policy import Resolution
 from services.router.pools import Choice
-from services.router.request import Request
+from services.router.request import LONGEST_MODEL_NAME, Request
 from services.router.scheduler import Decision
 from services.router.waiting import LaneKey
 from services.router.worker import Lease
@@ -30,9 +31,11 @@ class Ticket:
 
     Attributes:
         request: what was asked for.
+        tenant: whose it is.
+        priority: its class, lower first.
         lease: the worker, once granted.
         error: why not, once refused.
-        decision: the last decision about it, until it is answered.
+        decision: the last decision about it; once it is granted, until whoever asked has been told.
         others: endpoints of the workers that came after the one that was granted, best first, as many as were wanted.
         ways: how the policy lets it be served, best first.
         way: the one of these that it was decided for.
@@ -53,11 +56,12 @@ class Ticket:
         "most_others",
         "others",
         "output_token_limit",
+        "priority",
         "queue_seconds",
         "request",
-        "said",
         "settle",
         "state",
+        "tenant",
         "tokens",
         "unready_since",
         "way",
@@ -68,9 +72,11 @@ class Ticket:
         self, request: Request, settle: "Settle", *, asked_at: float, deadline: float, most_others: int = 0
     ) -> None:
         self.request = request
+        # Of their own, since they are looked at all the time while it waits.
+        self.tenant = request.tenant
+        self.priority = request.priority
         self.most_others = most_others
         self.others: Sequence[str] = ()
-        self.said = ""
         self.settle = settle
         self.asked_at = asked_at
         self.deadline = deadline
@@ -103,27 +109,31 @@ class Ticket:
 
     @property
     def reason(self) -> str:
-        """The decision in one line."""
-        if self.said or self.decision is None:
-            return self.said
+        """The latest decision about it in one line, as long as that is kept; what is kept for longer is its record."""
+        return in_words(self.decision, self.way.rule, self.request.model or "", self._stand_in)
+
+    @property
+    def _stand_in(self) -> str:
         model = self.way.request.model
-        rule = f"; rule {self.way.rule}" if self.way.rule else ""
-        stands_in = "" if model == self.request.model else f"; {model} answers for {self.request.model}"
-        return f"{self.decision.reason}{rule}{stands_in}"
+        return "" if model is None or model == self.request.model else model
 
-    def forget_looks(self) -> None:
-        """Keeps of the decision only its words: a ticket may live for long, and a fleet may be large."""
-        self.said, self.decision = self.reason, None
-
-    @property
-    def tenant(self) -> str:
-        """Whose it is."""
-        return self.request.tenant
-
-    @property
-    def priority(self) -> int:
-        """Its class, lower first."""
-        return self.request.priority
+    def record(self, *, at: float, refusal: str = "") -> Record:
+        """What was decided, to be kept; `at` is on the router's monotonic clock, in seconds."""
+        request, way, worker_id = self.request, self.way, "" if self.lease is None else self.lease.worker.worker_id
+        model = (request.model or "")[:LONGEST_MODEL_NAME]
+        return Record(
+            at,
+            request.request_id,
+            model,
+            worker_id,
+            refusal,
+            self.queue_seconds,
+            self.decision,
+            request.prompt_tokens,
+            way.rule,
+            bool(worker_id) and way.degraded,
+            self._stand_in,
+        )
 
     @property
     def is_waiting(self) -> bool:

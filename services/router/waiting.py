@@ -201,20 +201,26 @@ class WaitingLine(Generic[W]):
 
     def add(self, waiter: W) -> None:
         """Puts a request at the end of its tenant's queue."""
-        lanes = self._models.setdefault(waiter.lane.model, {})
         key = waiter.lane
+        model = key.model
+        lanes = self._models.get(model)
+        if lanes is None:
+            lanes = self._models[model] = {}
         if key not in lanes and len(lanes) >= _MOST_LANES:
             key = key._replace(constraint="mixed")
         lane = lanes.get(key)
         if lane is None:
             lane = lanes[key] = _Lane(self._fairness)
-            for model in key.others:
-                self._models.setdefault(model, {})[key] = lane
+            for other in key.others:
+                self._models.setdefault(other, {})[key] = lane
         self._next_order += 1
         self._orders[waiter] = (self._next_order, key)
         lane.add(self._next_order, waiter)
         self.crowd.add(waiter)
-        self._crowds.setdefault(waiter.lane.model, Crowd()).add(waiter)
+        crowd = self._crowds.get(model)
+        if crowd is None:
+            crowd = self._crowds[model] = Crowd()
+        crowd.add(waiter)
 
     def remove(self, waiter: W) -> bool:
         """Takes a request out, and says whether it waited; one that did not changes nothing."""

@@ -37,7 +37,6 @@ _SPARE_SHARE: Final = 0.5
 _SPARE_BACKLOG_SECONDS: Final = 0.02
 # A sequence that runs is half way through its output, on average.
 _STILL_TO_COME: Final = 0.5
-_READY: Final = WorkerState.READY.value
 # Shorter answers say little about the time per token.
 _LEAST_OUTPUT_TOKENS: Final = 8
 
@@ -315,13 +314,14 @@ class Worker:
 
     def _refresh(self, now: float) -> None:
         load, card, occupied = self.load, self.card, len(self.leases) + self._others
+        slots = card.max_running
         self.admitted_ratio = self.ejection.admitted_ratio(now)
         self.blocked = self._obstacle()
         # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
-        self.full = occupied >= card.max_running + self._ahead() or self._lacks_kv()
+        self.full = (occupied >= slots and occupied >= slots + self._ahead()) or self._lacks_kv()
         backlog_seconds = self._backlog * self.outlook.prefill_token_seconds
         self.backlogged = backlog_seconds > _BACKLOG_SECONDS
-        self.has_spare_slots = not self.full and self._has_spare_slots(occupied)
+        self.has_spare_slots = occupied < _SPARE_SHARE * slots and not self.full and self._has_spare_kv()
         self.has_spare = self.has_spare_slots and backlog_seconds <= _SPARE_BACKLOG_SECONDS
         self.outlook = outlook(
             # By position, in the order of its fields: two of these are made for every decision.
@@ -331,7 +331,7 @@ class Worker:
                 load.decode_step_per_sequence_seconds,
                 self._backlog,
                 occupied,
-                card.max_running,
+                slots,
                 card.kv_tokens,
                 self._kv_used + _STILL_TO_COME * self._growth,
                 self._service_seconds,
@@ -350,22 +350,21 @@ class Worker:
             return "gone"
         if self.admitted_ratio == 0.0:
             return "ejected"
-        name = self.state_name
-        return "" if name == _READY else name
+        if self.load.state is WorkerState.READY and not (self.drained or self.cordoned or self.condition.lost):
+            return ""
+        return self.state_name
 
     def _lacks_kv(self) -> bool:
         # With its KV cache used up, the engine queues although slots are free.
-        if self.load.kv_usage >= _KV_NEARLY_FULL and self.load.waiting > self.card.headroom:
+        load, tokens = self.load, self.card.kv_tokens
+        if load.kv_usage >= _KV_NEARLY_FULL and load.waiting > self.card.headroom:
             return True
-        return self.card.kv_tokens > 0 and self._kv_used >= _KV_FULL * self.card.kv_tokens
+        return tokens > 0 and self._kv_used >= _KV_FULL * tokens
 
     def _ahead(self) -> int:
         """Requests that may wait in its engine: those that begin before a grant that waits for a slot could arrive."""
-        if not self._service_seconds:
-            return self.card.headroom
-        return min(self.card.headroom, int(_GRANT_SECONDS * self.card.max_running / self._service_seconds))
+        card, service = self.card, self._service_seconds
+        return min(card.headroom, int(_GRANT_SECONDS * card.max_running / service)) if service else card.headroom
 
-    def _has_spare_slots(self, occupied: int) -> bool:
-        if occupied >= _SPARE_SHARE * self.card.max_running:
-            return False
+    def _has_spare_kv(self) -> bool:
         return not self.card.kv_tokens or self._kv_used < _SPARE_SHARE * self.card.kv_tokens

@@ -89,6 +89,10 @@ class Bench:
         """Asks for a worker."""
         return self.admission.ask(Request(model=model, **request), lambda _: None)
 
+    def reason(self, ticket: Ticket) -> str:
+        """The latest decision about a request, in words."""
+        return self.decisions.of(ticket.request.request_id)[-1].reason
+
     def fill(self, **request: Any) -> list[Ticket]:
         """Asks until one finds no room, and takes that one back."""
         tickets = []

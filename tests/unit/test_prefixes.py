@@ -150,5 +150,5 @@ def test_a_decision_says_how_much_it_took_for_cached() -> None:
     first = bench.ask(prompt_tokens=640, prefix_hashes=tuple(range(10)))
     bench.admission.finish(first)
     second = bench.ask(prompt_tokens=640, prefix_hashes=tuple(range(10)), request_id="r2")
-    assert "610 tokens cached" in second.reason
+    assert "610 tokens cached" in bench.reason(second)
     assert bench.decisions.of("r2")[0].looked_at[0][2][4] == pytest.approx(609.5, abs=1)

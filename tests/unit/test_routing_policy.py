@@ -43,7 +43,7 @@ def test_a_backup_pool_is_used_when_nobody_is_ready_and_not_when_all_are_busy() 
     mesh.pass_time(0.1)
     last = mesh.ask()
     assert (worker_of(waiting), worker_of(last)) == ("spare", "spare")
-    assert last.reason.endswith("rule all")
+    assert mesh.reason(last).endswith("rule all")
 
 
 def test_a_request_that_may_takes_a_smaller_model_when_its_own_has_no_room() -> None:
@@ -59,7 +59,7 @@ def test_a_request_that_may_takes_a_smaller_model_when_its_own_has_no_room() -> 
     assert willing.way.degraded
     assert willing.lease is not None
     assert willing.lease.request.model == "tiny"
-    assert "tiny answers for big" in willing.reason
+    assert "tiny answers for big" in mesh.reason(willing)
     (record,) = mesh.decisions.of(willing.request.request_id)[-1:]
     assert (record.model, record.degraded) == ("big", True)
 
