@@ -10,6 +10,7 @@ from services.common import config
 from services.common.config import ConfigError
 
 __all__ = [
+    "BUILTIN_SLO_CLASSES",
     "MAX_POLICY_BYTES",
     "STANDARD",
     "Alias",

@@ -64,9 +64,11 @@ def root(salt: str) -> bytes:
 
 
 def _chain(data: bytes, size: int, salt: str) -> list[int]:
+    count = min(len(data) // size, _MOST_BLOCKS)
+    if not count:
+        return []
     # Written out, since a long prompt has hundreds of blocks: 0.7 us for each.
     parent = root(salt)
-    count = min(len(data) // size, _MOST_BLOCKS)
     hashes = []
     for start in range(0, count * size, size):
         parent = blake2b(data[start : start + size], digest_size=_HASH_BYTES, key=parent).digest()

@@ -76,17 +76,20 @@ def headers_of(message: Any) -> dict[str, str]:
 
 def attributes_of(message: Any) -> dict[str, str]:
     """The request headers that a gateway shows as attributes, `request.headers['NAME']`, where it shows no headers."""
-    if _ATTRIBUTES not in message.attributes:
+    attributes = message.attributes.get(_ATTRIBUTES)
+    if attributes is None:
         return {}
     return {
         expression[_HEADER_NAME]: value.string_value
-        for expression, value in message.attributes[_ATTRIBUTES].fields.items()
+        for expression, value in attributes.fields.items()
         if expression.startswith(_HEADER)
     }
 
 
 def subset_of(message: Any) -> frozenset[str] | None:
     """The endpoints to pick from, where the gateway gave some; None when it gave no hint."""
+    if not message.HasField("metadata_context"):
+        return None
     metadata = message.metadata_context.filter_metadata
     if _SUBSET_NAMESPACE not in metadata:
         return None

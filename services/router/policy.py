@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 
 from services.common.errors import MeshError, Reason
-from services.common.policy import STANDARD, Policy
+from services.common.policy import BUILTIN_SLO_CLASSES, STANDARD, Policy
 from services.router.degradation import Degradation, Level
 from services.router.fleet import Clock, Fleet
 from services.router.pools import Choice, choices
@@ -57,7 +57,7 @@ class Policies:
         self._expected = expected_workers
         self._listeners: list[Callable[[], None]] = []
         self.degradation = Degradation()
-        self.current = Policy() if policy is None else self._checked(policy)
+        self._use(Policy() if policy is None else self._checked(policy))
         self.version = 1
 
     def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
@@ -76,7 +76,7 @@ class Policies:
             ConfigError: it is not valid, and the old one stays in force.
         """
         if policy != self.current:
-            self.current = self._checked(policy)
+            self._use(self._checked(policy))
             self.version += 1
             _log.info("policy set", extra={"audit": "policy.set", "by": by, "policy_version": self.version})
             self.check_degradation()
@@ -98,6 +98,9 @@ class Policies:
             MeshError: it names a class that there is none of, or the mesh is too degraded for it.
         """
         policy = self.current
+        if self._is_plain and self.degradation.level is Level.NONE and self._is_standard(request):
+            # Nearly always, where nothing is configured.
+            return Resolution((Choice(request),))
         request = self._with_class(policy, request)
         limit = 0
         if self.degradation.level is not Level.NONE and request.occupies_slot:
@@ -121,6 +124,15 @@ class Policies:
                 "degradation level changed",
                 extra={"degradation_level": level.name, "healthy_workers": healthy, "expected_workers": expected},
             )
+
+    def _use(self, policy: Policy) -> None:
+        self.current = policy
+        self._is_plain = not (policy.aliases or policy.rules or policy.degrade or policy.tenants)
+        classes = {**BUILTIN_SLO_CLASSES, **policy.slo_classes}
+        self._standard = frozenset(name for name, found in classes.items() if found == STANDARD)
+
+    def _is_standard(self, request: Request) -> bool:
+        return (request.slo_class or self.current.default_slo_class) in self._standard
 
     def _changed(self) -> None:
         for listener in tuple(self._listeners):

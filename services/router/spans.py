@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, ProxyTracer, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from services.common.tracing import context_from, gen_ai
@@ -16,11 +16,15 @@ __all__ = ["end_span", "start_span"]
 
 # Of a large fleet the best and some of those that are out tell enough; `tokenloom explain` has all of them.
 _MOST_TOLD: Final = 8
+# What a process without a provider has: a span of theirs tells nobody anything, and takes 20 us of a rested processor.
+_NO_TRACERS: Final = (NoOpTracer, ProxyTracer)
 _OPERATIONS: Final = {"generate": "generate_content", "embed": "embeddings"}
 
 
 def start_span(tracer: Tracer, name: str, traceparent: str | None, request: Request) -> Span:
-    """Starts the span of a decision below the caller's."""
+    """Starts the span of a decision below the caller's; where nothing is traced, none that would have to be made."""
+    if isinstance(tracer, _NO_TRACERS):
+        return INVALID_SPAN
     span = tracer.start_span(name, context=context_from(traceparent), kind=SpanKind.SERVER)
     if span.is_recording():
         span.set_attributes(gen_ai(_OPERATIONS.get(request.task, request.task), request.model))
