@@ -56,8 +56,8 @@ _LANES: Final[dict[str, tuple[_Hop, ...]]] = {
     "openai": (
         ("client", "", "edge"),
         ("edge: route", "", "gateway"),
-        ("gateway: check, ask for a worker", "", "router"),
-        ("router: pick", "router", ""),
+        ("gateway: check, ask for a worker", "", "picker"),
+        ("router: pick", "picker", ""),
         ("gateway: submit", "", "worker"),
         ("worker", "worker", ""),
         ("gateway: first event", "gateway", ""),
