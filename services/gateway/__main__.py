@@ -35,6 +35,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import Models
 from services.gateway.placement import Placement
 from services.gateway.pooling import pooling_routes
+from services.gateway.refusals import Refusals
 from services.gateway.responses import Responses
 from services.gateway.router_client import RouterClient
 from services.gateway.routes import Route, Routes
@@ -87,6 +88,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             running.append(tasks.create_task(jobs.run(InnerCalls(routes, books.accounts, guardrails))))
             typed = TypedAccounts(books.accounts)
             authorization = HttpAuthorization(authenticator, guardrails, typed, trail=AuditTrail(database))
+            refusals = Refusals(routes, authenticator, books.accounts, metrics, max_body_bytes=settings.max_body_bytes)
             app = App(
                 routes=routes,
                 authenticator=authenticator,
@@ -107,7 +109,12 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
 
             async with (
                 serve(settings.listen, register) as checks,
-                serve_http(app, authorization, settings.http, drain_seconds=settings.drain_seconds),
+                serve_http(
+                    app,
+                    settings.http,
+                    short_cuts=(authorization.known_answer, refusals.known_answer),
+                    drain_seconds=settings.drain_seconds,
+                ),
             ):
                 await checks.set_serving(True)
                 # Each request is many small objects, and hardly a cycle.
@@ -146,6 +153,7 @@ def _routes(
             body=CHAT.shape,
             answer=ChatCompletion,
             streams=True,
+            is_limited=True,
         ),
         Route(
             "POST",
@@ -154,6 +162,7 @@ def _routes(
             body=COMPLETIONS.shape,
             answer=Completion,
             streams=True,
+            is_limited=True,
         ),
         *Responses(generator, metrics, limits, conversations).routes,
         *pooling_routes(calls, metrics, limits),

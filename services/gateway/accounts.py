@@ -128,6 +128,15 @@ class Account:
             self._row = msgspec.structs.replace(self._row, model=model)
         self._enter()
 
+    def refuse_early(self) -> None:
+        """Refuses the request if it would be refused whatever it is about; does nothing where that is not known yet.
+
+        Raises:
+            MeshError: RATE_LIMIT_EXCEEDED.
+        """
+        if not self._is_open:
+            self._accounts.refuse_early(self.identity, self._show)
+
     def enter_now(self) -> bool:
         """Lets a request in whose key has no limits; False, and nothing happens, where it has."""
         if self.identity.limits != NO_LIMITS:
@@ -201,20 +210,40 @@ class Accounts:
     ) -> Reservation | None:
         """Takes what a request needs from its key's limits. Raises as Account.enter does."""
         key_id, limits = identity.key_id, identity.limits
-        if limits.budget is not None and self._spending.of(key_id) >= limits.budget:
-            self.metrics.limited.labels("budget").inc()
-            raise _over_budget(limits.budget)
+        self._check_budget(identity)
         if limits.rpm is None and limits.tpm is None and limits.concurrency is None:
             return None
         expected = self._guesses.get(key_id, _FIRST_GUESS) if output_tokens is None else output_tokens
         decision, reservation = await self._limiter.admit(key_id, limits, prompt_tokens + expected)
+        self._tell(decision, limits, show)
+        return reservation
+
+    def refuse_early(self, identity: Identity, show: Show | None) -> None:
+        """Refuses a request that would be refused whatever it is about; does nothing where that is not known yet.
+
+        Raises as Account.enter does.
+        """
+        limits = identity.limits
+        if limits == NO_LIMITS:
+            return
+        self._check_budget(identity)
+        decision = self._limiter.refusal(identity.key_id, limits)
+        if decision is not None:
+            self._tell(decision, limits, show)
+
+    def _tell(self, decision: Decision, limits: KeyLimits, show: Show | None) -> None:
         if show is not None:
             for name, value in _headers(decision):
                 show(name, value)
         if not decision.allowed:
             self.metrics.limited.labels(decision.which).inc()
             raise _over_limit(decision, limits)
-        return reservation
+
+    def _check_budget(self, identity: Identity) -> None:
+        budget = identity.limits.budget
+        if budget is not None and self._spending.of(identity.key_id) >= budget:
+            self.metrics.limited.labels("budget").inc()
+            raise _over_budget(budget)
 
     def charged(self, row: UsageRow, spent: Sequence[Spent]) -> UsageRow:
         """A row with what its generations took, and what that costs."""

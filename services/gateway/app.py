@@ -6,12 +6,12 @@ from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final
 
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, Status, StatusCode
 
 from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.common.ids import random_hex
-from services.common.tracing import context_from, traceparent_of, tracer
+from services.common.tracing import traceparent_of
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.console import Console
@@ -21,8 +21,9 @@ from services.gateway.http import ABORT, WRITE, ClientLeftError, Receive, Reques
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
+from services.gateway.recording import request_ended, request_span
 from services.gateway.router_client import OnQueued
-from services.gateway.routes import UNKNOWN_PATH, Routes
+from services.gateway.routes import Routes
 
 __all__ = ["App"]
 
@@ -85,18 +86,8 @@ class App:
             await self._show(request, response)
             return
         endpoint = self._routes.label(request.path)
-        with tracer().start_as_current_span(
-            f"{request.method} {endpoint}",
-            context=context_from(request.header(b"traceparent"), request.header(b"tracestate")),
-            kind=SpanKind.SERVER,
-            record_exception=False,
-            set_status_on_exception=False,
-            attributes={
-                "tokenloom.request_id": request_id,
-                "http.request.method": request.method,
-                **({} if endpoint == UNKNOWN_PATH else {"http.route": endpoint}),
-            },
-        ) as span:
+        parent = request.header(b"traceparent"), request.header(b"tracestate")
+        with request_span(request.method, endpoint, request_id, *parent) as span:
             await self._answer(request, response, endpoint, span)
 
     async def _probe(self, request: Request, response: Response) -> None:
@@ -121,21 +112,16 @@ class App:
         except Exception as error:  # noqa: BLE001  # the last line of defence: whatever it is becomes an error body
             outcome = await _answer_error(response, error, span)
         finally:
-            seconds = monotonic() - began
-            if response.status:
-                span.set_attribute("http.response.status_code", response.status)
             self._metrics.open_requests.dec()
-            self._metrics.ended(endpoint, outcome, seconds, span=span, lane="openai")
-            _log.info(
-                "request",
-                extra={
-                    "request": response.request_id,
-                    "endpoint": endpoint,
-                    "outcome": outcome,
-                    "status": response.status or 499,
-                    "duration_ms": round(seconds * 1000, 1),
-                    **response.facts,
-                },
+            request_ended(
+                self._metrics,
+                span,
+                request_id=response.request_id,
+                endpoint=endpoint,
+                outcome=outcome,
+                status=response.status,
+                seconds=monotonic() - began,
+                facts=response.facts,
             )
 
     async def _dispatch(self, request: Request, response: Response, span: Span) -> None:

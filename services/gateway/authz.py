@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -18,15 +17,17 @@ from services.common.errors import MeshError, Reason
 from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
 from services.gateway.accounts import Account
+from services.gateway.checks import KnownAnswer
 from services.gateway.guardrails import Guardrails
-from services.gateway.http import Receive, Request, Send
+from services.gateway.http import Headers, Receive, Request, Send, error_headers
 from services.gateway.identity import Authenticator, Identity
 from services.gateway.typed_lane import ACCOUNT_HEADER, TypedAccounts
 
-__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "KnownAnswer", "Trail"]
+__all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "Trail"]
 
 AUTHORIZATION_PATH: Final = "/authz/"
 """Where checks over HTTP come in; what follows is the path that the client asked for."""
+_PATH: Final = AUTHORIZATION_PATH.encode()
 _RIGHT: Final = b"x-tokenloom-right"
 _FORM: Final = b"x-tokenloom-form"
 _REQUEST_ID: Final = b"x-request-id"
@@ -36,8 +37,6 @@ _INFERENCE: Final = "inference"
 """The right that the routes to workers need."""
 _EMPTY: Final = (b"content-length", b"0")
 _Headers = list[tuple[bytes, bytes]]
-KnownAnswer = tuple[bytes, Callable[[], None]]
-"""An answer, and what is done in the same turn once it is written: the edge need not wait until a call is noted."""
 Trail = Callable[[str, str], Awaitable[None]]
 """Writes down who asks for what, by key id and path; raises MeshError when that can't be done."""
 _READING: Final = ("List", "Watch", "Get", "Explain")
@@ -94,11 +93,14 @@ class HttpAuthorization:
         self._guardrails = guardrails
         self._accounts = accounts
 
-    def known_answer(self, url: bytes, headers: _Headers) -> KnownAnswer | None:
+    def known_answer(self, method: bytes, url: bytes, headers: Headers) -> KnownAnswer | None:
         """The whole HTTP answer to a check that passes and needs no waiting, and what is to be done right after it.
 
-        None: ask in the usual way.
+        None: ask in the usual way. A check has the `method` of the request that it is about.
         """
+        del method
+        if not url.startswith(_PATH):
+            return None
         keys = [value for name, value in headers if name == b"authorization"]
         rights = [value for name, value in headers if name == _RIGHT]
         if len(keys) != 1 or len(rights) != 1:
@@ -113,7 +115,7 @@ class HttpAuthorization:
             return _passed_bytes(identity), _nothing
         return self._entered_at_once(identity, url, headers)
 
-    def _entered_at_once(self, identity: Identity, url: bytes, headers: _Headers) -> KnownAnswer | None:
+    def _entered_at_once(self, identity: Identity, url: bytes, headers: Headers) -> KnownAnswer | None:
         if _is_filtered(self._guardrails, identity) or identity.limits != NO_LIMITS or identity.endpoints is not None:
             return None
         if self._accounts is None:
@@ -201,9 +203,7 @@ def _passed_bytes(identity: Identity) -> bytes:
 def _refusal(error: MeshError, *, is_grpc: bool) -> tuple[int, _Headers, bytes]:
     body = error.message.encode() if is_grpc else json.dumps(error.http_body()).encode()
     extra = (DETAILS_KEY.encode(), _details(error).encode()) if is_grpc else (b"content-type", b"application/json")
-    headers = [(b"content-length", str(len(body)).encode()), extra]
-    if error.retry_after_seconds is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_seconds))).encode()))
+    headers = [(b"content-length", str(len(body)).encode()), extra, *error_headers(error)]
     return error.row.http, headers, body
 
 

@@ -1,25 +1,29 @@
-"""uvicorn's HTTP protocol, with a short cut for the edge's checks of keys, which come with each typed request.
+"""uvicorn's HTTP protocol, with short cuts for what can be answered at once: the edge's checks of keys, which come with
+each typed request, and refusals of keys that are over a limit.
 
 And with one write less for each answer: its head goes out together with the beginning of its body.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization, KnownAnswer
-from services.gateway.http import ABORT, WATCH, WRITE
+from services.gateway.http import ABORT, WATCH, WRITE, Headers
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.flow_control import FlowControl
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-__all__ = ["protocol_with"]
+__all__ = ["KnownAnswer", "ShortCut", "protocol_with"]
 
-_PATH: Final = AUTHORIZATION_PATH.encode()
+KnownAnswer = tuple[bytes, Callable[[], None]]
+"""A whole HTTP answer, and what is done in the same turn once it is written: nobody need wait until it is noted."""
+ShortCut = Callable[[bytes, bytes, Headers], KnownAnswer | None]
+"""Answers a request by its method, target and headers, without waiting; None: it goes the usual way."""
 _CONTINUE: Final = b"HTTP/1.1 100 "
 
 
@@ -66,11 +70,12 @@ def _write_chunk(cycle: "RequestResponseCycle", flow: "FlowControl", events: byt
     return True
 
 
-class _WithChecks(HttpToolsProtocol):
+class _WithShortCuts(HttpToolsProtocol):
     """One connection."""
 
-    authorization: HttpAuthorization
-    _known: KnownAnswer | None = None
+    short_cuts: Sequence[ShortCut]
+    _held: list[bytes] | None = None
+    """What has come of the body of a request that may be answered at once, if all of it comes at once."""
     _left: Callable[[], None] | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -87,16 +92,31 @@ class _WithChecks(HttpToolsProtocol):
     def _watch_no_more(self) -> None:
         self._left = None
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._held is not None and not self.transport.is_closing():
+            # The rest is yet to come, and may take its time.
+            try:
+                self._begin()
+            except (httptools.HttpParserError, ValueError):
+                self.send_400_response("Invalid HTTP request received.")
+
     def on_headers_complete(self) -> None:
-        self._known = None
-        is_check = self.url.startswith(_PATH) and self.parser.should_keep_alive()
-        if is_check and (self.cycle is None or self.cycle.response_complete):
-            self._known = self.authorization.known_answer(self.url, self.headers)
-        if self._known is None:
-            before = self.cycle
-            super().on_headers_complete()
-            if self.cycle is not before:
-                self._extend(self.cycle)
+        is_next = self.cycle is None or self.cycle.response_complete
+        if is_next and self.parser.should_keep_alive() and not self.flow.write_paused:
+            self._held = []
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Has the application answer, with what of the body is there."""
+        held, self._held = self._held, None
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not before:
+            self._extend(self.cycle)
+        if held:
+            super().on_body(b"".join(held))
 
     def _extend(self, cycle: "RequestResponseCycle") -> None:
         held: Any = _HeldHead(cycle, self.transport)
@@ -106,19 +126,35 @@ class _WithChecks(HttpToolsProtocol):
         cycle.scope["extensions"] = extensions
 
     def on_body(self, body: bytes) -> None:
-        if self._known is None:
+        if self._held is None:
             super().on_body(body)
+        else:
+            self._held.append(body)
 
     def on_message_complete(self) -> None:
-        if self._known is None:
+        if self._held is None:
             super().on_message_complete()
-        else:
-            answer, then = self._known
-            self.transport.write(answer)
-            then()
-            self.on_response_complete()
+            return
+        known = self._known_answer()
+        if known is None:
+            self._begin()
+            super().on_message_complete()
+            return
+        self._held = None
+        answer, then = known
+        self.transport.write(answer)
+        then()
+        self.on_response_complete()
+
+    def _known_answer(self) -> KnownAnswer | None:
+        method = self.parser.get_method()
+        for short_cut in self.short_cuts:
+            known = short_cut(method, self.url, self.headers)
+            if known is not None:
+                return known
+        return None
 
 
-def protocol_with(authorization: HttpAuthorization) -> type[HttpToolsProtocol]:
-    """The protocol that answers checks of known keys by itself, without a task. All else is as uvicorn has it."""
-    return type("WithChecks", (_WithChecks,), {"authorization": authorization})
+def protocol_with(short_cuts: Sequence[ShortCut]) -> type[HttpToolsProtocol]:
+    """The protocol that takes short cuts, without a task. All else is as uvicorn has it."""
+    return type("WithShortCuts", (_WithShortCuts,), {"short_cuts": tuple(short_cuts)})

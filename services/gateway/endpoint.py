@@ -55,6 +55,18 @@ class Limits:
     max_body_bytes: int
     timeout_seconds: float
 
+    async def body_of(self, request: Request, caller: Caller) -> bytes:
+        """The JSON of a request, unless its key has nothing left for any: nobody decodes what is refused anyway.
+
+        Raises:
+            MeshError: as `Request.json_body` does; RATE_LIMIT_EXCEEDED.
+            ClientLeftError: the client left before the end.
+        """
+        body = await request.json_body(self.max_body_bytes)
+        if caller.account is not None:
+            caller.account.refuse_early()
+        return body
+
 
 class Endpoint(Generic[R]):
     """POST /v1/chat/completions or /v1/completions."""
@@ -72,7 +84,7 @@ class Endpoint(Generic[R]):
             MeshError: it failed; what was sent so far stays unfinished.
             ClientLeftError: the client left, and the generation is stopped.
         """
-        body = decode(await request.json_body(self._limits.max_body_bytes), self._kind.shape)
+        body = decode(await self._limits.body_of(request, caller), self._kind.shape)
         body.check()
         identity.check_model(body.model)
         generates = self._kind.convert(body)

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -14,12 +14,15 @@ from services.gateway.pieces import Totals
 
 __all__ = [
     "ABORT",
+    "JSON",
     "QUEUE_HEADER",
     "WATCH",
     "WRITE",
     "ClientLeftError",
+    "Headers",
     "Request",
     "Response",
+    "error_headers",
     "error_response",
     "kept_alive",
     "while_connected",
@@ -28,13 +31,15 @@ __all__ = [
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Headers = Sequence[tuple[bytes, bytes]]
+"""By lower-case names, in their order."""
 Watch = Callable[[Callable[[], None]], Callable[[], None]]
 WATCH: Final = "tokenloom.watch"
 """The extension of ASGI that is a Watch: it calls back when the client has left, until what it returns is called.
 
 It saves a task that waits for that.
 """
-_JSON = (b"content-type", b"application/json")
+JSON: Final = (b"content-type", b"application/json")
 _MOST_PARAMETERS: Final = 64
 _NOT_MODIFIED: Final = 304
 QUEUE_HEADER: Final = b"x-queue-status"
@@ -216,7 +221,7 @@ class Response:
     async def send_json(self, status: int, body: object, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Sends a whole JSON answer."""
         encoded = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        await self.send_whole(status, encoded, [_JSON, *headers])
+        await self.send_whole(status, encoded, [JSON, *headers])
 
     async def send_whole(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Sends a whole answer of any type, which the headers tell."""
@@ -354,10 +359,14 @@ async def error_response(response: Response, error: MeshError) -> None:
     if response.started:
         await response.end(b"data: " + msgspec.json.encode(error.http_body()) + b"\n\n")
         return
-    headers = []
-    if error.retry_after_seconds is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_seconds))).encode()))
-    await response.send_json(error.row.http, error.http_body(), headers)
+    await response.send_json(error.row.http, error.http_body(), error_headers(error))
+
+
+def error_headers(error: MeshError) -> Headers:
+    """What an error says in headers."""
+    if error.retry_after_seconds is None:
+        return ()
+    return ((b"retry-after", str(max(1, math.ceil(error.retry_after_seconds))).encode()),)
 
 
 def _too_large(limit: int) -> MeshError:

@@ -4,6 +4,7 @@ A bucket holds what a minute allows and fills up evenly over a minute. Tokens ar
 end; who used more than was reserved is in debt, and waits for as long as that takes to fill up.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -62,6 +63,9 @@ class Limiter(Protocol):
 
     async def admit(self, key_id: str, limits: KeyLimits, tokens: float) -> tuple[Decision, Reservation]:
         """Takes one request and `tokens` of a key's allowance, if they are there."""
+
+    def refusal(self, key_id: str, limits: KeyLimits) -> Decision | None:
+        """What each request of a key is told now, if all are refused alike; None: it depends, or nobody knows yet."""
 
     def settle(self, reservation: Reservation, used: float) -> None:
         """Ends a request that was admitted, and puts the tokens that it used in place of those reserved."""
@@ -141,6 +145,22 @@ class LocalLimits:
     def take(self, key_id: str, limits: KeyLimits, tokens: float) -> tuple[Decision, Reservation]:
         """The same without waiting."""
         state, now = self.state(key_id, limits), self._clock()
+        which, wait, taken = self._weigh(state, tokens, now)
+        if not which:
+            self._use(state, taken)
+        return _decision(which, wait, limits, state, self.share), Reservation(key_id, limits, taken)
+
+    def refusal(self, key_id: str, limits: KeyLimits) -> Decision | None:
+        """As a Limiter."""
+        state, now = self.state(key_id, limits), self._clock()
+        which, wait, _ = self._weigh(state, 0.0, now)
+        if not which or self._weigh(state, math.inf, now)[:2] != (which, wait):
+            return None
+        return _decision(which, wait, limits, state, self.share)
+
+    def _weigh(self, state: KeyState, tokens: float, now: float) -> tuple[Which, float, float]:
+        """What forbids a request of so many tokens, for how many seconds, and what it would take."""
+        limits = state.limits
         which: Which = ""
         wait, taken = 0.0, 0.0
         if limits.rpm is not None:
@@ -156,9 +176,7 @@ class LocalLimits:
                 which, wait = "tokens", lack
         if limits.concurrency is not None and state.busy >= max(1, limits.concurrency * self.share):
             which, wait = which or "concurrency", max(wait, _BUSY_SECONDS)
-        if not which:
-            self._use(state, taken)
-        return _decision(which, wait, limits, state, self.share), Reservation(key_id, limits, taken)
+        return which, wait, taken
 
     def _use(self, state: KeyState, tokens: float) -> None:
         state.busy += 1

@@ -98,6 +98,10 @@ class SharedLimits:
             return self._local.take(key_id, limits, tokens)
         return self._decide(key_id, limits, tokens, state, told)
 
+    def refusal(self, key_id: str, limits: KeyLimits) -> Decision | None:
+        """As a Limiter: what is shared is for Redis to say."""
+        return None if self.is_shared else self._local.refusal(key_id, limits)
+
     def settle(self, reservation: Reservation, used: float) -> None:
         """As a Limiter."""
         self._local.settle(reservation, used)

@@ -25,6 +25,6 @@ def pooling_routes(calls: WorkerCalls, metrics: GatewayMetrics, limits: Limits) 
         "/v1/detokenize": (DETOKENIZE, Detokenized),
     }
     return [
-        Route("POST", path, UnaryEndpoint(kind, calls, metrics, limits), body=kind.shape, answer=shape)
+        Route("POST", path, UnaryEndpoint(kind, calls, metrics, limits), body=kind.shape, answer=shape, is_limited=True)
         for path, (kind, shape) in kinds.items()
     ]

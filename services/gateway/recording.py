@@ -1,21 +1,73 @@
-"""What a generation's span, its log line and the gateway's metrics say of it."""
+"""What the spans, the log line and the gateway's metrics say of a request and its generations."""
 
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any
 
 from opentelemetry import trace
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, SpanKind
 
-from services.common.tracing import gen_ai
+from services.common.tracing import context_from, gen_ai, tracer
 from services.gateway.generation import Caller, Generation
 from services.gateway.http import Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Totals
+from services.gateway.routes import UNKNOWN_PATH
 from services.gateway.schema import GenerationRequest
 from services.gateway.schema_chat import ChatRequest
 
-__all__ = ["describe", "record", "show_route"]
+__all__ = ["describe", "record", "request_ended", "request_span", "show_route"]
+
+_log = logging.getLogger(__name__)
+
+
+def request_span(
+    method: str, endpoint: str, request_id: str, traceparent: str | None, tracestate: str | None
+) -> AbstractContextManager[Span]:
+    """The span of a request, which is the current one in the block; its headers tell of the client's."""
+    return tracer().start_as_current_span(
+        f"{method} {endpoint}",
+        context=context_from(traceparent, tracestate),
+        kind=SpanKind.SERVER,
+        record_exception=False,
+        set_status_on_exception=False,
+        attributes={
+            "tokenloom.request_id": request_id,
+            "http.request.method": method,
+            **({} if endpoint == UNKNOWN_PATH else {"http.route": endpoint}),
+        },
+    )
+
+
+def request_ended(
+    metrics: GatewayMetrics,
+    span: Span,
+    *,
+    request_id: str,
+    endpoint: str,
+    outcome: str,
+    status: int,
+    seconds: float,
+    facts: Mapping[str, object],
+) -> None:
+    """Says how a request ended; `status` 0: nothing was answered. `facts` are for the log line."""
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    metrics.ended(endpoint, outcome, seconds, span=span, lane="openai")
+    _log.info(
+        "request",
+        extra={
+            "request": request_id,
+            "endpoint": endpoint,
+            "outcome": outcome,
+            "status": status or 499,
+            "duration_ms": round(seconds * 1000, 1),
+            **facts,
+        },
+    )
 
 
 def describe(operation: str, body: GenerationRequest, caller: Caller) -> None:

@@ -43,7 +43,15 @@ class Responses:
     def routes(self) -> list[Route]:
         """What is served."""
         return [
-            Route("POST", "/v1/responses", self.create, body=ResponsesRequest, answer=ResponseObject, streams=True),
+            Route(
+                "POST",
+                "/v1/responses",
+                self.create,
+                body=ResponsesRequest,
+                answer=ResponseObject,
+                streams=True,
+                is_limited=True,
+            ),
             Route("GET", "/v1/responses/{response_id}", self.retrieve, answer=ResponseObject),
             Route("DELETE", "/v1/responses/{response_id}", self.delete, answer=Deleted),
             Route("POST", "/v1/responses/{response_id}/cancel", self.cancel, answer=ResponseObject),
@@ -57,7 +65,7 @@ class Responses:
             MeshError: it failed; what was sent so far stays unfinished.
             ClientLeftError: the client left, and the generation is stopped.
         """
-        body = decode(await request.json_body(self._limits.max_body_bytes), ResponsesRequest)
+        body = decode(await self._limits.body_of(request, caller), ResponsesRequest)
         body.check()
         identity.check_model(body.model)
         new = input_items(body)

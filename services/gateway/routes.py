@@ -41,6 +41,8 @@ class Route:
     """The shape of the JSON that it answers; None where it is no JSON."""
     streams: bool = False
     """Whether it answers with events when asked to."""
+    is_limited: bool = False
+    """Whether its requests count against the limits of their keys."""
 
 
 class Routes:

@@ -2,14 +2,13 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import uvicorn
 
-from services.gateway.authz import HttpAuthorization
-from services.gateway.checks import protocol_with
+from services.gateway.checks import ShortCut, protocol_with
 from services.gateway.http import Receive, Send
 
 __all__ = ["serve_http"]
@@ -30,9 +29,11 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_http(
-    app: Application, authorization: HttpAuthorization, address: str, *, drain_seconds: float
+    app: Application, address: str, *, short_cuts: Sequence[ShortCut], drain_seconds: float
 ) -> AsyncIterator[int]:
     """Serves HTTP/1.1 on `host:port` until the block is left, then lets running answers finish for `drain_seconds`.
+
+    `short_cuts` are tried in their order before `app` is asked.
 
     Yields the port, which is useful when `address` asks for port 0.
 
@@ -47,7 +48,7 @@ async def serve_http(
     config = uvicorn.Config(
         app,
         loop="none",
-        http=protocol_with(authorization),
+        http=protocol_with(short_cuts),
         ws="none",
         lifespan="off",
         log_config=None,

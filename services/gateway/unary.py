@@ -129,7 +129,7 @@ class UnaryEndpoint(Generic[R]):
             MeshError: it failed.
             ClientLeftError: the client left, and the work is stopped.
         """
-        body = decode(await request.json_body(self._limits.max_body_bytes), self._kind.shape)
+        body = decode(await self._limits.body_of(request, caller), self._kind.shape)
         identity.check_model(body.model)
         ask = Ask(self._calls, caller, self._kind.task)
         self._describe(body)

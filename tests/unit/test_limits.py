@@ -1,5 +1,8 @@
 """Limits of one process: buckets, reservations, and what a refused request is told."""
 
+import math
+import random
+
 import pytest
 
 from services.common.quota import KeyLimits
@@ -96,6 +99,31 @@ def test_what_is_refused_takes_nothing(limits: LocalLimits) -> None:
     decision, _ = limits.take("a", key, 0)
     assert decision.requests is not None
     assert decision.requests.left == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_told_before_a_request_is_known_is_what_it_would_be_told(
+    limits: LocalLimits, clock: Clock, seed: int
+) -> None:
+    chance = random.Random(seed)
+    limits.share = chance.choice((1.0, 0.5))
+    key = KeyLimits(rpm=chance.choice((None, 5)), tpm=chance.choice((None, 300)), concurrency=chance.choice((None, 3)))
+    told = 0
+    for _ in range(200):
+        clock.now += chance.expovariate(0.3)
+        refusal = limits.refusal("a", key)
+        if refusal is not None:
+            told += 1
+            assert {limits.take("a", key, tokens)[0] for tokens in (0.0, 1.0, 200.0, math.inf)} == {refusal}
+        elif key.tpm is None:
+            # Nothing but its tokens tells one request from another.
+            decision, reservation = limits.take("a", key, 0.0)
+            assert decision.allowed
+            if chance.random() < 0.5:
+                limits.settle(reservation, 0.0)
+        else:
+            _, reservation = limits.take("a", key, chance.choice((1.0, 50.0)))
+    assert (told > 0) == (key != KeyLimits() and key != KeyLimits(tpm=300))
 
 
 def test_a_part_of_a_limit_is_a_part_of_everything(limits: LocalLimits) -> None:
