@@ -13,7 +13,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 from opentelemetry.util.types import Attributes, AttributeValue
 
-__all__ = ["Event", "Provider", "Recorded"]
+__all__ = ["Event", "Provider", "Recorded", "Untraced"]
 
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _UNSAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
@@ -201,6 +201,40 @@ class _Current(AbstractContextManager[Span]):
                 span.set_status(_failed(error))
         if self._ends:
             span.end()
+
+
+class Untraced(trace.Tracer):
+    """Records nothing, as the library's own does that, at a third of its cost: spans only hand on their parents'."""
+
+    def start_span(  # noqa: PLR0917  # the signature is the base class's
+        self,
+        name: str,  # noqa: ARG002
+        context: Context | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,  # noqa: ARG002
+        attributes: Attributes = None,  # noqa: ARG002
+        links: Sequence[Link] | None = None,  # noqa: ARG002
+        start_time: int | None = None,  # noqa: ARG002
+        record_exception: bool = True,  # noqa: ARG002
+        set_status_on_exception: bool = True,  # noqa: ARG002
+    ) -> Span:
+        """What its children are to hang on."""
+        parent = trace.get_current_span(context)
+        return trace.NonRecordingSpan(parent.get_span_context()) if parent.is_recording() else parent
+
+    def start_as_current_span(  # type: ignore[override]  # noqa: PLR0917  # the base class's makes decorators, too
+        self,
+        name: str,
+        context: Context | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Attributes = None,  # noqa: ARG002
+        links: Sequence[Link] | None = None,  # noqa: ARG002
+        start_time: int | None = None,  # noqa: ARG002
+        record_exception: bool = True,
+        set_status_on_exception: bool = True,
+        end_on_exit: bool = True,
+    ) -> AbstractContextManager[Span]:
+        """The same, as the current one in the block."""
+        return _Current(self.start_span(name, context, kind), record_exception, set_status_on_exception, end_on_exit)
 
 
 class Provider(trace.TracerProvider):

@@ -16,7 +16,7 @@ from opentelemetry.util.types import AttributeValue
 from services.common.settings import TracingSettings
 from services.common.trace_export import Outbound
 from services.common.trace_sampling import Keeper
-from services.common.trace_spans import Provider
+from services.common.trace_spans import Provider, Untraced
 
 __all__ = ["FIRST_OUTPUT", "context_from", "gen_ai", "provider", "resource_of", "traceparent_of", "tracer"]
 
@@ -33,7 +33,7 @@ _EMPTY: Final = Context()
 class _Own:
     """Kept, since asking the library for a tracer costs as much as a span."""
 
-    tracer: trace.Tracer = trace.get_tracer(_NAME)
+    tracer: trace.Tracer = Untraced()
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class Endpoint(Generic[R]):
         async with while_connected(request, response, self._limits.timeout_seconds):
             try:
                 if body.stream:
-                    async with kept_alive(response, tell_queue=request.header(QUEUE_HEADER) == "1"):
+                    with kept_alive(response, tell_queue=request.header(QUEUE_HEADER) == "1"):
                         await answer.stream(generates, renderers)
                 else:
                     await answer.whole(generates, renderers)

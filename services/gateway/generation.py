@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from time import monotonic
@@ -83,7 +83,7 @@ class Generation:
         self._shown = False
         self._output = caller.guard.output() if caller.guard is not None else None
         self._said: list[str | Piece] | None = [] if caller.guard is not None and caller.guard.log_content else None
-        self._run = AsyncExitStack()
+        self._run = ExitStack()
         self._lease: Lease | None = None
         self._moves: list[Move] = []
         self._victims = 0
@@ -199,18 +199,18 @@ class Generation:
             return []
         let_out = output.feed(taken) if taken else await output.finish()
         if output.blocked_by is not None:
-            await self._block(output.blocked_by)
+            self._block(output.blocked_by)
         elif not taken:
             self._output = None
         return let_out
 
-    async def _block(self, rule: str) -> None:
+    def _block(self, rule: str) -> None:
         _log.info("an answer was refused", extra={"request": self._caller.request_id, "rule": rule})
         stream, self._output = self._stream, None
         if stream.ending is not None:
             stream.ending = replace(stream.ending, finish_reason="content_filter")
             return
-        await self._run.aclose()
+        self._run.close()
         stream.pieces.clear()
         stream.ending = Ending(
             finish_reason="content_filter",
@@ -240,7 +240,7 @@ class Generation:
         self._run.callback(span.end)
         submission.traceparent = traceparent_of(span)
         try:
-            await self._run.enter_async_context(self._workers.generation(lease.endpoint, submission, self._stream))
+            self._run.callback(self._workers.submit(lease.endpoint, submission, self._stream))
         except WorkerLostError as lost:
             self._stream.fail(lost)
 
@@ -265,9 +265,8 @@ class Generation:
                 emitted_token_count=emitted,
             )
             self._describe(acquire)
-            lease = self._lease = await self._run.enter_async_context(
-                self._routers.lease(acquire, self._caller.on_queued)
-            )
+            lease = self._lease = await self._routers.acquire(acquire, self._caller.on_queued)
+            self._run.callback(self._routers.give_back, lease)
             span.set_attributes(
                 {
                     "tokenloom.worker": lease.worker_id,
@@ -318,7 +317,7 @@ class Generation:
             FAILOVER,
             {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted, "tokenloom.cause": str(lost)},
         )
-        await self._run.aclose()
+        self._run.close()
         at_seconds = monotonic() - self.started_at
         self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
         self._victims += lost.loss is not Loss.NOTHING
@@ -365,7 +364,7 @@ class Generation:
         silent = not sampling.HasField("prompt_logprob_count")
         return drawn_alike and silent and request.choice_count <= 1 and not self._stream.lacks_ids
 
-    async def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
+    def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""
         if self._said is not None:
             log_content(self._caller.request_id, self._request, self._said)
@@ -378,7 +377,7 @@ class Generation:
                 lease.prompt_tokens, lease.cached_tokens = ending.prompt_tokens, ending.cached_tokens
             if self.first_token_at is not None and not self._moves:
                 lease.first_token_seconds = self.first_token_at - lease.granted_at
-        await self._run.aclose()
+        self._run.close()
         if self._caller.account is not None and self._lease is not None:
             self._caller.account.add(self._spent(self._lease), is_complete=self.ending is not None)
 
@@ -443,7 +442,7 @@ class Generator:
             outcome = _outcome(error)
             raise
         finally:
-            await generation.finish(outcome)
+            generation.finish(outcome)
 
 
 def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:

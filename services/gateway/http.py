@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -373,64 +373,69 @@ def _too_large(limit: int) -> MeshError:
     return MeshError(Reason.REQUEST_TOO_LARGE, f"the body is larger than {limit} bytes")
 
 
-@asynccontextmanager
-async def kept_alive(response: Response, *, tell_queue: bool = False) -> AsyncIterator[None]:
-    """Sends comments while the block's events are long in coming: a request that waits in the queue, say.
+class kept_alive:  # noqa: N801  # as context managers are called; a generator would take three times as long
+    """Sends comments while the block's events are long in coming: a request that waits in the queue, say."""
 
-    `tell_queue`: the first comment comes as soon as it does wait there, and says at which place.
-    """
+    def __init__(self, response: Response, *, tell_queue: bool = False) -> None:
+        """`tell_queue`: the first comment comes as soon as it does wait there, and says at which place."""
+        self._response = response
+        self._tell_queue = tell_queue
+        self._beats: asyncio.Task[None] | None = None
 
-    loop = asyncio.get_running_loop()
-    beats: asyncio.Task[None] | None = None
+    def __enter__(self) -> None:
+        # Few streams last that long: the others are spared the task.
+        self._timer = asyncio.get_running_loop().call_later(_KEEP_ALIVE_SECONDS, self._begin)
+        if self._tell_queue:
+            self._response.when_queued(self._begin)
 
-    async def beat() -> None:
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        if self._beats is not None:
+            self._beats.cancel()
+
+    def _begin(self) -> None:
+        if self._beats is None:
+            self._beats = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
         while True:
-            await response.keep_alive()
+            await self._response.keep_alive()
             await asyncio.sleep(_KEEP_ALIVE_SECONDS)
 
-    def begin() -> None:
-        nonlocal beats
-        if beats is None:
-            beats = asyncio.create_task(beat())
 
-    # Few streams last that long: the others are spared the task.
-    timer = loop.call_later(_KEEP_ALIVE_SECONDS, begin)
-    if tell_queue:
-        response.when_queued(begin)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if beats is not None:
-            beats.cancel()
-
-
-@asynccontextmanager
-async def while_connected(request: Request, response: Response, seconds: float) -> AsyncIterator[None]:
+class while_connected:  # noqa: N801  # as context managers are called; a generator would take three times as long
     """Runs the block for as long as the client is there, and `seconds` at most.
 
     Raises:
         ClientLeftError: the client left before the answer was complete.
         MeshError: DEADLINE_EXCEEDED.
     """
-    left = False
 
-    def leave() -> None:
-        nonlocal left
+    def __init__(self, request: Request, response: Response, seconds: float) -> None:
+        self._request = request
+        self._response = response
+        self._seconds = seconds
+        self._left = False
+
+    async def __aenter__(self) -> None:
+        self._scope = asyncio.timeout(self._seconds)
+        await self._scope.__aenter__()
+        self._watch_no_more = self._request.when_left(self._leave)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch_no_more()
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._left:
+                raise ClientLeftError from None
+            message = f"the request took longer than {self._seconds:g} s"
+            raise MeshError(Reason.DEADLINE_EXCEEDED, message) from None
+
+    def _leave(self) -> None:
         # Servers tell of a "disconnect" when the answer is complete, too.
-        if not response.ended:
-            left = True
-            scope.reschedule(asyncio.get_running_loop().time())
-
-    try:
-        async with asyncio.timeout(seconds) as scope:
-            watch_no_more = request.when_left(leave)
-            try:
-                yield
-            finally:
-                watch_no_more()
-    except TimeoutError:
-        if left:
-            raise ClientLeftError from None
-        message = f"the request took longer than {seconds:g} s"
-        raise MeshError(Reason.DEADLINE_EXCEEDED, message) from None
+        if not self._response.ended:
+            self._left = True
+            self._scope.reschedule(asyncio.get_running_loop().time())

@@ -79,21 +79,19 @@ class Responses:
         tell_queue = request.header(QUEUE_HEADER) == "1"
         async with while_connected(request, response, self._limits.timeout_seconds):
             try:
-                async with (
-                    kept_alive(response, tell_queue=tell_queue) if body.stream else nullcontext(),
-                    self._generator.run(generate, caller) as running,
-                ):
-                    try:
-                        answer, closing = await self._answer(body, running, renderer, response, identity)
-                    finally:
-                        record(
-                            running,
-                            body.model,
-                            response,
-                            self._metrics,
-                            answer_id=renderer.id,
-                            streamed=body.stream,
-                        )
+                with kept_alive(response, tell_queue=tell_queue) if body.stream else nullcontext():
+                    async with self._generator.run(generate, caller) as running:
+                        try:
+                            answer, closing = await self._answer(body, running, renderer, response, identity)
+                        finally:
+                            record(
+                                running,
+                                body.model,
+                                response,
+                                self._metrics,
+                                answer_id=renderer.id,
+                                streamed=body.stream,
+                            )
                 if body.store is not False:
                     turn = Turn(response=msgspec.Raw(answer), input=_stored_input(body), earlier=earlier)
                     await self._conversations.save(identity.tenant, renderer.id, turn)

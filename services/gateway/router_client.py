@@ -55,6 +55,7 @@ class Lease:
         first_token_seconds: from the grant to the first token; None when there was none.
         prompt_tokens: tokens of the prompt as the worker counted them; 0 until it has.
         cached_tokens: how many of them it had cached.
+        handle: the router's name for it; 0: no router knows of it.
     """
 
     worker_id: str
@@ -70,11 +71,12 @@ class Lease:
     first_token_seconds: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    handle: int = 0
 
-    def release(self, handle: int) -> router_pb2.Release:
+    def release(self) -> router_pb2.Release:
         """What the router is told at its end."""
         release = router_pb2.Release(
-            handle=handle,
+            handle=self.handle,
             outcome=self.outcome,
             output_token_count=self.output_tokens,
             prompt_token_count=self.prompt_tokens,
@@ -272,11 +274,17 @@ class RouterClient:
 
     @asynccontextmanager
     async def lease(self, acquire: router_pb2.Acquire, on_queued: OnQueued | None = None) -> AsyncIterator[Lease]:
-        """Acquires a lease, waiting for it in the router's queue, and releases it at the end of the block.
+        """Acquires a lease, and gives it back at the end of the block. Raises as `acquire` does."""
+        lease = await self.acquire(acquire, on_queued)
+        try:
+            yield lease
+        finally:
+            self.give_back(lease)
+
+    async def acquire(self, acquire: router_pb2.Acquire, on_queued: OnQueued | None = None) -> Lease:
+        """Acquires a lease, waiting for it in the router's queue; it has to be given back.
 
         `on_queued` hears of the place in the queue.
-
-        Say in the lease how it went before that; a lease that is just left counts as cancelled.
 
         Raises:
             MeshError: the router refused, or no router answers and no worker is known that has room.
@@ -284,17 +292,24 @@ class RouterClient:
         acquire.handle = next(self._handles)
         pending = _Pending(acquire, asyncio.get_running_loop().create_future(), self._clock(), on_queued=on_queued)
         self._ask(pending)
-        lease: Lease | None = None
         try:
             lease = await pending.granted
-            self._placement.took(lease.worker_id)
-            yield lease
+        except BaseException:
+            if not pending.local and not _was_rejected(pending.granted):
+                self._release(_unwanted(acquire.handle))
+            raise
         finally:
             self._pending.pop(acquire.handle, None)
-            if lease is not None:
-                self._placement.gave_back(lease.worker_id)
-            if not pending.local:
-                self._give_back(acquire.handle, pending, lease)
+        if not pending.local:
+            lease.handle = acquire.handle
+        self._placement.took(lease.worker_id)
+        return lease
+
+    def give_back(self, lease: Lease) -> None:
+        """Ends a lease. Say in it how it went before that; one that is just given back counts as cancelled."""
+        self._placement.gave_back(lease.worker_id)
+        if lease.handle:
+            self._release(lease.release())
 
     def _ask(self, pending: _Pending) -> None:
         if self._outbox is None:
@@ -309,12 +324,6 @@ class RouterClient:
             if self._silent_since is not None:
                 # It has left others without an answer. It is asked all the same: its answer tells that it is back.
                 self._place(pending)
-
-    def _give_back(self, handle: int, pending: _Pending, lease: Lease | None) -> None:
-        if lease is not None:
-            self._release(lease.release(handle))
-        elif not _was_rejected(pending.granted):
-            self._release(_unwanted(handle))
 
     def _release(self, release: router_pb2.Release) -> None:
         if self._outbox is not None:

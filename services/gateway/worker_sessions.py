@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import grpc.aio
@@ -151,19 +151,14 @@ class WorkerSessions:
         self._tasks = tasks
         self._sessions: dict[str, _Session] = {}
 
-    @asynccontextmanager
-    async def generation(self, endpoint: str, submission: worker_pb2.Submission, stream: Stream) -> AsyncIterator[None]:
-        """Runs a generation on a worker for as long as the block; one that isn't over by then is aborted.
+    def submit(self, endpoint: str, submission: worker_pb2.Submission, stream: Stream) -> Callable[[], None]:
+        """Starts a generation on a worker; what is returned ends it, if it isn't over by then.
 
         Raises:
             WorkerLostError: the worker doesn't read what it is sent.
         """
         session = self.open(endpoint)
-        handle = session.submit(submission, stream)
-        try:
-            yield
-        finally:
-            session.abort(handle)
+        return partial(session.abort, session.submit(submission, stream))
 
     def open(self, endpoint: str) -> _Session:
         """The session with a worker, opened if it is not."""
