@@ -1,11 +1,13 @@
 """Usage on its way to the database: an append-only file, so that neither a killed gateway nor a database that is away
 loses a row.
 
-A request is noted when it is let in and once more, with what it used, before its client sees the end. A note is in the
-kernel's hands before anything else happens, so it outlives the process; a thread has the disk keep it a few
-milliseconds later.
+A request is noted when it is let in and once more, with what it used, before its client sees the end. The first note is
+in the kernel's hands by the event loop's next turn, together with those of others and before a worker hears of the
+request; the second at once. From then on they outlive the process; a thread has the disk keep them a few milliseconds
+later.
 """
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -61,6 +63,7 @@ class Journal:
             raise JournalInUseError(f"another gateway uses the journal in {folder}: give each its own") from None
         self._encode = msgspec.json.Encoder().encode
         self._open: dict[str, UsageRow] = {}
+        self._noted: list[bytes] = []
         self._kept: list[bytes] = []
         self._file = -1
         self._size = 0
@@ -85,38 +88,52 @@ class Journal:
     def open(self, row: UsageRow) -> None:
         """Notes a request that was let in."""
         self._open[row.id] = row
-        self._append(Entry("open", row))
+        self._noted.append(self._line("open", row))
+        if len(self._noted) == 1:
+            try:
+                # A write is a system call: who else is let in meanwhile shares it.
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:
+                self.flush()
 
     def close_row(self, row: UsageRow) -> None:
         """Notes what a request used."""
         self._open.pop(row.id, None)
-        self._append(Entry("close", row))
+        self._noted.append(self._line("close", row))
+        self.flush()
         if self._size > _SEGMENT_BYTES:
             self._begin(self._number + 1)
             # Nothing that is still wanted is in the files before this one once they are in the database.
-            for still_open in self._open.values():
-                self._append(Entry("open", still_open))
+            self._noted += (self._line("open", still_open) for still_open in self._open.values())
+            self.flush()
+
+    def flush(self) -> None:
+        """Gives to the kernel what is noted."""
+        if self._noted:
+            lines = b"".join(self._noted)
+            self._noted.clear()
+            self._append(lines)
 
     def stop(self) -> None:
         """Has the disk keep everything, and lets the folder go."""
+        self.flush()
         self._closing = True
         self._dirty.set()
         self._syncer.join(timeout=5)
         os.close(self._file)
         os.close(self._lock)
 
-    def _append(self, entry: Entry) -> None:
-        line = self._encode(entry) + b"\n"
-        if self._kept:
-            # The order matters to nobody, but a half-written line must be ended first.
-            self._keep(line)
-            return
-        if not self._write(line):
-            self._keep(line)
+    def _line(self, kind: Literal["open", "close"], row: UsageRow) -> bytes:
+        return self._encode(Entry(kind, row)) + b"\n"
 
-    def _keep(self, line: bytes) -> None:
+    def _append(self, lines: bytes) -> None:
+        # The order matters to nobody, but a half-written line must be ended first.
+        if self._kept or not self._write(lines):
+            self._keep(lines)
+
+    def _keep(self, lines: bytes) -> None:
         if len(self._kept) < _MAX_KEPT:
-            self._kept.append(line)
+            self._kept.append(lines)
         else:
             _log.error("a usage row is lost: the disk has refused it and too many before it")
         kept, self._kept = self._kept, []
