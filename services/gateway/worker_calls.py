@@ -137,7 +137,9 @@ class WorkerCalls:
         work.request.model = lease.model or work.model
         attributes = {**gen_ai(_operation(work), work.model), "tokenloom.worker": lease.worker_id}
         with tracer().start_as_current_span(name, kind=SpanKind.CLIENT, attributes=attributes) as span:
-            metadata = [("x-request-id", caller.request_id)]
+            # Metadata is ASCII, which names need not be.
+            tenant = caller.tenant.encode("unicode_escape").decode()
+            metadata = [("x-request-id", caller.request_id), ("x-tokenloom-tenant", tenant)]
             if traceparent := traceparent_of(span):
                 metadata.append(("traceparent", traceparent))
             with self._open(lease.endpoint).in_use() as connection:

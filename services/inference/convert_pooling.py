@@ -26,7 +26,7 @@ _BYTES_A_COMPONENT: Final = 4
 
 
 def embed_from_proto(
-    request: inference_pb2.EmbedRequest, card: EngineCard, *, job_id: str, traceparent: str = ""
+    request: inference_pb2.EmbedRequest, card: EngineCard, *, job_id: str, traceparent: str = "", cache_tenant: str = ""
 ) -> EmbedJob:
     """What a request wants embedded by the engine that `card` describes.
 
@@ -50,11 +50,12 @@ def embed_from_proto(
         token_limit=limit,
         keep_beginning=request.keep_beginning,
         traceparent=traceparent,
+        cache_tenant=cache_tenant,
     )
 
 
 def score_from_proto(
-    request: inference_pb2.ScoreRequest, card: EngineCard, *, job_id: str, traceparent: str = ""
+    request: inference_pb2.ScoreRequest, card: EngineCard, *, job_id: str, traceparent: str = "", cache_tenant: str = ""
 ) -> ScoreJob:
     """What a request wants scored; raises MeshError as embed_from_proto() does."""
     check_model(request.model, card)
@@ -63,7 +64,14 @@ def score_from_proto(
         raise invalid("query", "is required", "missing_required_parameter")
     texts = _texts(request.texts)
     limit = _token_limit(request, card)
-    return ScoreJob(id=job_id, query=request.query, texts=texts, token_limit=limit, traceparent=traceparent)
+    return ScoreJob(
+        id=job_id,
+        query=request.query,
+        texts=texts,
+        token_limit=limit,
+        traceparent=traceparent,
+        cache_tenant=cache_tenant,
+    )
 
 
 def check_detokenize(request: inference_pb2.DetokenizeRequest, card: EngineCard) -> None:

@@ -212,10 +212,13 @@ class Generations:
         self._shared_until = now
         return self._share
 
+    def cache_tenant(self, tenant: str) -> str:
+        """Whom what a tenant leaves in caches serves; empty: everybody."""
+        return tenant if self._isolates_tenants else ""
+
     def start(self, engine: Engine, generation: Generation, sink: Sink, request_id: str) -> Run:
         """A run that is to be submitted next."""
-        if self._isolates_tenants:
-            generation = replace(generation, cache_tenant=generation.tenant)
+        generation = replace(generation, cache_tenant=self.cache_tenant(generation.tenant))
         span = self.spans.start(generation, request_id)
         if span is not None:
             generation = replace(generation, traceparent=span.traceparent)

@@ -24,6 +24,8 @@ class Job:
     """Keep only so many tokens of each input; None refuses one that is too long."""
     priority: int = 0
     traceparent: str = ""
+    cache_tenant: str = ""
+    """Whom what it leaves in caches serves; empty: everybody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

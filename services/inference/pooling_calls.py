@@ -35,8 +35,8 @@ class PoolingCalls:
     async def embed(self, request: inference_pb2.EmbedRequest, context: Context) -> inference_pb2.EmbedResponse:
         """One embedding a text."""
 
-        def start(engine: Engine, job_id: str, traceparent: str) -> Coroutine[Any, Any, Embedded]:
-            job = convert_pooling.embed_from_proto(request, engine.card, job_id=job_id, traceparent=traceparent)
+        def start(engine: Engine, **marks: str) -> Coroutine[Any, Any, Embedded]:
+            job = convert_pooling.embed_from_proto(request, engine.card, **marks)
             return _pooler(engine).embed(job)
 
         return convert_pooling.embedded_to_proto(await self._call("embeddings", request.model, start, context))
@@ -44,8 +44,8 @@ class PoolingCalls:
     async def score(self, request: inference_pb2.ScoreRequest, context: Context) -> inference_pb2.ScoreResponse:
         """One score a text."""
 
-        def start(engine: Engine, job_id: str, traceparent: str) -> Coroutine[Any, Any, Scored]:
-            job = convert_pooling.score_from_proto(request, engine.card, job_id=job_id, traceparent=traceparent)
+        def start(engine: Engine, **marks: str) -> Coroutine[Any, Any, Scored]:
+            job = convert_pooling.score_from_proto(request, engine.card, **marks)
             return _pooler(engine).score(job)
 
         return convert_pooling.scored_to_proto(await self._call("rerank", request.model, start, context))
@@ -78,7 +78,7 @@ class PoolingCalls:
             task.cancel()
 
     async def _call(
-        self, operation: str, model: str, start: Callable[[Engine, str, str], Coroutine[Any, Any, T]], context: Context
+        self, operation: str, model: str, start: Callable[..., Coroutine[Any, Any, T]], context: Context
     ) -> T:
         left = context.time_remaining()
         if left is not None and left <= 0:
@@ -89,7 +89,12 @@ class PoolingCalls:
         try:
             with self._generations.spans.pooling(operation, model, request_id, traceparent) as span:
                 engine = self._gate.admit()
-                work = start(engine, self._generations.new_id(request_id), span.traceparent)
+                work = start(
+                    engine,
+                    job_id=self._generations.new_id(request_id),
+                    traceparent=span.traceparent,
+                    cache_tenant=self._generations.cache_tenant(str(metadata.get("x-tokenloom-tenant", ""))),
+                )
                 done = await self._run(work)
                 span.pooled(done.prompt_tokens, done.cached_tokens)
         except MeshError as error:

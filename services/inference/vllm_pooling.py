@@ -19,6 +19,7 @@ from vllm.renderers.chat_utils import ChatTemplateConfig
 from vllm.tasks import SCORE_TYPE_MAP
 
 from services.common.errors import MeshError, Reason
+from services.common.prefix import tenant_salt
 from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, Load
 from services.inference.pooling import Embedded, EmbedJob, Job, Jobs, Scored, ScoreJob, check_can, check_length
@@ -167,8 +168,9 @@ class VllmPooler:
 
     async def _encode(self, entry: Any, name: str, job: Job) -> Any:
         last = None
+        salted = {"cache_salt": tenant_salt(job.cache_tenant)} if job.cache_tenant else {}
         stream = self._llm.encode(
-            entry["prompts"],
+            {**entry["prompts"], **salted},
             entry["params"],
             request_id=name,
             trace_headers=self._backend.trace_headers(job.traceparent),

@@ -15,6 +15,7 @@ from services.common.errors import MeshError, Reason
 from services.common.settings import SimSettings
 from services.common.status import error_from_call
 from services.inference import sim_text
+from services.inference.pooling import Embedded, EmbedJob, Scored, ScoreJob
 from services.inference.sim_embedding import cosine, expected_embedding
 from services.inference.sim_pooling import SimPooler
 from tests.support.waiting import eventually
@@ -196,6 +197,31 @@ async def test_what_runs_when_the_worker_stops_is_told_why() -> None:
         worker.pooling.fail_all(MeshError(Reason.NO_READY_WORKER, "this worker is stopping"))
         assert (await failure(call)).reason == Reason.NO_READY_WORKER
         await worker.pooling.wait_idle()
+
+
+class _NotingPooler(SimPooler):
+    def __init__(self, settings: SimSettings, model_name: str, max_queued: int) -> None:
+        super().__init__(settings, model_name, max_queued)
+        self.cache_tenants: list[str] = []
+
+    async def embed(self, job: EmbedJob) -> Embedded:
+        self.cache_tenants.append(job.cache_tenant)
+        return await super().embed(job)
+
+    async def score(self, job: ScoreJob) -> Scored:
+        self.cache_tenants.append(job.cache_tenant)
+        return await super().score(job)
+
+
+@pytest.mark.parametrize("isolates", [True, False])
+async def test_the_engine_is_told_whom_what_a_call_leaves_in_its_cache_serves(isolates: bool) -> None:
+    metadata = (("x-tokenloom-tenant", "ada"),)
+    async with sim_worker(FAST, make_engine=_NotingPooler, isolates_tenants=isolates) as worker:
+        await worker.inference.Embed(embed("hello"), metadata=metadata)
+        await worker.inference.Score(score("hello", "world"), metadata=metadata)
+        await worker.inference.Embed(embed("hello"))
+        assert isinstance(worker.engine, _NotingPooler)
+        assert worker.engine.cache_tenants == (["ada", "ada", ""] if isolates else ["", "", ""])
 
 
 async def test_usage_is_in_the_trailers_the_metrics_and_the_span() -> None:

@@ -108,6 +108,25 @@ async def test_scores_are_the_cosines_of_the_embeddings(engine: VllmEngine) -> N
     assert scored.scores[0] == pytest.approx(1.0, abs=1e-5)
 
 
+async def test_what_a_tenant_leaves_in_the_cache_serves_that_tenant_alone(engine: VllmEngine) -> None:
+    inputs = [[5 + j for j in range(200)]]
+
+    async def cached(name: str, tenant: str) -> int:
+        return (await pooler(engine).embed(embed_job(name, inputs, cache_tenant=tenant))).cached_tokens
+
+    assert await cached("t1", "ada") == 0
+    assert await cached("t2", "ada") >= 128
+    assert await cached("t3", "bob") == 0
+    assert await cached("t4", "") == 0
+    text = "a quiet garden of the mind " * 20
+
+    async def scored(name: str, tenant: str) -> int:
+        job = ScoreJob(id=name, query=text, texts=["garden"], token_limit=100, cache_tenant=tenant)
+        return (await pooler(engine).score(job)).cached_tokens
+
+    assert [await scored(f"u{n}", tenant) > 0 for n, tenant in enumerate(("ada", "ada", "bob"))] == [False, True, False]
+
+
 async def test_what_does_not_fit_is_refused_by_its_field(engine: VllmEngine) -> None:
     long = "word " * 400
     too_long = await refusal(pooler(engine).embed(embed_job("h", ["x", long])))

@@ -92,10 +92,12 @@ async def sim_worker(
     max_queued: int = 64,
     tracer: Tracer | None = None,
     make_engine: Callable[[SimSettings, str, int], SimEngine | SimPooler] = SimEngine,
+    isolates_tenants: bool = False,
 ) -> AsyncIterator[SimWorker]:
     """Serves a worker on a free port for as long as the block; it is not registered with any router."""
     gate, registry = Gate(), CollectorRegistry()
-    generations = Generations(Spans(tracer, worker="sim-0"), WorkerMetrics(registry))
+    spans, metrics = Spans(tracer, worker="sim-0"), WorkerMetrics(registry)
+    generations = Generations(spans, metrics, isolates_tenants=isolates_tenants)
     inference = InferenceServicer(gate, generations)
     worker = WorkerServicer(gate, generations, Lifecycle(gate, generations, drain_seconds=1.0))
     async with (
