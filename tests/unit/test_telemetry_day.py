@@ -50,7 +50,8 @@ async def test_a_day_of_samples_leaves_no_more_than_an_hour_of_them_whether_watc
     await eager.aclose()
 
     (objects, memory), (objects_then, memory_then) = sizes
-    assert abs(objects_then - objects) < 100
+    # Fewer are none of theirs: what earlier tests left behind ends now and then.
+    assert objects_then - objects < 100
     assert memory_then - memory < 2 << 20
     assert messages == (DAY - 1) // 15
     assert len(change.gpus) == 2
