@@ -61,6 +61,8 @@ def running_prometheus(
     address = f"127.0.0.1:{free_port()}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]
     command += [f"--web.listen-address={address}", "--enable-feature=exemplar-storage", "--log.level=warn"]
+    # Else it looks every five seconds whether there are targets.
+    command += ["--scrape.discovery-reload-interval=200ms"]
     log = folder / "prometheus.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
