@@ -62,7 +62,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory, server: VllmServer) -> Iterat
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """vLLM's own server, which starts while the mesh does."""
     arguments = ("--runner", "pooling", "--convert", "embed", "--max-model-len", "256")
-    with vllm_server(tmp_path_factory.mktemp("server"), *arguments) as running:
+    with vllm_server(tmp_path_factory.mktemp("server"), *arguments, forks=True) as running:
         yield running
 
 

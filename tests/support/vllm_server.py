@@ -58,14 +58,16 @@ class VllmServer:
 
 @contextmanager
 def vllm_server(
-    folder: Path, *arguments: str, model: Path | None = None, own_process: bool = False
+    folder: Path, *arguments: str, model: Path | None = None, own_process: bool = False, forks: bool = False
 ) -> Iterator[VllmServer]:
     """Starts it, on `model` instead and with further arguments; it is not ready yet.
 
-    `own_process`: the engine has a process of its own, as it has by default, and takes longer to start.
+    `own_process`: the engine has a process of its own, as it has by default, and takes longer to start. `forks`: that
+    process is forked from one that has imported vLLM, as ours is, and takes less long.
     """
     port = free_port()
-    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
+    program = "tests.support.stock_server" if forks else "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-W", "ignore", "-m", program]
     command += [
         "--model",
         str(model or demo_model()),
