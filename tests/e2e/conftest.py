@@ -5,9 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.failover import POISON
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.otlp import Receiver, otlp_receiver
 from tests.support.uneven_mesh import running_uneven_mesh
+
+_DOUBLED = """
+models: [{name: sim}]
+gateways: 2
+routers: 2
+pools:
+  - name: sim
+    serves: [sim]
+    workers:
+      - {name: sim-0, engine: sim, sim: {decode_step_ms: 5}}
+      - {name: sim-1, engine: sim, sim: {decode_step_ms: 5}}
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,8 +56,27 @@ def uneven_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 
 @pytest.fixture(scope="session")
+def large_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Mesh]:
+    """Four simulated workers of 64 slots each, which die of a poison and are soon back."""
+    sim = f"decode_step_ms=10,max_num_seqs=64,max_model_len=4096,poison_text={POISON},restart_seconds=0.5"
+    state_dir = tmp_path_factory.mktemp("large") / "state"
+    arguments = ("--engine", "sim", "--workers", "4", "--sim", sim, "--otlp-endpoint", spans.endpoint)
+    with running_mesh(state_dir, *arguments) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def doubled_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """Two of each process that there may be two of, with simulated workers."""
+    folder = tmp_path_factory.mktemp("doubled")
+    (folder / "mesh.yaml").write_text(_DOUBLED)
+    with running_mesh(folder / "state", "--config", str(folder / "mesh.yaml")) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="session")
 def vllm_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Mesh]:
-    """What `make up` starts: one worker with real vLLM on the demo model."""
+    """What `make up` starts, real vLLM on the demo model, with two workers, so that one may be lost."""
     state_dir = tmp_path_factory.mktemp("vllm") / "state"
-    with running_mesh(state_dir, "--otlp-endpoint", spans.endpoint, within=180) as mesh:
+    with running_mesh(state_dir, "--workers", "2", "--otlp-endpoint", spans.endpoint, within=180) as mesh:
         yield mesh

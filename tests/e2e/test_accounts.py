@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -151,30 +150,29 @@ def test_the_command_line_reports_and_erases_usage(mesh: Mesh) -> None:
     assert "usage.erase" in tokenloom(mesh, "audit")
 
 
-def test_a_killed_gateway_loses_no_row(tmp_path: Path) -> None:
-    with running_mesh(tmp_path / "state", *SIM) as mesh:
-        key = make_key(mesh, "killed")
-        headers = {"authorization": f"Bearer {key}"}
-        body = {"model": "sim", "prompt": "x", "max_tokens": 3}
-        done = [httpx.post(f"{mesh.edge}/v1/completions", json=body, headers=headers) for _ in range(5)]
-        assert all(answer.status_code == 200 for answer in done)
-        typed = generate(mesh, key, tokens=150, within=20)
-        next(iter(typed))
-        cut = subprocess.Popen(
-            [sys.executable, "-c", _STREAM, mesh.edge, key], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert cut.stdout is not None
-        cut.stdout.readline()
-        os.kill(mesh.process("gateway")["pid"], signal.SIGKILL)
-        list(typed)  # no gateway stands between it and its worker
-        cut.wait(10)
-        cut.stdout.close()
-        wait_until(lambda: len(rows(mesh, "killed")) == 7, within=20)
-        wait_until(
-            lambda: sum(row["lane"] == "typed" and row["outcome"] == "ok" for row in rows(mesh, "killed")) == 1,
-            within=10,
-        )
-        found = rows(mesh, "killed")
+def test_a_killed_gateway_loses_no_row(mesh: Mesh) -> None:
+    key = make_key(mesh, "killed")
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"model": "sim", "prompt": "x", "max_tokens": 3}
+    done = [httpx.post(f"{mesh.edge}/v1/completions", json=body, headers=headers) for _ in range(5)]
+    assert all(answer.status_code == 200 for answer in done)
+    typed = generate(mesh, key, tokens=150, within=20)
+    next(iter(typed))
+    cut = subprocess.Popen(
+        [sys.executable, "-c", _STREAM, mesh.edge, key], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert cut.stdout is not None
+    cut.stdout.readline()
+    os.kill(mesh.process("gateway")["pid"], signal.SIGKILL)
+    list(typed)  # no gateway stands between it and its worker
+    cut.wait(10)
+    cut.stdout.close()
+    wait_until(lambda: len(rows(mesh, "killed")) == 7, within=20)
+    wait_until(
+        lambda: sum(row["lane"] == "typed" and row["outcome"] == "ok" for row in rows(mesh, "killed")) == 1,
+        within=10,
+    )
+    found = rows(mesh, "killed")
     assert sorted(row["outcome"] for row in found) == ["lost", *["ok"] * 6]
     assert sorted(row["output_tokens"] for row in found) == [0, 3, 3, 3, 3, 3, 150]
     ids = {answer.headers["x-request-id"] for answer in done}

@@ -3,27 +3,25 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.support.mesh import Mesh, running_mesh
+from tests.support.failover import POISON
+from tests.support.mesh import Mesh
 from tests.support.waiting import eventually, wait_until
 
 pytestmark = pytest.mark.timeout(120)
-POISON = "arsenic"
 WORKERS = [f"worker-{index}" for index in range(4)]
 
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    sim = f"decode_step_ms=10,max_num_seqs=64,max_model_len=4096,poison_text={POISON},restart_seconds=0.5"
-    state_dir = tmp_path_factory.mktemp("faults") / "state"
-    with running_mesh(state_dir, "--engine", "sim", "--workers", "4", "--sim", sim) as running:
-        yield running
+def mesh(large_mesh: Mesh) -> Mesh:
+    """Four simulated workers."""
+    return large_mesh
 
 
 async def texts(mesh: Mesh, prompts: Sequence[str], *, model: str, flowing: set[str], tokens: int = 120) -> list[Any]:

@@ -3,34 +3,19 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 
 from services.inference.sim_text import expected_text, tokenize
-from tests.support.mesh import Mesh, running_mesh
+from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
-
-CONFIG = """
-models: [{name: sim}]
-pools:
-  - name: sim
-    serves: [sim]
-    workers:
-      - {name: sim-0, engine: sim, sim: {decode_step_ms: 5}}
-      - {name: sim-1, engine: sim, sim: {decode_step_ms: 5}}
-gateways: 2
-"""
 
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    folder: Path = tmp_path_factory.mktemp("gateways")
-    (folder / "mesh.yaml").write_text(CONFIG)
-    with running_mesh(folder / "state", "--config", str(folder / "mesh.yaml")) as running:
-        yield running
+def mesh(doubled_mesh: Mesh) -> Mesh:
+    """Two gateways."""
+    return doubled_mesh
 
 
 def kill(mesh: Mesh, name: str) -> None:

@@ -1,8 +1,6 @@
-"""What `make up` starts: real vLLM behind real Envoy."""
+"""What `make up` starts, with one worker more: real vLLM behind real Envoy."""
 
 import json
-import os
-import signal
 import subprocess
 from typing import Any
 
@@ -13,8 +11,9 @@ import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
+from tests.support.failover import said
 from tests.support.mesh import Mesh
-from tests.support.waiting import wait_until
+from tests.support.waiting import eventually, wait_until
 
 MODEL = "demo"
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
@@ -85,30 +84,41 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_engine(vllm_mesh: Mesh)
 
 
 def test_the_launcher_prints_a_curl_that_works(vllm_mesh: Mesh) -> None:
-    said = (vllm_mesh.state_dir.parent / f"{vllm_mesh.state_dir.name}.log").read_text()
-    command = said[said.index("curl ") :].partition("\n\n")[0]
+    printed = (vllm_mesh.state_dir.parent / f"{vllm_mesh.state_dir.name}.log").read_text()
+    command = printed[printed.index("curl ") :].partition("\n\n")[0]
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=True)
     assert ran.stdout.startswith("data: ")
     assert ran.stdout.endswith("data: [DONE]\n\n")
 
 
-def test_a_killed_worker_takes_its_engine_with_it_and_both_come_back(vllm_mesh: Mesh) -> None:
-    expected = chat(vllm_mesh)["choices"]
-    worker = int(vllm_mesh.process("worker-0")["pid"])
-    engines = psutil.Process(worker).children(recursive=True)
+async def test_streams_survive_the_loss_of_a_worker_which_takes_its_engine_along_and_both_come_back(
+    vllm_mesh: Mesh,
+) -> None:
+    prompts = [f"{index} mice lived in a small house" for index in range(32)]
+    # Some are held to a form, and of some each token is drawn, from one.
+    drawn: dict[str, Any] = {"temperature": 1.5, "top_k": 1}
+    more: list[dict[str, Any]] = [{}, {"structured_outputs": {"regex": "[a-z ]{2000}"}}, drawn]
+    undisturbed = await said(vllm_mesh, MODEL, prompts, tokens=200, more=more)
+    assert {tokens for _, tokens in undisturbed.values()} == {200}
+    worker = psutil.Process(int(vllm_mesh.process("worker-1")["pid"]))
+    engines = worker.children(recursive=True)
     assert engines
-    os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: not any(engine.is_running() for engine in engines), within=2)
-    wait_until(lambda: vllm_mesh.process("worker-0")["pid"] != worker, within=90)
-    assert chat(vllm_mesh)["choices"] == expected
+    assert await said(vllm_mesh, MODEL, prompts, tokens=200, more=more, kill=["worker-1"]) == undisturbed
+    assert psutil.wait_procs(engines, timeout=2)[1] == []
+    await eventually(lambda: vllm_mesh.process("worker-1")["pid"] != worker.pid, within=90)
+    await eventually(lambda: vllm_mesh.metric("router", "tokenloom_router_workers") == 2, within=10)
+    assert await said(vllm_mesh, MODEL, prompts, tokens=200, more=more) == undisturbed
 
 
 def test_vllms_own_metrics_stand_beside_the_workers_on_one_port(vllm_mesh: Mesh) -> None:
-    before = vllm_mesh.metric("worker-0", "vllm:generation_tokens_total")
+    def total(name: str) -> float:
+        return sum(vllm_mesh.metric(worker, name) for worker in ("worker-0", "worker-1"))
+
+    before = total("vllm:generation_tokens_total")
     vllm_mesh.sdk().completions.create(model="demo", prompt="Hi", max_tokens=7, extra_body={"ignore_eos": True})
-    wait_until(lambda: vllm_mesh.metric("worker-0", "vllm:generation_tokens_total") == before + 7, within=5)
-    assert vllm_mesh.metric("worker-0", "tokenloom_inference_tokens_total") > 0
-    assert vllm_mesh.metric("worker-0", "tokenloom_inference_engine_starts_total") == 1
+    wait_until(lambda: total("vllm:generation_tokens_total") == before + 7, within=5)
+    assert total("tokenloom_inference_tokens_total") > 0
+    assert total("tokenloom_inference_engine_starts_total") == 2
 
 
 def test_an_engine_process_that_is_stopped_is_reported_within_3_s_and_serves_again_when_it_goes_on(
@@ -119,7 +129,8 @@ def test_an_engine_process_that_is_stopped_is_reported_within_3_s_and_serves_aga
 
     def load() -> dict[str, Any]:
         answer = httpx.get(f"{vllm_mesh.edge}/api/v1/workers", headers=vllm_mesh.headers, timeout=10).json()
-        found: dict[str, Any] = answer["workers"][0]["load"]
+        workers = {entry["registration"]["worker_id"]: entry["load"] for entry in answer["workers"]}
+        found: dict[str, Any] = workers["worker-0"]
         return found
 
     core.suspend()

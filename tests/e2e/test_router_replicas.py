@@ -3,33 +3,20 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.mesh import Mesh, running_mesh
+from tests.support.mesh import Mesh
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
-CONFIG = """
-models: [{name: sim}]
-routers: 2
-pools:
-  - name: all
-    serves: [sim]
-    workers: [{name: w0, engine: sim, sim: {decode_step_ms: 5}}, {name: w1, engine: sim, sim: {decode_step_ms: 5}}]
-"""
-
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    folder: Path = tmp_path_factory.mktemp("routers")
-    (folder / "mesh.yaml").write_text(CONFIG)
-    with running_mesh(folder / "state", "--config", str(folder / "mesh.yaml")) as running:
-        yield running
+def mesh(doubled_mesh: Mesh) -> Mesh:
+    """Two routers."""
+    return doubled_mesh
 
 
 def granted(mesh: Mesh, router: str) -> float:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.alone
 
 TOKENLOOM = [sys.executable, "-m", "services.mesh"]
 SIMULATED = ("--engine", "sim", "--workers", "2")
+LARGE_LOG_BYTES = 17 << 20
 
 
 def tokenloom(*arguments: str, within: float = 30) -> subprocess.CompletedProcess[str]:
@@ -32,7 +33,12 @@ def tokenloom(*arguments: str, within: float = 30) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    with running_mesh(tmp_path_factory.mktemp("launcher") / "state", *SIMULATED) as running:
+    """One whose router wrote a log that was large already."""
+    state = tmp_path_factory.mktemp("launcher") / "state"
+    (state / "logs").mkdir(parents=True)
+    with (state / "logs" / "router.jsonl").open("wb") as log:
+        log.truncate(LARGE_LOG_BYTES)
+    with running_mesh(state, *SIMULATED) as running:
         yield running
 
 
@@ -108,6 +114,12 @@ def test_logs_are_json_lines_one_file_a_process(mesh: Mesh) -> None:
             assert json.loads(line)["service"], line
 
 
+def test_a_log_that_has_grown_large_is_put_aside_when_its_process_starts(mesh: Mesh) -> None:
+    logs = mesh.state_dir / "logs"
+    assert (logs / "router.jsonl.1").stat().st_size == LARGE_LOG_BYTES
+    assert (logs / "router.jsonl").stat().st_size < 1 << 20
+
+
 def test_a_key_works_within_a_second_and_stops_within_a_second(mesh: Mesh) -> None:
     state = ("--state-dir", str(mesh.state_dir))
     made = json.loads(tokenloom("keys", "create", "--name", "ada", "--json", *state).stdout)
@@ -165,41 +177,52 @@ def test_killing_the_launcher_leaves_nothing_behind_and_a_folder_is_used_again_w
     assert time.monotonic() - began < 30
     with KeyStore(state / "keys.db") as store:
         assert store.revoke(store.list()[0].id)
-    with running_mesh(state, *SIMULATED) as mesh:
+    with running_mesh(state, *SIMULATED, "--no-restart") as mesh:
         assert mesh.key != key
         assert completes(mesh) == 200
+        check_that_what_dies_stays_dead(mesh)
 
 
-def test_up_detached_returns_when_ready_and_down_stops_it_all(tmp_path: Path) -> None:
+def check_that_what_dies_stays_dead(mesh: Mesh) -> None:
+    pid = mesh.process("worker-1")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    log = mesh.state_dir.parent / "state.log"
+    wait_until(lambda: "worker-1 was ended by SIGKILL" in log.read_text(), within=5)
+    assert mesh.process("worker-1")["pid"] == pid
+    assert tokenloom("status", "--state-dir", str(mesh.state_dir)).returncode == 1
+
+
+def test_up_detached_returns_when_ready_and_down_lets_a_stream_finish_takes_nothing_new_and_stops_it_all(
+    tmp_path: Path,
+) -> None:
     state = ("--state-dir", str(tmp_path / "state"))
-    started = tokenloom("up", *SIMULATED, "--edge-port", str(free_port()), "--detach", *state, within=40)
+    slow = ("--sim", "decode_step_ms=20")
+    started = tokenloom("up", *SIMULATED, *slow, "--edge-port", str(free_port()), "--detach", *state, within=40)
     try:
         assert started.returncode == 0, started.stdout
         assert "curl -N" in started.stdout
         mesh = Mesh(state_dir=tmp_path / "state")
         assert completes(mesh) == 200
         tree = psutil.Process(launcher_of(mesh)).children(recursive=True)
+        check_that_down_lets_a_stream_finish(mesh)
     finally:
-        stopped = tokenloom("down", *state)
-    assert stopped.returncode == 0, stopped.stdout
+        tokenloom("down", *state)
     assert psutil.wait_procs(tree, timeout=5)[1] == []
     assert not (tmp_path / "state" / "mesh.json").exists()
     assert tokenloom("down", *state).returncode == 0
 
 
-def test_down_lets_a_running_stream_finish_and_takes_nothing_new(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    with running_mesh(state, *SIMULATED, "--sim", "decode_step_ms=20") as mesh:
-        body = {"model": "sim", "prompt": "x", "max_tokens": 60, "stream": True, "ignore_eos": True}
-        url, headers = f"{mesh.edge}/v1/completions", mesh.headers
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=10) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            down = subprocess.Popen([*TOKENLOOM, "down", "--state-dir", str(state)], stdout=subprocess.DEVNULL)
-            wait_until(lambda: not accepts(url), within=2)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert down.wait(20) == 0
+def check_that_down_lets_a_stream_finish(mesh: Mesh) -> None:
+    body = {"model": "sim", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+    url, headers = f"{mesh.edge}/v1/completions", mesh.headers
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=10) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        down = subprocess.Popen([*TOKENLOOM, "down", "--state-dir", str(mesh.state_dir)], stdout=subprocess.DEVNULL)
+        wait_until(lambda: not accepts(url), within=5)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert down.wait(20) == 0
 
 
 def accepts(url: str) -> bool:
@@ -240,28 +263,8 @@ def test_a_model_folder_that_is_not_there_is_told_before_anything_starts(tmp_pat
     assert ran.stdout == ""
 
 
-def test_without_restart_what_dies_stays_dead(tmp_path: Path) -> None:
-    with running_mesh(tmp_path / "state", *SIMULATED, "--no-restart") as mesh:
-        pid = mesh.process("worker-1")["pid"]
-        os.kill(pid, signal.SIGKILL)
-        log = tmp_path / "state.log"
-        wait_until(lambda: "worker-1 was ended by SIGKILL" in log.read_text(), within=5)
-        assert mesh.process("worker-1")["pid"] == pid
-        assert tokenloom("status", "--state-dir", str(mesh.state_dir)).returncode == 1
-
-
 def test_the_wait_before_a_restart_doubles_and_is_forgotten_by_a_long_life() -> None:
     backoff = Backoff()
     waits = [backoff.after(0.5) for _ in range(8)]
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     assert backoff.after(10.0) == 0.1
-
-
-def test_a_log_that_has_grown_large_is_put_aside_when_its_process_starts(tmp_path: Path) -> None:
-    logs = tmp_path / "state" / "logs"
-    logs.mkdir(parents=True)
-    with (logs / "router.jsonl").open("wb") as log:
-        log.truncate(17 << 20)
-    with running_mesh(tmp_path / "state", *SIMULATED):
-        assert (logs / "router.jsonl.1").stat().st_size == 17 << 20
-        assert (logs / "router.jsonl").stat().st_size < 1 << 20

@@ -5,14 +5,17 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Any, Final
 
 import openai
 
 from tests.support.mesh import Mesh
 from tests.support.waiting import eventually
 
-__all__ = ["said"]
+__all__ = ["POISON", "said"]
+
+POISON: Final = "arsenic"
+"""What the engines of the large mesh die of."""
 
 _SECOND_KILL_SECONDS = 0.02
 
