@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.failover import POISON
@@ -80,3 +81,8 @@ def vllm_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iter
     state_dir = tmp_path_factory.mktemp("vllm") / "state"
     with running_mesh(state_dir, "--workers", "2", "--otlp-endpoint", spans.endpoint, within=180) as mesh:
         yield mesh
+        workers = [psutil.Process(mesh.process(name)["pid"]) for name in ("worker-0", "worker-1")]
+        engines = [process for worker in workers for process in worker.children(recursive=True)]
+        assert engines
+    # Workers that are stopped leave nothing behind.
+    assert psutil.wait_procs(engines, timeout=2)[1] == []

@@ -1,14 +1,11 @@
 """The real engine behind the engine interface."""
 
 import asyncio
-import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +25,6 @@ from services.inference.vllm_engine import StartTimeoutError, VllmEngine, prepar
 from services.inference.vllm_environment import vllm_version
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
-from tests.support.otlp import otlp_receiver
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
@@ -42,7 +38,6 @@ pytestmark = [
 
 RUNNING, QUEUED = 16, 8
 PROMPT = [40, 50, 60, 70]
-TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -495,39 +490,3 @@ async def test_a_model_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="/nowhere/model"):
         async with VllmEngine(worker_settings("/nowhere/model")):
             pass
-
-
-@asynccontextmanager
-async def engine_process(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, dict[str, Any]]]:
-    """A process that serves an engine, and what it printed after its first generation."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "tests.support.engine_process", str(demo_model()), *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(f"00-{TRACE_ID}-{SPAN_ID}-01\n".encode())
-        yield process, json.loads(await process.stdout.readline())
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def test_a_worker_that_is_stopped_leaves_no_process_and_one_trace() -> None:
-    with otlp_receiver() as receiver:
-        async with engine_process(receiver.endpoint) as (process, said):
-            assert said["tokens"] == 5
-            assert said["children"]
-            assert process.stdin is not None
-            process.stdin.write(b"\n")
-            assert await asyncio.wait_for(process.wait(), 20) == 0
-            assert not any(psutil.pid_exists(pid) for pid in said["children"])
-        spans = receiver.trace(TRACE_ID)
-        assert [(span.service, span.name, span.parent_id) for span in spans] == [
-            ("tokenloom-inference", "llm_request", SPAN_ID)
-        ]
-        assert spans[0].attributes["gen_ai.usage.completion_tokens"] == 5
