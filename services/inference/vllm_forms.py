@@ -54,6 +54,7 @@ class Forms:
         self._clock = clock
         self._allowances: OrderedDict[str, _Allowance] = OrderedDict()
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
+        self._asked: dict[bytes, asyncio.Event] = {}
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -83,23 +84,28 @@ class Forms:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
+        if key in self._asked:
+            # Many ask for one form at once, and it is tried out once: they take no place that others could have.
+            await self._asked[key].wait()
+            return await self._found(key, kind, value, tenant)
         allowance = self._allowance(tenant)
         if self._waiting == _MAX_WAITING or (tenant and allowance.waiting == _MAX_TENANT_WAITING):
             raise MeshError(Reason.NO_CAPACITY, "too many structured outputs are new", retry_after_seconds=1.0)
         if tenant:
             # Whoever is none of ours answers for its own.
             allowance.take(self._clock(), self._new_per_minute)
+        over = self._asked[key] = asyncio.Event()
         self._waiting += 1
         allowance.waiting += 1
         try:
             async with self._turn:
-                # Somebody else may have asked meanwhile.
-                if key not in self._known:
-                    self._remember(key, await self._ask(kind, value))
+                self._remember(key, await self._ask(kind, value))
                 return self._known[key]
         finally:
             self._waiting -= 1
             allowance.waiting -= 1
+            del self._asked[key]
+            over.set()
 
     def _allowance(self, tenant: str) -> "_Allowance":
         known = self._allowances.get(tenant)
