@@ -16,13 +16,13 @@ $(STAMP): pyproject.toml locks/cpu.lock locks/gpu.lock scripts/install
 up: install
 	@exec $(BIN)/tokenloom up $(ARGS)
 
-# Most tests wait for something, and may do so two at a time; the others start what needs the machine for itself.
+# Most tests wait for something, and may do so three at a time; the others start what needs the machine for itself.
 test: install
 	@scripts/system-packages
 ifdef ARGS
 	$(BIN)/pytest $(ARGS)
 else
-	$(BIN)/pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -n 3 --dist loadfile -m "not alone"
 	$(BIN)/pytest -m alone
 endif
 
