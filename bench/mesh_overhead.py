@@ -1,10 +1,11 @@
 """The whole mesh beside vLLM's own server, on the same model: tokens a second, CPU a token, time to first token.
 
-    python -m bench.mesh_overhead [--streams 64] [--tokens 256] [--rounds 3]
+    python -m bench.mesh_overhead [--streams 64] [--tokens 256] [--rounds 3] [--beside OTHER_CHECKOUT]
 
-Real vLLM on the CPU behind both, with the same engine arguments, and the same client. Counted is the CPU of everything
-outside the engine core: of `vllm serve` its API server, of the mesh Envoy, gateway, router, telemetry and worker. The
-engine core itself takes most of this machine, so tokens a second say how much the rest takes away from it.
+Real vLLM on the CPU behind both, with the same engine arguments, and the same client. All are up all the time and take
+turns, in one order and then in the other. Counted is the CPU of everything outside the engine core: of `vllm serve` its
+API server, of the mesh Envoy, gateway, router, telemetry and worker. The engine core itself takes most of this machine,
+so tokens a second say how much the rest takes away from it.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class Round:
     tokens_per_second: float
     us_cpu_per_token: float
     first_token_ms: float
+    last_first_token_ms: float
+    """Of the stream that waited longest."""
 
 
 @contextmanager
@@ -71,25 +74,32 @@ def vllm_serve(folder: Path) -> Iterator[Server]:
     command += ["--enforce-eager", "--dtype", "float32", "--block-size", "32", "--max-num-seqs", "64"]
     command += ["--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-uvicorn-access-log"]
     command += ["--distributed-executor-backend", "uni"]
-    with _environment(), program(command, folder / "vllm.log") as pid:
+    with _environment(_ENVIRONMENT), program(command, folder / "vllm.log") as pid:
         wait_for_http(f"http://127.0.0.1:{port}/health", within=180)
         yield Server(name="vllm serve", pids=(pid,), target=f"127.0.0.1:{port}", key="none")
 
 
 @contextmanager
-def mesh(folder: Path) -> Iterator[Server]:
-    """A mesh of one worker."""
+def mesh(folder: Path, checkout: Path | None = None) -> Iterator[Server]:
+    """A mesh of one worker; its code is that of `checkout`, None: this one's."""
     config = folder / "mesh.yaml"
     config.write_text(_CONFIG.format(model=demo_model()))
-    with running_mesh(folder / "state", "--config", str(config), within=180) as running:
+    root = checkout or Path.cwd()
+    with ExitStack() as stack:
+        if checkout is not None:
+            stack.enter_context(chdir(root))
+            stack.enter_context(_environment({"PYTHONPATH": f"{root}{os.pathsep}{root / 'protos' / 'gen'}"}))
+        running = stack.enter_context(running_mesh(folder / "state", "--config", str(config), within=180))
         pids = tuple(int(process["pid"]) for process in running.state["processes"])
-        yield Server(name="tokenloom", pids=pids, target=running.edge_target, key=running.key)
+        yield Server(
+            name=root.name if checkout else "tokenloom", pids=pids, target=running.edge_target, key=running.key
+        )
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def _environment(added: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(added)
     try:
         yield
     finally:
@@ -116,27 +126,41 @@ def measure(server: Server, streams: int, tokens: int) -> Round:
     cpu = cpu_outside_core(server) - before
     result = json.loads(ran.stdout)
     firsts, count = result["first_event_seconds"], streams * tokens
-    return Round(count / result["seconds"], 1e6 * cpu / count, 1000 * firsts[len(firsts) // 2])
+    return Round(count / result["seconds"], 1e6 * cpu / count, 1000 * firsts[len(firsts) // 2], 1000 * firsts[-1])
+
+
+def compare(servers: Sequence[Server], *, streams: int, tokens: int, rounds: int) -> dict[str, list[Round]]:
+    """What each server gives in that many rounds, by its name."""
+    for server in servers:
+        for _ in range(2):
+            measure(server, streams, 32)  # warms connections and code
+            time.sleep(1)
+    found: dict[str, list[Round]] = {server.name: [] for server in servers}
+    for number in range(rounds):
+        for server in servers if number % 2 == 0 else servers[::-1]:
+            found[server.name].append(measure(server, streams, tokens))
+    return found
 
 
 def main() -> None:
-    """Lets both take turns, one server at a time, and prints the middle of each figure."""
+    """Starts all of them, lets them take turns, and prints the middle of each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", type=Path, help="another checkout of this repository, whose mesh is measured, too")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        for number, starting in enumerate((vllm_serve, mesh)):
-            place = Path(folder) / str(number)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        places = [Path(folder) / str(number) for number in range(3)]
+        for place in places:
             place.mkdir()
-            with starting(place) as server:
-                for _ in range(2):
-                    measure(server, options.streams, 32)  # warms connections and code
-                    time.sleep(1)
-                rounds = [measure(server, options.streams, options.tokens) for _ in range(options.rounds)]
-            line = {name: round(statistics.median(getattr(one, name) for one in rounds), 1) for name in Round.__slots__}
-            print(f"{server.name:<12}{json.dumps(line)}", flush=True)
+        servers = [stack.enter_context(vllm_serve(places[0])), stack.enter_context(mesh(places[1]))]
+        if options.beside is not None:
+            servers.append(stack.enter_context(mesh(places[2], options.beside.resolve())))
+        found = compare(servers, streams=options.streams, tokens=options.tokens, rounds=options.rounds)
+    for server, rounds in found.items():
+        line = {name: round(statistics.median(getattr(one, name) for one in rounds), 1) for name in Round.__slots__}
+        print(f"{server:<12}{json.dumps(line)}", flush=True)
 
 
 if __name__ == "__main__":
