@@ -3,7 +3,7 @@
 A whole mesh with Envoy. Requests of both lanes keep coming at a steady rate, with prompts of their own, streamed and
 not; of every 20 clients one hangs up in the middle of the answer. With `--kill-every` a worker is killed (SIGKILL) that
 often. Every ten seconds each process is looked at. Printed are the requests that failed, and for each process that was
-there from a quarter of the time on until the end what memory it gained an hour (least squares over its own pages), its
+there from half of the time on until the end what memory it gained an hour (least squares over its own pages), its
 open files and threads then and in the end. `--csv` keeps every look.
 """
 
@@ -200,7 +200,7 @@ async def measure(mesh: Mesh, options: argparse.Namespace) -> bool:
     looks = looking.result()
     if options.csv is not None:
         _keep(looks, options.csv)
-    found = list(growths(looks, after=(ends - began) / 4))
+    found = list(growths(looks, after=(ends - began) / 2))
     return _report(load, found, killing.result())
 
 
