@@ -144,6 +144,8 @@ class OpenAIEngine:
         stream = Stream(generation, sink, self._meters, prompt_estimate=estimate(generation))
         self._streams[generation.id] = stream
         stream.task = self._tasks.create_task(self._run(stream), name=f"upstream {generation.id}")
+        # Not in the task: one that is cancelled before its first turn does nothing at all.
+        stream.task.add_done_callback(lambda _: self._leave(stream))
         try:
             await stream.accepted
         except asyncio.CancelledError:
@@ -246,9 +248,10 @@ class OpenAIEngine:
         except Exception:  # noqa: BLE001  # one request's fault must not take the others along
             _log.exception("a generation failed")
             stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
-        finally:
-            del self._streams[stream.generation.id]
-            stream.accept()
+
+    def _leave(self, stream: Stream) -> None:
+        del self._streams[stream.generation.id]
+        stream.accept()
 
     async def _generate(self, stream: Stream) -> None:
         generation = stream.generation

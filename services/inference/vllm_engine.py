@@ -343,6 +343,8 @@ class VllmEngine:
             return
         stream.pending_prefill_tokens = len(todo.tokens)
         stream.task = self._tasks.create_task(self._run(stream, todo, self._backend), name=f"vllm {generation.id}")
+        # Not in the task: one that is cancelled before its first turn does nothing at all.
+        stream.task.add_done_callback(lambda _: self._leave(stream))
         try:
             await stream.accepted
         except asyncio.CancelledError:
@@ -410,11 +412,12 @@ class VllmEngine:
             else:
                 _log.error("a generation failed", exc_info=error)
                 stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
-        finally:
-            del self._streams[stream.generation.id]
-            if stream.pending_prefill_tokens:
-                self._stats.leave_queue()
-            stream.accept()
+
+    def _leave(self, stream: Stream) -> None:
+        del self._streams[stream.generation.id]
+        if stream.pending_prefill_tokens:
+            self._stats.leave_queue()
+        stream.accept()
 
     async def _generate_or_release(self, stream: Stream, todo: Plan, backend: "Backend", lora: Any) -> None:
         """`lora` is vLLM's request for the adapter to use; None uses none."""

@@ -218,9 +218,10 @@ async def test_an_aborted_generation_is_out_of_the_engine_within_100_ms(engine: 
     assert not gone.ended.is_set()
 
 
-async def test_a_generation_aborted_while_it_is_submitted_leaves_nothing(engine: VllmEngine) -> None:
+@pytest.mark.parametrize("prompt", ["word " * 200, PROMPT], ids=["text", "tokens"])
+async def test_a_generation_aborted_while_it_is_submitted_leaves_nothing(engine: VllmEngine, prompt: Any) -> None:
     sink = Kept()
-    submitting = asyncio.ensure_future(engine.submit(generation("early", prompt="word " * 200), sink))
+    submitting = asyncio.ensure_future(engine.submit(generation("early", prompt=prompt), sink))
     await asyncio.sleep(0)
     engine.abort("early")
     await submitting

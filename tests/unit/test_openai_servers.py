@@ -134,6 +134,15 @@ async def test_what_is_full_is_refused_and_an_abort_hangs_up() -> None:
         assert not kept.ended.is_set()
 
 
+async def test_a_generation_that_is_aborted_before_its_first_turn_leaves_nothing() -> None:
+    async with engine_before({CHAT: streamed(*WHOLE, USAGE)}) as (engine, _):
+        submitting = asyncio.ensure_future(engine.submit(generation(SAID), Kept()))
+        await asyncio.sleep(0)
+        engine.abort("one")
+        await asyncio.wait_for(submitting, 5)
+        assert engine.load.running + engine.load.waiting == 0
+
+
 async def test_a_server_that_is_away_is_known_to_be_and_must_work_to_be_taken_back() -> None:
     silent = streamed(piece("a"), done=False, is_silent=True)
     async with engine_before({CHAT: silent}, probe_seconds=0.05) as (engine, far):
