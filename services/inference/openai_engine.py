@@ -144,7 +144,7 @@ class OpenAIEngine:
         stream = Stream(generation, sink, self._meters, prompt_estimate=estimate(generation))
         self._streams[generation.id] = stream
         stream.task = self._tasks.create_task(self._run(stream), name=f"upstream {generation.id}")
-        # Not in the task: one that is cancelled before its first turn does nothing at all.
+        # A task that is cancelled before its first turn does nothing at all.
         stream.task.add_done_callback(lambda _: self._leave(stream))
         try:
             await stream.accepted
@@ -248,8 +248,13 @@ class OpenAIEngine:
         except Exception:  # noqa: BLE001  # one request's fault must not take the others along
             _log.exception("a generation failed")
             stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
+        finally:
+            self._leave(stream)
 
     def _leave(self, stream: Stream) -> None:
+        """Lets go of a stream that is over; again, it does nothing."""
+        if self._streams.get(stream.generation.id) is not stream:
+            return
         del self._streams[stream.generation.id]
         stream.accept()
 

@@ -343,7 +343,7 @@ class VllmEngine:
             return
         stream.pending_prefill_tokens = len(todo.tokens)
         stream.task = self._tasks.create_task(self._run(stream, todo, self._backend), name=f"vllm {generation.id}")
-        # Not in the task: one that is cancelled before its first turn does nothing at all.
+        # A task that is cancelled before its first turn does nothing at all.
         stream.task.add_done_callback(lambda _: self._leave(stream))
         try:
             await stream.accepted
@@ -412,8 +412,13 @@ class VllmEngine:
             else:
                 _log.error("a generation failed", exc_info=error)
                 stream.fail(MeshError(Reason.ENGINE_FAILED, "the engine failed"))
+        finally:
+            self._leave(stream)
 
     def _leave(self, stream: Stream) -> None:
+        """Lets go of a stream that is over; again, it does nothing."""
+        if self._streams.get(stream.generation.id) is not stream:
+            return
         del self._streams[stream.generation.id]
         if stream.pending_prefill_tokens:
             self._stats.leave_queue()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest_asyncio
 
+from tests.support.demo_model import demo_model
 from tests.support.media_models import IMAGES_AT_MOST, image_model
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ async def seeing_engine() -> "AsyncIterator[VllmEngine]":
     from tests.support.engine_process import worker_settings  # noqa: PLC0415
 
     environment = dict(os.environ)
+    # First, since making a model may start threads.
+    prepare_process(worker_settings(str(demo_model())))
     limits = {"limit_mm_per_prompt": {"image": IMAGES_AT_MOST}, "max_num_seqs": 16}
     settings = worker_settings(str(image_model()), engine_args=limits, max_queued=100)
-    prepare_process(settings)
     async with VllmEngine(settings) as running:
         yield running
     os.environ.clear()
