@@ -176,9 +176,9 @@ async def test_a_server_that_is_slow_with_a_long_prompt_is_left_alone(tmp_path: 
 
 
 async def _crawl(server: LlamaServer) -> None:
-    """Lets it have a fifth of the time, in pieces."""
+    """Lets it have a ninth of the time, in pieces."""
     while True:
         server.hang()
         await asyncio.sleep(0.2)
         server.go_on()
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.025)
