@@ -92,7 +92,7 @@ def smg(folder: Path, path: str, tokens_per_second: float) -> Iterator[Proxy]:
     launch += [f"http://127.0.0.1:{backend}", "--policy", "round_robin", "--log-level", "error"]
     launch += ["--prometheus-port", str(free_port())]
     with program(server, folder / "backend.log"), program(launch, folder / "smg.log") as pid:
-        wait_for_http(f"http://127.0.0.1:{port}/readiness")
+        wait_for_http(f"http://127.0.0.1:{port}/readiness", within=60)
         yield Proxy(name="smg", pids=(pid,), target=f"127.0.0.1:{port}", key="none")
 
 

@@ -213,7 +213,7 @@ class Admission:
         """Whether its tenant has more than its share already, so that it is to leave room for others."""
         if not ticket.request.occupies_slot:
             return False
-        slots = self._scheduler.slots(ticket.ways[0].request)
+        slots = self._scheduler.capacity(ticket.ways[0].request).slots
         return self._shares.of(ticket.lane.model, now).is_over(ticket.tenant, slots, now, waiting=waiting, after=after)
 
     def _learn(self, lease: Lease, seen: Seen) -> None:
@@ -281,10 +281,11 @@ class Admission:
         if ticket.deadline <= now:
             self._refuse(ticket, self._refusals.too_late(ticket))
             return
+        self._refusals.note(ticket.ways[0].request)
         wait = self._refusals.expected_wait(ticket, self._line.before(ticket))
         allowed = self._refusals.allowed_wait(ticket, now)
-        if wait is not None and wait > allowed:
-            # It would wait in vain, and take a place from those who need not.
+        if wait is not None and wait > allowed and not ticket.request.emitted_tokens:
+            # It would wait in vain, and take a place from those who need not. Who has begun does not wait in vain.
             self._refuse(
                 ticket,
                 self._refusals.too_late(ticket) if wait > ticket.deadline - now else self._refusals.no_capacity(ticket),

@@ -15,7 +15,7 @@ from services.router.prefixes import Prefixes
 from services.router.request import Request
 from services.router.worker import STALE_SECONDS, Worker
 
-__all__ = ["OUTSIDE_POOL", "Decision", "Scheduler", "Verdict"]
+__all__ = ["OUTSIDE_POOL", "Capacity", "Decision", "Scheduler", "Verdict"]
 
 # Costs closer than this are equal: what two equal workers measure of themselves differs by as much.
 _TIE_SHARE: Final = 1.04
@@ -95,6 +95,24 @@ class _Ask(NamedTuple):
     spare: bool
 
 
+class Capacity(NamedTuple):
+    """What the workers of a model have together."""
+
+    at: float
+    """When it was looked at, in seconds."""
+    requests_per_second: float
+    """How many find a slot in a second while none is free; 0 while nobody is ready."""
+    slots: int
+    """How many run at the same time."""
+    free_slots: int
+    """How many of these are free."""
+    prefill_tokens_per_second: float
+
+
+def _free_slots(ready: Sequence[Worker]) -> int:
+    return sum(max(0, worker.card.max_running - worker.occupied) for worker in ready if not worker.full)
+
+
 class _Found(NamedTuple):
     open_to: list[Worker]
     names: list[str]
@@ -115,7 +133,7 @@ class Scheduler:
         self._lengths = lengths
         self._clock = clock
         self._rng = rng
-        self._rates: dict[str, tuple[float, float, int]] = {}
+        self._capacities: dict[str, Capacity] = {}
 
     def pick(self, request: Request, *, asked_at: float | None = None, spare: bool = False) -> Decision:
         """The worker with the least cost among those that take the request now; changes nothing.
@@ -223,26 +241,33 @@ class Scheduler:
                 return Verdict.FULL
         return self._why_none(request, full=False, now=now)
 
-    def requests_per_second(self, request: Request) -> float:
-        """How many requests like this one find a slot in a second while none is free; 0 while nobody is ready."""
-        return self._capacity(request)[1]
-
-    def slots(self, request: Request) -> int:
-        """How many requests like this one run at the same time on the workers that are ready."""
-        return self._capacity(request)[2]
-
-    def _capacity(self, request: Request) -> tuple[float, float, int]:
+    def capacity(self, request: Request) -> Capacity:
+        """What the workers that are ready have for requests like this one; it may be a moment old."""
         now, model = self._clock(), request.model or ""
-        known = self._rates.get(model)
-        if known is not None and now - known[0] < _RATE_SECONDS:
+        known = self._capacities.get(model)
+        if known is not None and now - known.at < _RATE_SECONDS:
             return known
         output = self._lengths.expected(request)
         ready = [worker for worker in self._fleet.serving(request.model) if worker.is_ready(now)]
-        rate = sum(worker.running_at_most / max(worker.service_seconds(output), 0.001) for worker in ready)
-        if len(self._rates) > _MOST_RATES:
-            self._rates.clear()
-        found = self._rates[model] = (now, rate, sum(worker.card.max_running for worker in ready))
+        found = Capacity(
+            now,
+            sum(worker.running_at_most / max(worker.service_seconds(output), 0.001) for worker in ready),
+            sum(worker.card.max_running for worker in ready),
+            _free_slots(ready),
+            sum(1 / worker.outlook.prefill_token_seconds for worker in ready),
+        )
+        if len(self._capacities) > _MOST_RATES:
+            self._capacities.clear()
+        self._capacities[model] = found
         return found
+
+    def free_slots(self, request: Request) -> int:
+        """How many requests like this one the workers that are ready have slots for, this moment."""
+        if not self.capacity(request).free_slots:
+            # Looking at each worker takes longer than most of the rest, and one that is free was full a moment ago.
+            return 0
+        now = self._clock()
+        return _free_slots([worker for worker in self._fleet.serving(request.model) if worker.is_ready(now)])
 
     def _context(self, request: Request) -> int:
         """Tokens of context that a worker must have: 0 when all have it, -1 when none can.

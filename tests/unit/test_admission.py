@@ -259,6 +259,24 @@ def test_a_request_that_would_wait_longer_than_its_class_allows_is_refused_at_on
     assert bench.ask(slo_class="batch").is_waiting
 
 
+def test_a_burst_waits_for_prefill_where_slots_are_free_and_not_for_answers_to_end() -> None:
+    bench = Bench()
+    bench.worker("w0", max_running=64)
+    # Each takes a tenth of a second of prefill; by then answers, of 128 tokens of 0.02 s, are far from over.
+    burst = [bench.ask(prompt_tokens=800) for _ in range(60)]
+    assert not [ticket.error for ticket in burst if ticket.error is not None]
+    assert 0 < len([ticket for ticket in burst if ticket.is_waiting]) < 60
+    _, seconds = bench.admission.outlook(burst[-1])
+    assert seconds is not None
+    assert seconds < 10
+
+
+def test_who_has_begun_is_not_refused_for_what_it_might_wait() -> None:
+    bench, _ = full_bench()
+    waiting = [bench.ask(emitted_tokens=7, attempt=2) for _ in range(20)]
+    assert [ticket.is_waiting for ticket in waiting] == [True] * 20
+
+
 def test_a_deadline_that_can_not_be_met_is_told_at_once() -> None:
     bench, _ = full_bench()
     assert bench.ask(timeout_seconds=2.0).error is not None
