@@ -20,7 +20,8 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,16 @@ async def disturbed(mesh: Mesh, asked: Sequence[dict[str, Any]], killer: Killer,
         return await stream_all(mesh.edge_target, mesh.key, asked, flowing=all_flow.set)
 
 
+@contextmanager
+def mesh_of(engine: str, workers: int, *, decode_step_ms: int) -> Iterator[Mesh]:
+    """A whole mesh whose workers have one kind of engine: "vllm" with the demo model, or "sim" of that speed."""
+    sim = ("--sim", f"decode_step_ms={decode_step_ms},max_num_seqs=64,max_model_len=4096")
+    of_engine = sim if engine == "sim" else ("--model", str(demo_model()))
+    arguments = ("--engine", engine, "--workers", str(workers), *of_engine)
+    with tempfile.TemporaryDirectory() as folder, running_mesh(Path(folder) / "state", *arguments, within=180) as mesh:
+        yield mesh
+
+
 def served_model(mesh: Mesh) -> str:
     """The name of the mesh's model."""
     models = httpx.get(f"{mesh.edge}/v1/models", headers=mesh.headers).raise_for_status().json()
@@ -186,13 +197,7 @@ def main() -> None:
     parser.add_argument("--within", type=float, default=0.5, help="seconds after the beginning in which kills fall")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    sim = ("--sim", "decode_step_ms=20,max_num_seqs=64,max_model_len=4096")
-    of_engine = sim if options.engine == "sim" else ("--model", str(demo_model()))
-    arguments = ("--engine", options.engine, "--workers", str(options.workers), *of_engine)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_mesh(Path(folder) / "state", *arguments, within=180) as mesh,
-    ):
+    with mesh_of(options.engine, options.workers, decode_step_ms=20) as mesh:
         same = uvloop.run(measure(mesh, options))
     sys.exit(not same)
 

@@ -15,7 +15,6 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,16 +31,14 @@ import uvloop
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
-from bench.failover import served_model
-from tests.support.demo_model import demo_model
-from tests.support.mesh import Mesh, running_mesh
+from bench.failover import mesh_of, served_model
+from tests.support.mesh import Mesh
 
 _MOST_MB_AN_HOUR: Final = 1.0
 _LEAST_SERVED: Final = 0.9999
 _LOOK_SECONDS: Final = 10.0
 _HANG_UP_EVERY: Final = 40
 _ANSWER_SECONDS: Final = 60.0
-_SIM: Final = "decode_step_ms=10,max_num_seqs=64,max_model_len=4096"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +235,7 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, help="seconds; none is killed without it")
     parser.add_argument("--csv", type=Path, help="where every look is written to")
     options = parser.parse_args()
-    of_engine = ("--sim", _SIM) if options.engine == "sim" else ("--model", str(demo_model()))
-    arguments = ("--engine", options.engine, "--workers", str(options.workers), *of_engine)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_mesh(Path(folder) / "state", *arguments, within=180) as mesh,
-    ):
+    with mesh_of(options.engine, options.workers, decode_step_ms=10) as mesh:
         kept = uvloop.run(measure(mesh, options))
     sys.exit(not kept)
 

@@ -4,6 +4,7 @@ from typing import Final
 
 from services.common.errors import MeshError, Reason
 from services.common.policy import STANDARD
+from services.router.memory import PromptLengths
 from services.router.request import LONGEST_MODEL_NAME, Request
 from services.router.scheduler import Scheduler, Verdict
 from services.router.ticket import Ticket
@@ -13,8 +14,6 @@ __all__ = ["Refusals", "check"]
 
 _UNKNOWN_RETRY_SECONDS: Final = 5.0
 _LONGEST_RETRY_SECONDS: Final = 60.0
-_LEARNT_SHARE: Final = 0.05
-_MOST_MODELS: Final = 1000
 
 
 class Refusals:
@@ -34,8 +33,7 @@ class Refusals:
         self._max_waiting = max_waiting
         self._max_wait_seconds = max_wait_seconds
         self._ready_grace_seconds = ready_grace_seconds
-        self._prompt_tokens: dict[str, float] = {}
-        """The mean of those that wait, by model."""
+        self._prompts = PromptLengths()
 
     def expected_wait(self, ticket: Ticket, before: int) -> float | None:
         """How long a request waits that has so many before it; None where that is not known."""
@@ -44,21 +42,17 @@ class Refusals:
         if capacity.requests_per_second <= 0:
             return None
         turn = before + 1
-        free = self._scheduler.free_slots(request) if capacity.free_slots else 0
+        free = self._scheduler.free_slots(request)
         slot = (turn - free) / capacity.requests_per_second
         if not free:
             return slot
         # Where slots are free it is prefill that holds it up, of the prompts before it and of its own.
-        tokens = before * self._prompt_tokens.get(request.model or "", 0.0) + request.prompt_tokens
+        tokens = before * self._prompts.expected(request) + request.prompt_tokens
         return max(slot, tokens / capacity.prefill_tokens_per_second)
 
     def note(self, request: Request) -> None:
         """Learns how long prompts are of requests that wait."""
-        model, tokens = request.model or "", float(request.prompt_tokens)
-        mean = self._prompt_tokens.get(model, tokens)
-        if len(self._prompt_tokens) > _MOST_MODELS:
-            self._prompt_tokens.clear()
-        self._prompt_tokens[model] = mean + _LEARNT_SHARE * (tokens - mean)
+        self._prompts.note(request)
 
     def allowed_wait(self, ticket: Ticket, now: float) -> float:
         """How long it may still wait."""
