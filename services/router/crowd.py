@@ -1,9 +1,9 @@
-"""Who waits, counted by class and tenant: who makes room when the line is full, and who has waited for too long."""
+"""Who waits, by class and tenant: how many, who makes room when the line is full, and who has waited for too long."""
 
 from collections import Counter
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Crowd"]
+__all__ = ["Counts", "Crowd"]
 
 
 class Member(Protocol):
@@ -66,16 +66,63 @@ class _Group(Generic[M]):
             self._most = after
 
 
-class Crowd(Generic[M]):
-    """All that wait."""
+class Counts:
+    """How many wait, by class and tenant."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, _Group[M]] = {}
+        self._groups: dict[int, dict[str, int]] = {}
+        self._totals: dict[int, int] = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether nobody waits."""
         return not self._groups
+
+    def add(self, priority: int, tenant: str) -> None:
+        """One more of a tenant waits in a class."""
+        group = self._groups.get(priority)
+        if group is None:
+            group = self._groups[priority] = {}
+            self._totals[priority] = 0
+        group[tenant] = group.get(tenant, 0) + 1
+        self._totals[priority] += 1
+
+    def remove(self, priority: int, tenant: str) -> None:
+        """One of them waits no more."""
+        group = self._groups[priority]
+        left = group[tenant] - 1
+        if left:
+            group[tenant] = left
+        else:
+            del group[tenant]
+            if not group:
+                del self._groups[priority], self._totals[priority]
+                return
+        self._totals[priority] -= 1
+
+    def before(self, priority: int, tenant: str) -> int:
+        """How many would go before a request that comes now: all of higher classes, and of its own class those whose
+        turn comes first when tenants take turns.
+        """
+        higher = sum([count for one, count in self._totals.items() if one < priority])
+        group = self._groups.get(priority)
+        if group is None:
+            return higher
+        own = group.get(tenant, 0)
+        tenants = len(group) + (not own)
+        return higher + min(self._totals[priority], tenants * (own + 1) - 1)
+
+    def tenants(self, priority: int) -> int:
+        """How many tenants of a class wait."""
+        group = self._groups.get(priority)
+        return len(group) if group is not None else 0
+
+
+class Crowd(Generic[M]):
+    """All that wait."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, _Group[M]] = {}
 
     def add(self, member: M) -> None:
         """One more waits."""
@@ -90,23 +137,6 @@ class Crowd(Generic[M]):
         group.remove(member)
         if not group.oldest_first:
             del self._groups[member.priority]
-
-    def before(self, priority: int, tenant: str) -> int:
-        """How many would go before a request that comes now: all of higher classes, and of its own class those whose
-        turn comes first when tenants take turns.
-        """
-        higher = sum(len(group.oldest_first) for one, group in self._groups.items() if one < priority)
-        group = self._groups.get(priority)
-        if group is None:
-            return higher
-        own = len(group.tenants.get(tenant, ()))
-        tenants = len(group.tenants) + (tenant not in group.tenants)
-        return higher + min(len(group.oldest_first), tenants * (own + 1) - 1)
-
-    def tenants(self, priority: int) -> int:
-        """How many tenants of a class wait."""
-        group = self._groups.get(priority)
-        return len(group.tenants) if group is not None else 0
 
     @property
     def by_tenant(self) -> Counter[str]:

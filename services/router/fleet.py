@@ -1,5 +1,6 @@
 """The registry: the workers, by name and by model, and who wants to know when one changes."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -9,7 +10,7 @@ from services.router.card import Card, Load
 from services.router.cost import PRIOR, Prediction, Rates, better
 from services.router.reading import HEALTHY, Condition, worst
 from services.router.request import Request
-from services.router.worker import Lease, Outcome, Seen, Worker
+from services.router.worker import STALE_SECONDS, Lease, Outcome, Seen, Worker
 
 __all__ = ["Clock", "Fleet", "Listener"]
 
@@ -43,6 +44,8 @@ class Fleet:
         self._cordoned: set[str] = set()
         self._conditions: dict[str, Condition] = {}
         self._hopes: dict[str, Rates] = {}
+        self._sound_until: dict[str, float] = {}
+        """Until when all workers of a model take work, as far as that is known."""
         self._listeners: list[Listener] = []
         self.differ_in_context = False
         """Whether some model has workers that take longer sequences than others of its do."""
@@ -67,6 +70,20 @@ class Fleet:
     def serving(self, model: str | None) -> Sequence[Worker]:
         """The workers that serve a model; every worker for None."""
         return list(self._workers.values()) if model is None else self._by_model.get(model, ())
+
+    def is_sound(self, model: str | None, now: float) -> bool:
+        """Whether every worker of a model takes work, full or not, and as much as any other."""
+        until = self._sound_until.get(model or "", -math.inf)
+        if now <= until:
+            return True
+        workers = self.serving(model)
+        if not workers or [worker for worker in workers if worker.blocked or worker.admitted_ratio != 1.0]:
+            return False
+        until = min([worker.reported_at for worker in workers]) + STALE_SECONDS
+        if model:
+            # Whatever else ends it comes with a change of a worker.
+            self._sound_until[model] = until
+        return now <= until
 
     def contexts(self, model: str) -> tuple[int, int]:
         """The shortest and the longest context among the model's workers, in tokens; zeros when there is none."""
@@ -235,7 +252,7 @@ class Fleet:
                 self._hopes[model] = best
 
     def _index(self) -> None:
-        self._by_model, self._by_gpu, self._contexts, self._abilities = {}, {}, {}, {}
+        self._by_model, self._by_gpu, self._contexts, self._abilities, self._sound_until = {}, {}, {}, {}, {}
         for worker in self._workers.values():
             for model in worker.card.models:
                 self._by_model.setdefault(model, []).append(worker)
@@ -269,5 +286,8 @@ class Fleet:
                 self._changed(worker)
 
     def _changed(self, worker: Worker) -> None:
+        if worker.blocked or worker.admitted_ratio != 1.0:
+            for model in worker.card.models:
+                self._sound_until.pop(model, None)
         for listener in tuple(self._listeners):
             listener(worker)

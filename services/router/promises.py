@@ -58,7 +58,10 @@ class Promises(Generic[P]):
             return None
         found, first = None, now
         for model in models:
-            for lane, times in self._lanes.get((model, priority), _NO_LANES).items():
+            lanes = self._lanes.get((model, priority))
+            if lanes is None:
+                continue
+            for lane, times in lanes.items():
                 at = times.next
                 if at is not None and at <= first and lane not in skip:
                     found, first = times, at

@@ -1,7 +1,7 @@
 """Which worker gets a request: the one pick behind both lanes."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from itertools import islice
 from typing import Final, NamedTuple
@@ -85,16 +85,6 @@ class Decision(NamedTuple):
         )
 
 
-class _Ask(NamedTuple):
-    request: Request
-    now: float
-    asked_at: float
-    context: int
-    plain: bool
-    """Whether every worker of its model that takes work may have it."""
-    spare: bool
-
-
 class Capacity(NamedTuple):
     """What the workers of a model have together."""
 
@@ -109,17 +99,18 @@ class Capacity(NamedTuple):
     prefill_tokens_per_second: float
 
 
-def _free_slots(ready: Sequence[Worker]) -> int:
-    return sum(max(0, worker.card.max_running - worker.occupied) for worker in ready if not worker.full)
+def _free_slots(workers: Iterable[Worker], now: float) -> int:
+    # Most are full when this is asked.
+    taking = [worker for worker in workers if not worker.full]
+    return sum(max(0, worker.card.max_running - worker.occupied) for worker in taking if worker.is_ready(now))
 
 
-class _Found(NamedTuple):
-    open_to: list[Worker]
-    names: list[str]
-    reasons: list[str]
-    steps: list[Step]
-    full: bool
-    """Whether somebody would take it later."""
+# What is asked: the request, now, when it was made, the context that it needs, whether every worker may have it, and
+# whether only those with capacity to spare. Plain tuples, these two, since they are made for every decision.
+_Ask = tuple[Request, float, float, int, bool, bool]
+# What is found: those that are left; names and reasons of those that are out of the question; the steps that took
+# others out; and whether somebody would take it later.
+_Found = tuple[list[Worker], list[str], list[str], list[Step], bool]
 
 
 class Scheduler:
@@ -150,13 +141,14 @@ class Scheduler:
         output = self._lengths.expected(request)
         plain = not request.excluded and request.subset is None and context == 0
         plain = plain and request.pools is None and request.needs <= self._fleet.common_abilities(request.model)
-        asks = _Ask(request, now, asked, context, plain, spare)
         workers = self._fleet.serving(request.model)
-        found = self._sort_out(self._some(workers, request) if plain else workers, asks)
-        if not found.open_to and plain and len(workers) > _MOST_COMPARED:
-            found = self._sort_out(workers, asks)
+        sound = self._fleet.is_sound(request.model, now)
+        ask = (request, now, asked, context, plain and sound, spare)
+        found = self._sort_out(self._some(workers, request) if plain else workers, ask)
+        if not found[0] and plain and len(workers) > _MOST_COMPARED:
+            found = self._sort_out(workers, ask)
         open_to, names, reasons, steps, full = found
-        if [worker for worker in open_to if worker.admitted_ratio != 1.0]:
+        if not sound and [worker for worker in open_to if worker.admitted_ratio != 1.0]:
             open_to = self._without_returning(open_to, steps)
         if not open_to:
             return Decision(self._why_none(request, full=full, now=now), looked_at=Looks(names, reasons, steps, (), ()))
@@ -175,21 +167,20 @@ class Scheduler:
         known = (self._fleet.get(name) for name in islice(self._prefixes.cached(request), _MOST_COMPARED))
         return [*some, *(one for one in known if one is not None and one not in some)]
 
-    def _sort_out(self, workers: Sequence[Worker], ask: "_Ask") -> "_Found":
+    def _sort_out(self, workers: Sequence[Worker], ask: _Ask) -> _Found:
         """Who of these may have the request now, and why the others may not."""
-        request, now, asked, context, plain, spare = ask
+        request, now, asked, context, every, spare = ask
         names: list[str] = []
         reasons: list[str] = []
         steps: list[Step] = []
-        oldest = now - STALE_SECONDS
         fit = workers
-        if not plain or [worker for worker in workers if worker.blocked or worker.reported_at < oldest]:
+        if not every:
             whys = [self._obstacle(worker, request, context, now, asked) for worker in workers]
             fit = [worker for worker, why in zip(workers, whys, strict=True) if not why]
             names = [worker.worker_id for worker, why in zip(workers, whys, strict=True) if why]
             reasons = [why for why in whys if why]
         if not request.occupies_slot:
-            return _Found([*fit], names, reasons, steps, False)
+            return [*fit], names, reasons, steps, False
         open_to = [worker for worker in fit if not worker.full]
         if len(open_to) < len(fit):
             steps.append((fit, open_to, _FULL))
@@ -200,7 +191,7 @@ class Scheduler:
             # Nobody would begin with it soon, and who does first is not known yet.
             before, open_to = open_to, []
             steps.append((before, open_to, _BACKLOGGED))
-        return _Found(open_to, names, reasons, steps, len(open_to) < len(fit))
+        return open_to, names, reasons, steps, len(open_to) < len(fit)
 
     def _spared(self, workers: Sequence[Worker], request: Request) -> list[Worker]:
         """Those that have capacity to spare for a tenant with more than its share.
@@ -253,7 +244,7 @@ class Scheduler:
             now,
             sum(worker.running_at_most / max(worker.service_seconds(output), 0.001) for worker in ready),
             sum(worker.card.max_running for worker in ready),
-            _free_slots(ready),
+            _free_slots(ready, now),
             sum(1 / worker.outlook.prefill_token_seconds for worker in ready),
         )
         if len(self._capacities) > _MOST_RATES:
@@ -266,8 +257,7 @@ class Scheduler:
         if not self.capacity(request).free_slots:
             # Looking at each worker takes longer than most of the rest, and one that is free was full a moment ago.
             return 0
-        now = self._clock()
-        return _free_slots([worker for worker in self._fleet.serving(request.model) if worker.is_ready(now)])
+        return _free_slots(self._fleet.serving(request.model), self._clock())
 
     def _context(self, request: Request) -> int:
         """Tokens of context that a worker must have: 0 when all have it, -1 when none can.

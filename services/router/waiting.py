@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Hashable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from services.router.crowd import Crowd
+from services.router.crowd import Counts, Crowd
 from services.router.fairness import Fairness
 
 __all__ = ["LaneKey", "WaitingLine", "Waits"]
@@ -45,10 +45,8 @@ class Waits(Protocol):
 W = TypeVar("W", bound=Waits)
 
 
-class _Turn(NamedTuple):
-    priority: int
-    served: float
-    order: int
+# Whose turn comes first: class, tokens served, order.
+_Turn = tuple[int, float, int]
 
 
 class _TenantQueue(Generic[W]):
@@ -161,7 +159,7 @@ class _Lane(Generic[W]):
             head = self.classes[priority].head()
             if head is not None:
                 count, order, waiter = head
-                return _Turn(priority, count, order), waiter
+                return (priority, count, order), waiter
         return None
 
 
@@ -172,8 +170,9 @@ class WaitingLine(Generic[W]):
         self._fairness = Fairness()
         self._models: dict[str, dict[LaneKey, _Lane[W]]] = {}
         self.crowd: Crowd[W] = Crowd()
-        """The same requests, counted."""
-        self._crowds: dict[str, Crowd[W]] = {}
+        """The same requests."""
+        self._counts: dict[str, Counts] = {}
+        """Those of each model."""
         self._orders: dict[W, tuple[int, LaneKey]] = {}
         self._next_order = 0
         self._mean_tokens = 0.0
@@ -190,14 +189,14 @@ class WaitingLine(Generic[W]):
 
     def before(self, waiter: W) -> int:
         """How many of its model would go before a request that comes now, those that come later included."""
-        crowd = self._crowds.get(waiter.lane.model)
-        if crowd is None:
+        counts = self._counts.get(waiter.lane.model)
+        if counts is None:
             return 0
-        before = crowd.before(waiter.priority, waiter.tenant)
+        before = counts.before(waiter.priority, waiter.tenant)
         # Others catch up with a tenant that is ahead of them, whoever of theirs is there already or comes until then.
         # They are ahead themselves by half a request, on average.
         ahead = self._fairness.lead(waiter.tenant) / max(self._mean_tokens, 1.0) - 0.5
-        return max(before, int(ahead * crowd.tenants(waiter.priority))) if ahead > 0 else before
+        return max(before, int(ahead * counts.tenants(waiter.priority))) if ahead > 0 else before
 
     def add(self, waiter: W) -> None:
         """Puts a request at the end of its tenant's queue."""
@@ -217,10 +216,10 @@ class WaitingLine(Generic[W]):
         self._orders[waiter] = (self._next_order, key)
         lane.add(self._next_order, waiter)
         self.crowd.add(waiter)
-        crowd = self._crowds.get(model)
-        if crowd is None:
-            crowd = self._crowds[model] = Crowd()
-        crowd.add(waiter)
+        counts = self._counts.get(model)
+        if counts is None:
+            counts = self._counts[model] = Counts()
+        counts.add(waiter.priority, waiter.tenant)
 
     def remove(self, waiter: W) -> bool:
         """Takes a request out, and says whether it waited; one that did not changes nothing."""
@@ -231,10 +230,10 @@ class WaitingLine(Generic[W]):
         lane = lanes[key]
         lane.remove(order, waiter)
         self.crowd.remove(waiter)
-        of_model = self._crowds[key.model]
-        of_model.remove(waiter)
-        if of_model.is_empty:
-            del self._crowds[key.model]
+        counts = self._counts[key.model]
+        counts.remove(waiter.priority, waiter.tenant)
+        if counts.is_empty:
+            del self._counts[key.model]
         if not lane.classes:
             for model in (key.model, *key.others):
                 del self._models[model][key]

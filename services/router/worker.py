@@ -92,6 +92,42 @@ class Worker:
     All times are seconds on the router's monotonic clock.
     """
 
+    # Decisions go through many workers and touch little of each.
+    __slots__ = (
+        "_backlog",
+        "_decode",
+        "_failure_at",
+        "_failure_share",
+        "_fresh",
+        "_growth",
+        "_hope",
+        "_kv_used",
+        "_others",
+        "_prefill",
+        "_service_seconds",
+        "admitted_ratio",
+        "backlogged",
+        "blocked",
+        "card",
+        "condition",
+        "cordoned",
+        "drained",
+        "ejection",
+        "endpoint",
+        "full",
+        "gone",
+        "has_spare",
+        "has_spare_slots",
+        "leases",
+        "load",
+        "news",
+        "outlook",
+        "reported_at",
+        "serving_since",
+        "usual_step",
+        "worker_id",
+    )
+
     def __init__(self, card: Card, *, now: float, drained: bool, condition: Condition) -> None:
         self.card = card
         self.worker_id = card.worker_id
@@ -172,7 +208,8 @@ class Worker:
 
     def has_room(self, now: float) -> bool:
         """Whether it takes another request now."""
-        return not self.full and not self.backlogged and self.is_ready(now)
+        # As is_ready() says, written out, since every decision asks.
+        return not (self.full or self.backlogged or self.blocked) and now - self.reported_at <= STALE_SECONDS
 
     def service_seconds(self, expected_output: float) -> float:
         """How long a request holds a slot here: as measured, or as predicted where that is more."""

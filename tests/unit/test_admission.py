@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from services.common.errors import Reason
-from services.router.crowd import Crowd
+from services.router.crowd import Counts, Crowd
+from services.router.deadlines import Deadlines
 from services.router.request import Request
 from services.router.ticket import Ticket
 from services.router.worker import Lease, Outcome
@@ -396,6 +397,48 @@ def test_the_crowd_agrees_with_counting() -> None:
         if victim is not None:
             assert victim.priority == lowest
             assert counts[victim.tenant] == max(counts.values())
+
+
+def test_counts_of_those_who_wait_agree_with_counting() -> None:
+    rng = random.Random(4)
+    counts = Counts()
+    members: list[tuple[int, str]] = []
+    for _ in range(3000):
+        if members and rng.random() < 0.49:
+            counts.remove(*members.pop(rng.randrange(len(members))))
+        else:
+            members.append((rng.randrange(3), f"t{rng.randrange(6)}"))
+            counts.add(*members[-1])
+        priority, tenant = rng.randrange(3), f"t{rng.randrange(7)}"
+        beside = [one for one in members if one[0] == priority]
+        tenants = {one[1] for one in beside}
+        rounds = beside.count((priority, tenant)) + 1
+        turns = min(len(beside), len(tenants | {tenant}) * rounds - 1)
+        assert counts.before(priority, tenant) == sum(one[0] < priority for one in members) + turns
+        assert counts.tenants(priority) == len(tenants)
+        assert counts.is_empty == (not members)
+
+
+def test_times_come_in_order_in_whatever_order_they_were_set() -> None:
+    rng = random.Random(5)
+    deadlines: Deadlines[int] = Deadlines()
+    times: dict[int, float] = {}
+    now = 0.0
+    for number in range(5000):
+        now += rng.random()
+        one = rng.randrange(number + 1)
+        if rng.random() < 0.3:
+            deadlines.drop(one)
+            times.pop(one, None)
+        else:
+            times[one] = now + rng.choice([5.0, 5.0, 5.0, 0.5, 60.0])
+            deadlines.set(one, times[one])
+        assert deadlines.next == min(times.values(), default=None)
+        if rng.random() < 0.1:
+            due = sorted((at, one) for one, at in times.items() if at <= now)
+            assert deadlines.take_due(now) == [one for _, one in due]
+            times = {one: at for one, at in times.items() if at > now}
+        assert deadlines.is_empty == (not times)
 
 
 def test_behind_one_long_prompt_a_request_waits_for_its_prefill_and_not_for_its_answer() -> None:
