@@ -1,25 +1,29 @@
 """CPU of the gateway for each streamed token, or for each request of one token, beside other proxies' in the same run.
 
     python -m bench.gateway_cpu [--smg PATH] [--litellm PATH] [--streams 64] [--tokens-per-second 100] [--seconds 20]
-    python -m bench.gateway_cpu --requests 2000 [--smg PATH] [--litellm PATH] [--streams 16]
+    python -m bench.gateway_cpu --requests 2000 [--whole] [--smg PATH] [--streams 16] [--beside CHECKOUT] [--repeat 5]
 
 `--smg` and `--litellm` are the programs of `pip install smg==1.13.0` and of `pip install 'litellm[proxy]'`, each in an
-environment of its own. All proxies get the same schedule of tokens from an engine that does nothing else, and the same
-client; the CPU is user + system of the proxy alone; of ours, it is the gateway's and, for requests, the router's.
+environment of its own; `--beside` is another checkout of this repository. All are up all the time and take turns, in
+one order and then in the other. They get the same schedule of tokens from an engine that does nothing else, and the
+same client; the CPU is user + system of the proxy alone; of ours, it is the gateway's and, for requests, the router's.
+The last lines are the middle of each figure, and of its ratios to the others within a turn.
 """
 
 import argparse
 import json
 import secrets
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.processes import cpu_seconds, program, service, wait_for_http
+from bench.processes import code_of, exact_cpu_seconds, program, service, wait_for_http
+from bench.turns import ratios
 from services.common.keystore import KeyStore
 from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
 from tests.support.ports import free_port
@@ -37,9 +41,14 @@ class Proxy:
 
 @contextmanager
 def tokenloom(
-    folder: Path, streams: int, tokens_per_second: float, *, otlp_endpoint: str | None = None
+    folder: Path,
+    streams: int,
+    tokens_per_second: float,
+    *,
+    otlp_endpoint: str | None = None,
+    checkout: Path | None = None,
 ) -> Iterator[Proxy]:
-    """A gateway with a router and one simulated worker."""
+    """A gateway with a router and one simulated worker; their code is that of `checkout`, None: this one's."""
     ports = [f"127.0.0.1:{free_port()}" for _ in range(8)]
     model = ModelSettings(name="sim")
     sim = SimSettings(
@@ -74,13 +83,14 @@ def tokenloom(
     )
     with KeyStore(str(keys)) as store:
         _, key = store.create("bench")
-    with (
-        service("router", router, folder) as router_pid,
-        service("inference", worker, folder),
-        service("gateway", gateway, folder) as pid,
-    ):
+    with ExitStack() as stack:
+        with code_of(checkout):
+            router_pid = stack.enter_context(service("router", router, folder))
+            stack.enter_context(service("inference", worker, folder))
+            pid = stack.enter_context(service("gateway", gateway, folder))
         wait_for_http(f"http://{ports[6]}/readyz")
-        yield Proxy(name="tokenloom gateway and router", pids=(pid, router_pid), target=ports[6], key=key)
+        name = "tokenloom" if checkout is None else checkout.name
+        yield Proxy(name=name, pids=(pid, router_pid), target=ports[6], key=key)
 
 
 @contextmanager
@@ -112,36 +122,36 @@ def litellm(folder: Path, path: str, tokens_per_second: float) -> Iterator[Proxy
         yield Proxy(name="litellm", pids=(pid,), target=f"127.0.0.1:{port}", key=key)
 
 
-def cpu_of(proxy: Proxy) -> float:
-    """User and system seconds of its processes so far."""
-    return sum(cpu_seconds(pid) for pid in proxy.pids)
-
-
-def measure_requests(proxy: Proxy, connections: int, requests: int) -> dict[str, float]:
+def measure_requests(proxy: Proxy, connections: int, requests: int, *, whole: bool) -> dict[str, float]:
     """One run of many requests for one token."""
-    client = [sys.executable, "-m", "bench.request_client", proxy.target, proxy.key, str(connections)]
-    subprocess.run([*client, "200"], check=True, capture_output=True)  # warms connections and code
-    before = cpu_of(proxy)
-    run = subprocess.run([*client, str(requests)], check=True, capture_output=True, text=True)
-    cpu = cpu_of(proxy) - before
-    result = json.loads(run.stdout)
+    client = [sys.executable, "-m", "bench.request_client", proxy.target, proxy.key, str(connections), str(requests)]
+    with subprocess.Popen(
+        [*client, *(["whole"] if whole else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        run.stdout.readline()
+        before = [exact_cpu_seconds(pid) for pid in proxy.pids]
+        run.stdin.write("go\n")
+        run.stdin.flush()
+        result = json.loads(run.stdout.readline())
+        cpu = [exact_cpu_seconds(pid) - earlier for pid, earlier in zip(proxy.pids, before, strict=True)]
     took = result["request_seconds"]
     return {
-        "us_cpu_per_request": 1e6 * cpu / requests,
+        "us_cpu_per_request": 1e6 * sum(cpu) / requests,
+        "us_cpu_of_the_first_process": 1e6 * cpu[0] / requests,
         "requests_per_second": requests / result["seconds"],
         "ms_p50": 1000 * took[len(took) // 2],
     }
 
 
-def measure(
-    proxy: Proxy, streams: int, max_tokens: int, *, read_cpu: Callable[[int], float] = cpu_seconds
-) -> dict[str, float]:
+def measure(proxy: Proxy, streams: int, max_tokens: int) -> dict[str, float]:
     """One run of the client against a proxy."""
     client = [sys.executable, "-m", "bench.sse_client", proxy.target, proxy.key, str(streams)]
     subprocess.run([*client, "20"], check=True, capture_output=True)  # warms connections and code
-    before = read_cpu(proxy.pids[0])
+    before = exact_cpu_seconds(proxy.pids[0])
     run = subprocess.run([*client, str(max_tokens)], check=True, capture_output=True, text=True)
-    cpu = read_cpu(proxy.pids[0]) - before
+    cpu = exact_cpu_seconds(proxy.pids[0]) - before
     result = json.loads(run.stdout)
     firsts = result["first_event_seconds"]
     return {
@@ -160,6 +170,8 @@ def main() -> None:
     parser.add_argument("--smg", help="path of the smg program")
     parser.add_argument("--litellm", help="path of the litellm program")
     parser.add_argument("--requests", type=int, default=0, help="so many of one token each, instead of long streams")
+    parser.add_argument("--whole", action="store_true", help="with --requests: answers in one piece")
+    parser.add_argument("--beside", type=Path, help="another checkout of this repository, which takes turns, too")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument(
         "--tokens-per-second", type=float, default=100.0, help="of each stream; large: as fast as it goes"
@@ -168,21 +180,44 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     options = parser.parse_args()
     max_tokens = int(options.seconds * min(options.tokens_per_second, 10_000))
-    for _ in range(options.repeat):
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            runs = [tokenloom(folder, options.streams, options.tokens_per_second)]
-            if options.smg:
-                runs.append(smg(folder, options.smg, options.tokens_per_second))
-            if options.litellm:
-                runs.append(litellm(folder, options.litellm, options.tokens_per_second))
-            for run in runs:
-                with run as proxy:
-                    if options.requests:
-                        measured = measure_requests(proxy, options.streams, options.requests)
-                    else:
-                        measured = measure(proxy, options.streams, max_tokens)
-                    print(proxy.name, json.dumps(measured), flush=True)
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(each) for each in _proxies(options, stack)]
+        found: dict[str, list[dict[str, float]]] = {proxy.name: [] for proxy in proxies}
+        for number in range(options.repeat):
+            for proxy in proxies if number % 2 == 0 else proxies[::-1]:
+                if options.requests:
+                    measured = measure_requests(proxy, options.streams, options.requests, whole=options.whole)
+                else:
+                    measured = measure(proxy, options.streams, max_tokens)
+                found[proxy.name].append(measured)
+                print(proxy.name, json.dumps(measured), flush=True)
+    for line in _summary(found):
+        print(line)
+
+
+def _proxies(options: argparse.Namespace, stack: ExitStack) -> Iterator[AbstractContextManager[Proxy]]:
+    def folder() -> Path:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+    streams, rate = options.streams, options.tokens_per_second
+    yield tokenloom(folder(), streams, rate)
+    if options.beside:
+        yield tokenloom(folder(), streams, rate, checkout=options.beside)
+    if options.smg:
+        yield smg(folder(), options.smg, rate)
+    if options.litellm:
+        yield litellm(folder(), options.litellm, rate)
+
+
+def _summary(found: dict[str, list[dict[str, float]]]) -> Iterator[str]:
+    for name, rounds in found.items():
+        middles = {figure: round(statistics.median(one[figure] for one in rounds), 1) for figure in rounds[0]}
+        yield f"median of {name}: {json.dumps(middles)}"
+    (own, mine), *others = found.items()
+    cost = next(iter(mine[0]))
+    for name, its in others:
+        told = ratios([one[cost] for one in mine], [one[cost] for one in its])
+        yield f"{cost} of {own} over that of {name}, median of {len(its)} turns and its bounds (95 %): {told}"
 
 
 if __name__ == "__main__":

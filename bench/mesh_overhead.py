@@ -10,20 +10,19 @@ so tokens a second say how much the rest takes away from it.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, chdir, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from bench.processes import program, wait_for_http
+from bench.processes import code_of, environment, program, wait_for_http
 from tests.support.demo_model import demo_model
 from tests.support.mesh import running_mesh
 from tests.support.ports import free_port
@@ -74,7 +73,7 @@ def vllm_serve(folder: Path) -> Iterator[Server]:
     command += ["--enforce-eager", "--dtype", "float32", "--block-size", "32", "--max-num-seqs", "64"]
     command += ["--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-uvicorn-access-log"]
     command += ["--distributed-executor-backend", "uni"]
-    with _environment(_ENVIRONMENT), program(command, folder / "vllm.log") as pid:
+    with environment(_ENVIRONMENT), program(command, folder / "vllm.log") as pid:
         wait_for_http(f"http://127.0.0.1:{port}/health", within=180)
         yield Server(name="vllm serve", pids=(pid,), target=f"127.0.0.1:{port}", key="none")
 
@@ -84,27 +83,10 @@ def mesh(folder: Path, checkout: Path | None = None) -> Iterator[Server]:
     """A mesh of one worker; its code is that of `checkout`, None: this one's."""
     config = folder / "mesh.yaml"
     config.write_text(_CONFIG.format(model=demo_model()))
-    root = checkout or Path.cwd()
-    with ExitStack() as stack:
-        if checkout is not None:
-            stack.enter_context(chdir(root))
-            stack.enter_context(_environment({"PYTHONPATH": f"{root}{os.pathsep}{root / 'protos' / 'gen'}"}))
-        running = stack.enter_context(running_mesh(folder / "state", "--config", str(config), within=180))
+    with code_of(checkout), running_mesh(folder / "state", "--config", str(config), within=180) as running:
         pids = tuple(int(process["pid"]) for process in running.state["processes"])
-        yield Server(
-            name=root.name if checkout else "tokenloom", pids=pids, target=running.edge_target, key=running.key
-        )
-
-
-@contextmanager
-def _environment(added: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        name = checkout.name if checkout else "tokenloom"
+        yield Server(name=name, pids=pids, target=running.edge_target, key=running.key)
 
 
 def cpu_outside_core(server: Server) -> float:

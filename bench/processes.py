@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,9 +15,32 @@ import psutil
 from services.common.settings import ProcessSettings
 from services.mesh import leash
 
-__all__ = ["cpu_seconds", "exact_cpu_seconds", "program", "service", "wait_for_http"]
+__all__ = ["code_of", "cpu_seconds", "environment", "exact_cpu_seconds", "program", "service", "wait_for_http"]
 
 _LEASH = Path(leash.__file__)
+
+
+@contextmanager
+def environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Has what is started in the block see these variables."""
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def code_of(checkout: Path | None) -> Iterator[None]:
+    """Has what is started in the block run the code of another checkout of this repository; None: of this one."""
+    if checkout is None:
+        yield
+        return
+    root = checkout.resolve()
+    with chdir(root), environment({"PYTHONPATH": f"{root}{os.pathsep}{root / 'protos' / 'gen'}"}):
+        yield
 
 
 @contextmanager
@@ -53,10 +76,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def exact_cpu_seconds(pid: int) -> float:
-    """The same of the threads that a process has now, without its children, in nanoseconds instead of hundredths of a
-    second."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    """The same of a process without its children, in nanoseconds instead of hundredths of a second."""
+    # What clock_getcpuclockid() makes of a pid on Linux.
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def wait_for_http(url: str, *, within: float = 20.0) -> None:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that only streams: one chunk a step for each open stream, on a fixed schedule.
+"""An OpenAI-compatible server that does little else than stream: one chunk a step for each stream, on a fixed schedule.
 
 What HTTP proxies are measured against. All streams step together, as an engine's do.
 
@@ -8,6 +8,7 @@ What HTTP proxies are measured against. All streams step together, as an engine'
 import asyncio
 import json
 import sys
+from typing import Any
 
 import uvloop
 
@@ -28,6 +29,23 @@ def _event(text: str, finish: str | None = None) -> bytes:
         "choices": [{"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish}],
     }
     return _chunk(b"data: " + json.dumps(body).encode() + b"\n\n")
+
+
+def _whole(text: str, tokens: int) -> bytes:
+    body = {
+        "id": "chatcmpl-bench",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "sim",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens},
+    }
+    return _sized(json.dumps(body).encode())
+
+
+def _sized(body: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
 
 
 class Backend:
@@ -59,15 +77,21 @@ class Backend:
                 length = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
                 body = await reader.readexactly(length)
                 if lines[0].startswith("post"):
-                    writer.write(_HEAD)
-                    self._streams[writer] = json.loads(body)["max_tokens"]
+                    self._begin(writer, json.loads(body))
                 else:
-                    answer = _MODELS if "/models" in lines[0] else b"{}"
-                    head_bytes = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-                    writer.write(head_bytes % len(answer) + answer)
+                    writer.write(_sized(_MODELS if "/models" in lines[0] else b"{}"))
         except (asyncio.IncompleteReadError, ConnectionError):
             self._streams.pop(writer, None)
             writer.close()
+
+    def _begin(self, writer: asyncio.StreamWriter, asked: dict[str, Any]) -> None:
+        tokens = asked["max_tokens"]
+        if asked.get("stream"):
+            writer.write(_HEAD)
+            self._streams[writer] = tokens
+        else:
+            answer = _whole("word " * tokens, tokens)
+            asyncio.get_running_loop().call_later(tokens * self._period, writer.write, answer)
 
 
 async def main(port: int, tokens_per_second: float) -> None:

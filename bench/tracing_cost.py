@@ -21,7 +21,6 @@ from typing import Final
 import psutil
 
 from bench.gateway_cpu import Proxy, measure, tokenloom
-from bench.processes import exact_cpu_seconds
 from tests.support.otlp import otlp_receiver
 
 _TOKENS_PER_SECOND: Final = 200.0
@@ -67,7 +66,7 @@ def _gateways(streams: int) -> Iterator[dict[str, Proxy]]:
 
 def _round(proxies: dict[str, Proxy], *, first: int, streams: int, tokens: int) -> Round:
     names = [*list(proxies)[first:], *list(proxies)[:first]]
-    measured = {name: measure(proxies[name], streams, tokens, read_cpu=exact_cpu_seconds) for name in names}
+    measured = {name: measure(proxies[name], streams, tokens) for name in names}
     return {name: {**measured[name], **_memory(proxy)} for name, proxy in proxies.items()}
 
 
