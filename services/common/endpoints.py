@@ -1,5 +1,6 @@
 """What clients can ask for, under one name in both lanes: in keys' rights, in limits and in the usage ledger."""
 
+from functools import lru_cache
 from typing import Final
 
 __all__ = ["ENDPOINTS", "endpoint_of"]
@@ -26,6 +27,7 @@ ENDPOINTS: Final = tuple(sorted(set(_OF_SEGMENT.values())))
 """Every name there is, besides "other"."""
 
 
+@lru_cache(256)
 def endpoint_of(path: str) -> str:
     """The name of what a path asks for: `/v1/chat/completions`, `/api/v1/generate`, `/…InferenceService/Generate`."""
     parts = path.partition("?")[0].strip("/").lower().split("/")

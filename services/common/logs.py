@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Final, TextIO
@@ -13,10 +14,16 @@ from typing import Any, Final, TextIO
 import msgspec
 from opentelemetry import trace
 
-__all__ = ["JsonFormatter", "setup"]
+__all__ = ["JsonFormatter", "setup", "trace_id_of"]
 
 _LATER_SECONDS: Final = 0.05
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+
+
+def trace_id_of(span: trace.Span) -> str:
+    """As lines have it; empty where there is none."""
+    context = span.get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
 
 
 @lru_cache(maxsize=2)
@@ -24,8 +31,41 @@ def _second(moment: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
 
 
+class _Record(logging.LogRecord):
+    """A record of what lines tell, and of nothing else: half of what a line costs."""
+
+    pathname = filename = module = funcName = ""  # noqa: N815  # these names are the base class's
+    exc_text = stack_info = thread = threadName = process = processName = taskName = None  # noqa: N815
+    relativeCreated = 0.0  # noqa: N815
+    lineno = 0
+
+    def __init__(  # noqa: PLR0917  # the signature is the base class's
+        self,
+        name: str,
+        level: int,
+        pathname: str,  # noqa: ARG002
+        lineno: int,  # noqa: ARG002
+        msg: object,
+        args: Any,
+        exc_info: Any,
+        func: str | None = None,  # noqa: ARG002
+        sinfo: str | None = None,  # noqa: ARG002
+        **_: object,
+    ) -> None:
+        self.name = name
+        self.levelno, self.levelname = level, logging.getLevelName(level)
+        self.msg, self.exc_info = msg, exc_info
+        # As the base class has it, for messages with names in them.
+        self.args = args[0] if args and len(args) == 1 and args[0] and isinstance(args[0], Mapping) else args
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
+
+
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one JSON object; what was passed as `extra` becomes keys of their own."""
+    """Formats a record as one JSON object; what was passed as `extra` becomes keys of their own.
+
+    Its trace is what `extra` has as `trace_id`, where it is there; empty: none.
+    """
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -40,10 +80,11 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid:
-            line["trace_id"] = f"{span.trace_id:032x}"
         line.update({key: value for key, value in vars(record).items() if key not in _STANDARD})
+        if "trace_id" not in line:
+            line["trace_id"] = trace_id_of(trace.get_current_span())
+        if not line["trace_id"]:
+            del line["trace_id"]
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = "".join(traceback.format_exception(record.exc_info[1]))
         try:
@@ -97,9 +138,9 @@ class _LineHandler(logging.StreamHandler[TextIO]):
 
 def setup(service: str, *, level: str = "info") -> None:
     """Sends every log record of this process to standard output as JSON lines."""
-    # What no line tells need not be found out for each: half of what a line costs.
+    # What no line tells need not be found out for each.
     logging._srcfile = None  # as the documentation of logging advises
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.setLogRecordFactory(_Record)
     handler = _LineHandler(sys.stdout)
     handler.setFormatter(JsonFormatter(service))
     root = logging.getLogger()

@@ -74,35 +74,22 @@ class Account:
         endpoint: str,
         show: Show | None = None,
     ) -> None:
-        now = time.time()
         self._accounts = accounts
         self.identity = identity
-        self._row = UsageRow(
-            id=accounts.new_id(),
-            request_id=request_id,
-            time=now,
-            month=month_of(now),
-            lane=lane,
-            endpoint=endpoint,
-            tenant=identity.tenant,
-            key_id=identity.key_id,
-        )
+        self.id = accounts.new_id()
+        """The id of its row."""
+        self.request_id = request_id
+        """The mesh's id of the request."""
+        self._lane = lane
+        self._endpoint = endpoint
         self._show = show
+        self._time = time.time()
         self._began = monotonic()
+        self._row: UsageRow | None = None
         self._is_open = False
         self._written: UsageRow | None = None
         self._reservation: Reservation | None = None
         self._spent: list[Spent] = []
-
-    @property
-    def request_id(self) -> str:
-        """The mesh's id of the request."""
-        return self._row.request_id
-
-    @property
-    def id(self) -> str:
-        """The id of its row."""
-        return self._row.id
 
     def __enter__(self) -> Self:
         return self
@@ -124,9 +111,7 @@ class Account:
         if self._is_open:
             return
         self._reservation = await self._accounts.admit(self.identity, prompt_tokens, output_tokens, self._show)
-        if model:
-            self._row = msgspec.structs.replace(self._row, model=model)
-        self._enter()
+        self._enter(model)
 
     def refuse_early(self) -> None:
         """Refuses the request if it would be refused whatever it is about; does nothing where that is not known yet.
@@ -144,8 +129,19 @@ class Account:
         self._enter()
         return True
 
-    def _enter(self) -> None:
+    def _enter(self, model: str = "") -> None:
         self._is_open = True
+        self._row = UsageRow(
+            id=self.id,
+            request_id=self.request_id,
+            time=self._time,
+            month=month_of(self._time),
+            lane=self._lane,
+            endpoint=self._endpoint,
+            tenant=self.identity.tenant,
+            key_id=self.identity.key_id,
+            model=model,
+        )
         self._accounts.journal.open(self._row)
 
     def add(self, spent: Spent, *, is_complete: bool) -> None:
@@ -165,8 +161,9 @@ class Account:
         self._accounts.close(self._written, self._reservation)
 
     def _write(self, outcome: str) -> None:
-        row = msgspec.structs.replace(self._row, outcome=outcome, duration_seconds=monotonic() - self._began)
-        self._written = self._accounts.charged(row, self._spent)
+        assert self._row is not None
+        took = monotonic() - self._began
+        self._written = self._accounts.charged(self._row, self._spent, outcome=outcome, duration_seconds=took)
         self._accounts.write(self._written)
 
 
@@ -245,26 +242,39 @@ class Accounts:
             self.metrics.limited.labels("budget").inc()
             raise _over_budget(budget)
 
-    def charged(self, row: UsageRow, spent: Sequence[Spent]) -> UsageRow:
-        """A row with what its generations took, and what that costs."""
+    def charged(
+        self, row: UsageRow, spent: Sequence[Spent], *, outcome: str, duration_seconds: float | None
+    ) -> UsageRow:
+        """A row with how its request ended, what its generations took, and what that costs."""
         if not spent:
-            return row
-        seconds = [self._prices.gpu_seconds(each) for each in spent]
+            return msgspec.structs.replace(row, outcome=outcome, duration_seconds=duration_seconds)
+        prompt = cached = output = 0
+        prefill = gpu = cost = 0.0
+        for each in spent:
+            prompt += each.prompt_tokens
+            cached += each.cached_tokens
+            output += each.output_tokens
+            prefill += each.prefill_seconds
+            seconds = self._prices.gpu_seconds(each)
+            gpu += seconds
+            cost += self._prices.cost(each.worker, seconds)
         first = spent[0]
         return msgspec.structs.replace(
             row,
+            outcome=outcome,
+            duration_seconds=duration_seconds,
             model=first.model or row.model,
             worker=first.worker,
-            prompt_tokens=sum(each.prompt_tokens for each in spent),
-            cached_tokens=sum(each.cached_tokens for each in spent),
-            output_tokens=sum(each.output_tokens for each in spent),
+            prompt_tokens=prompt,
+            cached_tokens=cached,
+            output_tokens=output,
             ttft_seconds=first.ttft_seconds,
             tpot_seconds=first.tpot_seconds,
             queue_seconds=first.queue_seconds,
-            prefill_seconds=sum(each.prefill_seconds for each in spent),
-            gpu_seconds=sum(seconds),
+            prefill_seconds=prefill,
+            gpu_seconds=gpu,
             moves=_moves(spent),
-            cost=sum(self._prices.cost(each.worker, part) for each, part in zip(spent, seconds, strict=True)),
+            cost=cost,
         )
 
     def write(self, row: UsageRow) -> None:

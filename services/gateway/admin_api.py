@@ -15,8 +15,8 @@ from services.common.errors import MeshError, Reason
 from services.common.keystore import KeyStore
 from services.common.quota import KeyLimits
 from services.gateway import answers
+from services.gateway.caller import Caller
 from services.gateway.decoding import decode, invalid
-from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.routes import Route

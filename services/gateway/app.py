@@ -11,11 +11,10 @@ from opentelemetry.trace import Span, Status, StatusCode
 from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.common.ids import random_hex
-from services.common.tracing import traceparent_of
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
+from services.gateway.caller import Caller
 from services.gateway.console import Console
-from services.gateway.generation import Caller
 from services.gateway.guardrails import Guard, Guardrails
 from services.gateway.http import ABORT, WRITE, ClientLeftError, Receive, Request, Response, Send, error_response
 from services.gateway.identity import Authenticator
@@ -24,6 +23,7 @@ from services.gateway.openapi import document
 from services.gateway.recording import request_ended, request_span
 from services.gateway.router_client import OnQueued
 from services.gateway.routes import Routes
+from services.gateway.timers import Timers
 
 __all__ = ["App"]
 
@@ -56,6 +56,7 @@ class App:
         self._authorization = authorization
         self._metrics = metrics
         self._is_ready = is_ready
+        self._timers = Timers()
         self._console = Console()
         self._openapi = document(routes.all, version=version("tokenloom"))
 
@@ -75,6 +76,7 @@ class App:
             client_seconds=self._client_seconds,
             abort=extensions.get(ABORT),
             write=extensions.get(WRITE),
+            timers=self._timers,
         )
         if request.path in ("/healthz", "/readyz"):
             await self._probe(request, response)
@@ -103,7 +105,7 @@ class App:
     async def _answer(self, request: Request, response: Response, endpoint: str, span: Span) -> None:
         began = monotonic()
         outcome = "ok"
-        self._metrics.open_requests.inc()
+        self._metrics.open_requests += 1
         try:
             await self._dispatch(request, response, span)
         except ClientLeftError:
@@ -112,7 +114,7 @@ class App:
         except Exception as error:  # noqa: BLE001  # the last line of defence: whatever it is becomes an error body
             outcome = await _answer_error(response, error, span)
         finally:
-            self._metrics.open_requests.dec()
+            self._metrics.open_requests -= 1
             request_ended(
                 self._metrics,
                 span,
@@ -147,7 +149,7 @@ def _caller(request: Request, account: Account, span: Span, guard: Guard | None,
         priority=_priority(request.header(b"x-priority"), identity.priority),
         account=account,
         session_id=(request.header(b"x-session-id") or "")[:256],
-        traceparent=traceparent_of(span),
+        span=span,
         slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],
         allow_degrade=identity.allow_degrade,
         guard=guard,

@@ -11,8 +11,8 @@ from typing import Any, Final
 from services.common.database import DatabaseError
 from services.gateway.batch_lines import Line, check_lines, error_line, line_of, result_line
 from services.gateway.batch_store import BatchRecord, BatchStore, LineResult
+from services.gateway.caller import Caller
 from services.gateway.file_store import FileStore
-from services.gateway.generation import Caller
 from services.gateway.identity import Identity
 from services.gateway.inner_calls import InnerCalls
 

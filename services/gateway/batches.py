@@ -9,9 +9,9 @@ from msgspec import Meta
 from services.common.errors import MeshError, Reason
 from services.gateway.answers import Batch, BatchList
 from services.gateway.batch_store import BatchRecord, BatchStore
+from services.gateway.caller import Caller
 from services.gateway.decoding import decode, invalid
 from services.gateway.file_store import FileStore
-from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.paging import PAGE_QUERY, page_of

@@ -10,11 +10,12 @@ import msgspec
 from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.errors import MeshError
+from services.gateway.caller import Caller
 from services.gateway.convert import from_completion, in_openai_terms
 from services.gateway.convert_chat import from_chat
 from services.gateway.decoding import decode
-from services.gateway.generation import Caller, Generation, Generator
-from services.gateway.http import QUEUE_HEADER, Request, Response, kept_alive, while_connected
+from services.gateway.generation import Generation, Generator
+from services.gateway.http import QUEUE_HEADER, Request, Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Ending, Prompt
@@ -25,6 +26,7 @@ from services.gateway.rendering_completion import CompletionRenderer
 from services.gateway.schema import CompletionRequest, GenerationRequest
 from services.gateway.schema_chat import ChatRequest
 from services.gateway.together import together
+from services.gateway.waiting import kept_alive, while_connected
 
 __all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Kind", "Limits"]
 
@@ -91,7 +93,7 @@ class Endpoint(Generic[R]):
         describe(self._kind.operation, body, caller)
         answer = _Answer(self._generator, self._metrics, body=body, response=response, identity=identity, caller=caller)
         renderers = self._renderers(body, caller, len(generates))
-        async with while_connected(request, response, self._limits.timeout_seconds):
+        with while_connected(request, response, self._limits.timeout_seconds):
             try:
                 if body.stream:
                     with kept_alive(response, tell_queue=request.header(QUEUE_HEADER) == "1"):

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
 from services.gateway.answers import Deleted, File, FileList
+from services.gateway.caller import Caller
 from services.gateway.decoding import invalid
 from services.gateway.file_store import CHUNK_BYTES, FileRecord, FileStore
-from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.paging import PAGE_QUERY, page_of

@@ -1,34 +1,34 @@
 """One generation from acquire to release, also across the loss of its worker."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import cached_property
 from time import monotonic
+from types import TracebackType
 from typing import Final
 
-from opentelemetry import trace
-from opentelemetry.trace import SpanKind
+import msgspec
 from opentelemetry.util.types import AttributeValue
 from tokenloom.inference.v1 import generation_pb2 as pb
-from tokenloom.inference.v1 import inference_pb2, worker_pb2
+from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
 from services.common.prompt_prefix import prompt_hashes
 from services.common.trace_sampling import FAILOVER
-from services.common.tracing import FIRST_OUTPUT, gen_ai, traceparent_of, tracer
-from services.gateway.accounts import Account
+from services.common.tracing import FIRST_OUTPUT, gen_ai
+from services.gateway.attempt import Attempt
+from services.gateway.caller import Caller
+from services.gateway.demand import estimated_prompt_tokens, most_output_tokens, needed_capabilities
 from services.gateway.guard_output import OutputGuard
-from services.gateway.guardrails import Guard, log_content
+from services.gateway.guardrails import log_content
 from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent, left_lately
 from services.gateway.quarantine import Losses, Quarantine
-from services.gateway.router_client import Lease, OnQueued, RouterClient
+from services.gateway.router_client import Lease, RouterClient
 from services.gateway.stream import Loss, Stream, WorkerLostError
 from services.gateway.worker_sessions import WorkerSessions
 
-__all__ = ["Caller", "Generation", "Generator"]
+__all__ = ["Generation", "Generator"]
 
 _log = logging.getLogger(__name__)
 # Workers and engines are lost for many reasons; but a request that was in so many of them may well be the reason.
@@ -37,33 +37,6 @@ _MAX_VICTIMS: Final = 3
 _PROOF_TOKENS: Final = 2
 # Workers that turn it away are well; but where each of so many does, another one would, too.
 _MAX_MOVES: Final = 8
-# A picture is a few hundred to a thousand tokens for most models; only the worker knows.
-_TOKENS_PER_MEDIUM: Final = 512
-_NEEDED_BY_PART: Final[dict[str | None, inference_pb2.Capability.ValueType]] = {
-    "image": inference_pb2.CAPABILITY_IMAGES,
-    "audio": inference_pb2.CAPABILITY_AUDIO,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """On whose behalf a generation runs."""
-
-    request_id: str
-    tenant: str
-    priority: int = 0
-    session_id: str = ""
-    traceparent: str = ""
-    slo_class: str = ""
-    """What the client may wait for, by name; empty leaves it to the policy."""
-    allow_degrade: bool = False
-    """Whether a smaller model may answer when the one asked for has no room."""
-    account: Account | None = None
-    """What the request may take, and has taken; None: nobody asks."""
-    guard: Guard | None = None
-    """What its prompt and its answer go through; None: nothing."""
-    on_queued: OnQueued | None = None
-    """Hears of its place in the router's queue."""
 
 
 class Generation:
@@ -78,13 +51,12 @@ class Generation:
         self._workers = generator.workers
         self._quarantine = generator.quarantine
         self._request = request
-        self._caller = caller
+        self.caller = caller
         self._stream = Stream(keep_ids=keep_ids)
         self._shown = False
         self._output = caller.guard.output() if caller.guard is not None else None
         self._said: list[str | Piece] | None = [] if caller.guard is not None and caller.guard.log_content else None
-        self._run = ExitStack()
-        self._lease: Lease | None = None
+        self._attempt: Attempt | None = None
         self._moves: list[Move] = []
         self._victims = 0
         self._brought = 0
@@ -99,6 +71,11 @@ class Generation:
     def ending(self) -> Ending | None:
         """How it ended; None while it runs."""
         return self._stream.ending
+
+    @property
+    def _lease(self) -> Lease | None:
+        """The last one."""
+        return self._attempt.lease if self._attempt is not None else None
 
     @property
     def worker_id(self) -> str:
@@ -186,7 +163,7 @@ class Generation:
     def _note_first_token(self) -> None:
         if self.first_token_at is None:
             self.first_token_at = monotonic()
-            trace.get_current_span().add_event(FIRST_OUTPUT)
+            self.caller.span.add_event(FIRST_OUTPUT)
 
     def _noted(self, pieces: list[str | Piece]) -> list[str | Piece]:
         if self._said is not None:
@@ -205,12 +182,12 @@ class Generation:
         return let_out
 
     def _block(self, rule: str) -> None:
-        _log.info("an answer was refused", extra={"request": self._caller.request_id, "rule": rule})
+        _log.info("an answer was refused", extra={"request": self.caller.request_id, "rule": rule})
         stream, self._output = self._stream, None
         if stream.ending is not None:
-            stream.ending = replace(stream.ending, finish_reason="content_filter")
+            stream.ending = msgspec.structs.replace(stream.ending, finish_reason="content_filter")
             return
-        self._run.close()
+        self._leave()
         stream.pieces.clear()
         stream.ending = Ending(
             finish_reason="content_filter",
@@ -222,12 +199,12 @@ class Generation:
 
     async def start(self) -> None:
         """Acquires a worker and submits the prompt and the tokens emitted so far to it."""
-        lease = await self._acquire()
+        attempt = self._attempt = await self._acquire()
         submission = worker_pb2.Submission(
-            request_id=self._caller.request_id,
+            request_id=self.caller.request_id,
             request=self._request,
-            priority=self._caller.priority,
-            tenant_id=self._caller.tenant,
+            priority=self.caller.priority,
+            tenant_id=self.caller.tenant,
             lost_engine_count=self._losses.suspicion,
         )
         # A prompt plus the tokens emitted so far is all that a generation is.
@@ -235,53 +212,49 @@ class Generation:
         self._brought = self._emitted
         submission.request.model = self.model
         _shorten(submission.request.sampling, self._output_limit)
-        attributes = {**self._gen_ai, "tokenloom.worker": lease.worker_id, "tokenloom.attempt": self.moves + 1}
-        span = tracer().start_span("worker.generate", kind=SpanKind.CLIENT, attributes=attributes)
-        self._run.callback(span.end)
-        submission.traceparent = traceparent_of(span)
+        attributes = {
+            **self._gen_ai,
+            "tokenloom.worker": attempt.lease.worker_id,
+            "tokenloom.attempt": self.moves + 1,
+        }
         try:
-            self._run.callback(self._workers.submit(lease.endpoint, submission, self._stream))
+            attempt.submit(self._workers, submission, self._stream, attributes)
         except WorkerLostError as lost:
             self._stream.fail(lost)
 
-    async def _acquire(self) -> Lease:
-        with tracer().start_as_current_span("router.acquire", kind=SpanKind.CLIENT, attributes=self._gen_ai) as span:
-            emitted = len(self._stream.token_ids)
-            acquire = router_pb2.Acquire(
-                request_id=self._caller.request_id,
-                # What one model has begun, the same model goes on with.
-                model=self.model if emitted else self._request.model,
-                prompt_token_count=self._prompt_tokens + emitted,
-                max_output_token_count=self._request.sampling.max_tokens,
-                tenant_id=self._caller.tenant,
-                priority=self._caller.priority,
-                session_id=self._caller.session_id,
-                excluded_worker_ids=left_lately(self._moves, monotonic() - self.started_at),
-                traceparent=traceparent_of(span),
-                task=router_pb2.TASK_GENERATE,
-                slo_class=self._caller.slo_class,
-                allow_degrade=self._caller.allow_degrade and not emitted,
-                attempt=self._victims + 1,
-                emitted_token_count=emitted,
-            )
-            self._describe(acquire)
-            lease = self._lease = await self._routers.acquire(acquire, self._caller.on_queued)
-            self._run.callback(self._routers.give_back, lease)
-            span.set_attributes(
-                {
-                    "tokenloom.worker": lease.worker_id,
-                    "tokenloom.reason": lease.reason,
-                    "tokenloom.queue_seconds": lease.queue_seconds,
-                }
-            )
-            if not emitted:
-                # What has begun may end as it was promised.
-                self._output_limit = lease.output_token_limit
-            return lease
+    async def _acquire(self) -> Attempt:
+        caller, emitted = self.caller, len(self._stream.token_ids)
+        acquire = router_pb2.Acquire(
+            request_id=caller.request_id,
+            # What one model has begun, the same model goes on with.
+            model=self.model if emitted else self._request.model,
+            prompt_token_count=self._prompt_tokens + emitted,
+            max_output_token_count=self._request.sampling.max_tokens,
+            tenant_id=caller.tenant,
+            priority=caller.priority,
+            session_id=caller.session_id,
+            excluded_worker_ids=left_lately(self._moves, monotonic() - self.started_at),
+            task=router_pb2.TASK_GENERATE,
+            slo_class=caller.slo_class,
+            allow_degrade=caller.allow_degrade and not emitted,
+            attempt=self._victims + 1,
+            emitted_token_count=emitted,
+        )
+        self._describe(acquire)
+        attempt = await Attempt.begin(self._routers, acquire, self._gen_ai, caller.on_queued)
+        if not emitted:
+            # What has begun may end as it was promised.
+            self._output_limit = attempt.lease.output_token_limit
+        return attempt
+
+    def _leave(self) -> None:
+        """Stops what still runs there, and gives the worker back."""
+        if self._attempt is not None:
+            self._attempt.close()
 
     def _describe(self, acquire: router_pb2.Acquire) -> None:
         """Says what the prompt begins with, so that it may go where that is cached, and what its parts need."""
-        acquire.required_capabilities.extend(_needed_by_parts(self._request.chat))
+        acquire.required_capabilities.extend(needed_capabilities(self._request.chat))
         if self._request.HasField("token_ids") and not self._request.cache_salt:
             acquire.prompt_token_ids.extend(self._request.token_ids.ids)
         else:
@@ -293,7 +266,7 @@ class Generation:
 
     @cached_property
     def _prompt_tokens(self) -> int:
-        return _estimate_prompt_tokens(self._request)
+        return estimated_prompt_tokens(self._request)
 
     @cached_property
     def _prefix_hashes(self) -> list[int]:
@@ -308,16 +281,16 @@ class Generation:
             "worker left",
             extra={
                 "worker": lease.worker_id,
-                "request": self._caller.request_id,
+                "request": self.caller.request_id,
                 "emitted": emitted,
                 "cause": str(lost),
             },
         )
-        trace.get_current_span().add_event(
+        self.caller.span.add_event(
             FAILOVER,
             {"tokenloom.worker": lease.worker_id, "tokenloom.emitted_tokens": emitted, "tokenloom.cause": str(lost)},
         )
-        self._run.close()
+        self._leave()
         at_seconds = monotonic() - self.started_at
         self._moves.append(Move(worker=lease.worker_id, at_seconds=at_seconds, emitted_tokens=emitted, cause=str(lost)))
         self._victims += lost.loss is not Loss.NOTHING
@@ -367,7 +340,7 @@ class Generation:
     def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""
         if self._said is not None:
-            log_content(self._caller.request_id, self._request, self._said)
+            log_content(self.caller.request_id, self._request, self._said)
         lease, ending = self._lease, self.ending
         if lease is not None:
             lease.outcome = outcome
@@ -377,9 +350,9 @@ class Generation:
                 lease.prompt_tokens, lease.cached_tokens = ending.prompt_tokens, ending.cached_tokens
             if self.first_token_at is not None and not self._moves:
                 lease.first_token_seconds = self.first_token_at - lease.granted_at
-        self._run.close()
-        if self._caller.account is not None and self._lease is not None:
-            self._caller.account.add(self._spent(self._lease), is_complete=self.ending is not None)
+        self._leave()
+        if self.caller.account is not None and self._lease is not None:
+            self.caller.account.add(self._spent(self._lease), is_complete=self.ending is not None)
 
     def _spent(self, lease: Lease) -> Spent:
         now, first_at, ending, stream = monotonic(), self.first_token_at, self.ending, self._stream
@@ -411,10 +384,7 @@ class Generator:
         self.workers = workers
         self.quarantine = Quarantine()
 
-    @asynccontextmanager
-    async def run(
-        self, request: pb.GenerateRequest, caller: Caller, *, keep_ids: bool = False
-    ) -> AsyncIterator[Generation]:
+    def run(self, request: pb.GenerateRequest, caller: Caller, *, keep_ids: bool = False) -> "_Running":
         """Runs a generation for as long as the block; leaving the block early stops it in the engine.
 
         `keep_ids`: every piece of the output has its tokens.
@@ -422,27 +392,46 @@ class Generator:
         Raises:
             MeshError: the key is over a limit, there is no worker, or the worker refuses.
         """
+        return _Running(self, request, caller, keep_ids)
+
+
+class _Running:
+    """The block in which a generation runs. A generator's would take three times as long."""
+
+    __slots__ = ("_caller", "_generation", "_generator", "_keep_ids", "_request")
+
+    def __init__(self, generator: Generator, request: pb.GenerateRequest, caller: Caller, keep_ids: bool) -> None:
+        self._generator = generator
+        self._request = request
+        self._caller = caller
+        self._keep_ids = keep_ids
+
+    async def __aenter__(self) -> Generation:
+        request, caller = self._request, self._caller
         if caller.account is not None:
             await caller.account.enter(
                 model=request.model,
-                prompt_tokens=_estimate_prompt_tokens(request),
-                output_tokens=_most_output(request),
+                prompt_tokens=estimated_prompt_tokens(request),
+                output_tokens=most_output_tokens(request),
             )
         if caller.guard is not None:
             await caller.guard.check(request)
-        generation = Generation(self, request, caller, keep_ids=keep_ids)
-        outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
+        generation = self._generation = Generation(self._generator, request, caller, keep_ids=self._keep_ids)
         try:
             await generation.start()
-            yield generation
-            if generation.ending:
-                outcome = router_pb2.OUTCOME_COMPLETED
-                self.quarantine.clear(request)
-        except MeshError as error:
-            outcome = _outcome(error)
+        except BaseException as error:
+            generation.finish(_outcome(error))
             raise
-        finally:
-            generation.finish(outcome)
+        return generation
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        outcome = _outcome(error)
+        if error is None and self._generation.ending:
+            outcome = router_pb2.OUTCOME_COMPLETED
+            self._generator.quarantine.clear(self._request)
+        self._generation.finish(outcome)
 
 
 def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:
@@ -455,31 +444,8 @@ def _engine_failed() -> MeshError:
     return MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost")
 
 
-def _outcome(error: MeshError) -> router_pb2.Outcome.ValueType:
-    if error.row.http < 500:
-        return router_pb2.OUTCOME_REFUSED
-    return router_pb2.OUTCOME_FAILED
-
-
-def _most_output(request: pb.GenerateRequest) -> int | None:
-    if not request.sampling.HasField("max_tokens"):
-        return None
-    return request.sampling.max_tokens * max(1, request.choice_count)
-
-
-def _estimate_prompt_tokens(request: pb.GenerateRequest) -> int:
-    if request.HasField("token_ids"):
-        return len(request.token_ids.ids)
-    if request.HasField("chat"):
-        return sum(map(_estimate_message_tokens, request.chat.messages))
-    return len(request.text) // 4 + 1
-
-
-def _estimate_message_tokens(message: pb.ChatMessage) -> int:
-    texts = len(message.content) + sum(len(part.text) for part in message.parts)
-    return texts // 4 + 4 + _TOKENS_PER_MEDIUM * sum(not part.HasField("text") for part in message.parts)
-
-
-def _needed_by_parts(chat: pb.ChatPrompt) -> set[inference_pb2.Capability.ValueType]:
-    kinds = {part.WhichOneof("content") for message in chat.messages for part in message.parts}
-    return {_NEEDED_BY_PART[kind] for kind in kinds if kind in _NEEDED_BY_PART}
+def _outcome(error: BaseException | None) -> router_pb2.Outcome.ValueType:
+    """Of a generation that is not complete."""
+    if not isinstance(error, MeshError):
+        return router_pb2.OUTCOME_CANCELLED
+    return router_pb2.OUTCOME_REFUSED if error.row.http < 500 else router_pb2.OUTCOME_FAILED

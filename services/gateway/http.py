@@ -3,7 +3,6 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, MutableMapping, Sequence
-from types import TracebackType
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -11,6 +10,7 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 from services.gateway.pieces import Totals
+from services.gateway.timers import Timers
 
 __all__ = [
     "ABORT",
@@ -24,8 +24,6 @@ __all__ = [
     "Response",
     "error_headers",
     "error_response",
-    "kept_alive",
-    "while_connected",
 ]
 
 Message = MutableMapping[str, Any]
@@ -44,7 +42,6 @@ _MOST_PARAMETERS: Final = 64
 _NOT_MODIFIED: Final = 304
 QUEUE_HEADER: Final = b"x-queue-status"
 """With "1": say in comments where a stream's request stands in the queue, from the moment that it does."""
-_KEEP_ALIVE_SECONDS: Final = 10.0
 _CLIENT_SECONDS: Final = 30.0
 ABORT: Final = "tokenloom.abort"
 """The extension of ASGI that cuts the connection of a request."""
@@ -186,11 +183,13 @@ class Response:
         client_seconds: float = _CLIENT_SECONDS,
         abort: Callable[[], None] | None = None,
         write: Write | None = None,
+        timers: Timers | None = None,
     ) -> None:
         """`client_seconds`: how long a client may take nothing; then `abort` cuts its connection.
 
-        `write`: a shorter way for what is sent without waiting, if the server has one.
+        `write`: a shorter way for what is sent without waiting, if the server has one. `timers`: those of all requests.
         """
+        self.timers = timers or Timers()
         self._send = send
         self._write = write
         self._client_seconds = client_seconds
@@ -371,71 +370,3 @@ def error_headers(error: MeshError) -> Headers:
 
 def _too_large(limit: int) -> MeshError:
     return MeshError(Reason.REQUEST_TOO_LARGE, f"the body is larger than {limit} bytes")
-
-
-class kept_alive:  # noqa: N801  # as context managers are called; a generator would take three times as long
-    """Sends comments while the block's events are long in coming: a request that waits in the queue, say."""
-
-    def __init__(self, response: Response, *, tell_queue: bool = False) -> None:
-        """`tell_queue`: the first comment comes as soon as it does wait there, and says at which place."""
-        self._response = response
-        self._tell_queue = tell_queue
-        self._beats: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> None:
-        # Few streams last that long: the others are spared the task.
-        self._timer = asyncio.get_running_loop().call_later(_KEEP_ALIVE_SECONDS, self._begin)
-        if self._tell_queue:
-            self._response.when_queued(self._begin)
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        if self._beats is not None:
-            self._beats.cancel()
-
-    def _begin(self) -> None:
-        if self._beats is None:
-            self._beats = asyncio.create_task(self._beat())
-
-    async def _beat(self) -> None:
-        while True:
-            await self._response.keep_alive()
-            await asyncio.sleep(_KEEP_ALIVE_SECONDS)
-
-
-class while_connected:  # noqa: N801  # as context managers are called; a generator would take three times as long
-    """Runs the block for as long as the client is there, and `seconds` at most.
-
-    Raises:
-        ClientLeftError: the client left before the answer was complete.
-        MeshError: DEADLINE_EXCEEDED.
-    """
-
-    def __init__(self, request: Request, response: Response, seconds: float) -> None:
-        self._request = request
-        self._response = response
-        self._seconds = seconds
-        self._left = False
-
-    async def __aenter__(self) -> None:
-        self._scope = asyncio.timeout(self._seconds)
-        await self._scope.__aenter__()
-        self._watch_no_more = self._request.when_left(self._leave)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watch_no_more()
-        try:
-            await self._scope.__aexit__(kind, error, trace)
-        except TimeoutError:
-            if self._left:
-                raise ClientLeftError from None
-            message = f"the request took longer than {self._seconds:g} s"
-            raise MeshError(Reason.DEADLINE_EXCEEDED, message) from None
-
-    def _leave(self) -> None:
-        # Servers tell of a "disconnect" when the answer is complete, too.
-        if not self._response.ended:
-            self._left = True
-            self._scope.reschedule(asyncio.get_running_loop().time())

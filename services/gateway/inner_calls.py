@@ -11,7 +11,7 @@ import msgspec
 from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.gateway.accounts import Accounts
-from services.gateway.generation import Caller
+from services.gateway.caller import Caller
 from services.gateway.guardrails import Guardrails
 from services.gateway.http import Request, Response, error_response
 from services.gateway.identity import Identity

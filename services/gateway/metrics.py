@@ -13,6 +13,7 @@ from services.common.metrics import (
     TIME_PER_TOKEN_SECONDS,
     TIME_TO_FIRST_TOKEN_SECONDS,
     BoundedLabel,
+    Tally,
     exemplar_of,
 )
 
@@ -40,7 +41,11 @@ class GatewayMetrics:
                 "outcome",
             ).labels
         )
-        self.open_requests = self._gauge("open_requests", "Requests of the OpenAI lane that are being answered.")
+        self.open_requests = 0
+        """Requests of the OpenAI lane that are being answered."""
+        self._gauge("open_requests", "Requests of the OpenAI lane that are being answered.").set_function(
+            lambda: self.open_requests
+        )
         self._request_seconds = cache(
             self._histogram(
                 "request_duration_seconds",
@@ -68,7 +73,7 @@ class GatewayMetrics:
                 "model",
             ).labels
         )
-        self._tokens = cache(self._counter("tokens", "Tokens of complete requests.", "lane", "model", "kind").labels)
+        self._tokens = self._tally("tokens", "Tokens of complete requests.", "lane", "model", "kind")
         self._moves = self._counter("moved_generations", "Generations that left a worker and went on elsewhere.")
         self.limited = self._counter("limited", "Requests refused by a limit of their key.", "limit")
         for limit in _LIMITS:
@@ -77,20 +82,14 @@ class GatewayMetrics:
         self.journal_failures = self._counter("journal_failures", "Writes of usage that the disk refused at first.")
         self.usage_waiting = self._gauge("usage_waiting", "1 while usage waits for a database that is away.")
         self.limits_shared = self._gauge("limits_shared", "1 while limits are shared through Redis.")
-        self._tenant_requests = cache(
-            self._counter(
-                "tenant_requests", "Requests that were let in and are over, by tenant.", "tenant", "lane"
-            ).labels
+        self._tenant_requests = self._tally(
+            "tenant_requests", "Requests that were let in and are over, by tenant.", "tenant", "lane"
         )
-        self._tenant_tokens = cache(self._counter("tenant_tokens", "Tokens by tenant.", "tenant", "kind").labels)
-        self._tenant_gpu_seconds = cache(
-            self._counter(
-                "tenant_gpu_seconds", "Seconds of workers' time by tenant, shared by what runs at once.", "tenant"
-            ).labels
+        self._tenant_tokens = self._tally("tenant_tokens", "Tokens by tenant.", "tenant", "kind")
+        self._tenant_gpu_seconds = self._tally(
+            "tenant_gpu_seconds", "Seconds of workers' time by tenant, shared by what runs at once.", "tenant"
         )
-        self._tenant_cost = cache(
-            self._counter("tenant_cost", "Cost by tenant, in the currency of the prices.", "tenant").labels
-        )
+        self._tenant_cost = self._tally("tenant_cost", "Cost by tenant, in the currency of the prices.", "tenant")
 
     def ended(self, endpoint: str, outcome: str, seconds: float, *, span: Span | None = None, lane: str) -> None:
         """A request is over."""
@@ -98,19 +97,20 @@ class GatewayMetrics:
         self._requests(lane, endpoint, outcome).inc(exemplar=None if outcome in _GOOD else exemplar)
         self._request_seconds(lane, endpoint).observe(seconds, exemplar)
 
-    def first_token(self, seconds: float, model: str, *, lane: str) -> None:
+    def first_token(self, seconds: float, model: str, *, span: Span | None = None, lane: str) -> None:
         """A generation's first output came after so long."""
-        self._time_to_first_token(lane, self._models.of(model)).observe(seconds, exemplar_of())
+        self._time_to_first_token(lane, self._models.of(model)).observe(seconds, exemplar_of(span))
 
-    def time_per_token(self, seconds: float, model: str, *, lane: str) -> None:
+    def time_per_token(self, seconds: float, model: str, *, span: Span | None = None, lane: str) -> None:
         """A generation is complete, and took so long a token after the first one."""
-        self._time_per_token(lane, self._models.of(model)).observe(seconds, exemplar_of())
+        self._time_per_token(lane, self._models.of(model)).observe(seconds, exemplar_of(span))
 
     def count_tokens(self, model: str, prompt: int, cached: int, output: int, *, lane: str) -> None:
         """Counts the tokens of a complete request."""
-        name = self._models.of(model)
-        for kind, count in (("prompt", prompt), ("cached", cached), ("output", output)):
-            self._tokens(lane, name, kind).inc(count)
+        name, add = self._models.of(model), self._tokens.add
+        add(prompt, lane, name, "prompt")
+        add(cached, lane, name, "cached")
+        add(output, lane, name, "output")
 
     def moved(self, times: int) -> None:
         """A generation left so many workers."""
@@ -118,13 +118,16 @@ class GatewayMetrics:
 
     def charge(self, row: UsageRow) -> None:
         """Counts what a request took, for its tenant."""
-        tenant = self._tenants.of(row.tenant)
-        self._tenant_requests(tenant, row.lane).inc()
-        tokens = (("prompt", row.prompt_tokens), ("cached", row.cached_tokens), ("output", row.output_tokens))
-        for kind, count in tokens:
-            self._tenant_tokens(tenant, kind).inc(count)
-        self._tenant_gpu_seconds(tenant).inc(row.gpu_seconds)
-        self._tenant_cost(tenant).inc(row.cost)
+        tenant, add_tokens = self._tenants.of(row.tenant), self._tenant_tokens.add
+        self._tenant_requests.add(1, tenant, row.lane)
+        add_tokens(row.prompt_tokens, tenant, "prompt")
+        add_tokens(row.cached_tokens, tenant, "cached")
+        add_tokens(row.output_tokens, tenant, "output")
+        self._tenant_gpu_seconds.add(row.gpu_seconds, tenant)
+        self._tenant_cost.add(row.cost, tenant)
+
+    def _tally(self, name: str, meaning: str, *labels: str) -> Tally:
+        return Tally(f"tokenloom_gateway_{name}", meaning, *labels, registry=self._registry)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"tokenloom_gateway_{name}", meaning, labels, registry=self._registry)

@@ -4,8 +4,8 @@ from typing import Any
 
 from services.common.errors import MeshError, Reason
 from services.gateway import answers
+from services.gateway.caller import Caller
 from services.gateway.fleet import FleetWatch, Model
-from services.gateway.generation import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.routes import Route

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import msgspec
+
 __all__ = [
     "CallPiece",
     "Ending",
@@ -70,8 +72,7 @@ class Prompt:
     """Of each token but the first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """How a complete generation ended, and what it cost in tokens."""
 
     finish_reason: FinishReason
@@ -125,8 +126,7 @@ def left_lately(moves: Sequence[Move], now: float) -> list[str]:
     return [move.worker for move in moves if now - move.at_seconds < _LATELY_SECONDS]
 
 
-@dataclass(slots=True, kw_only=True)
-class Spent:
+class Spent(msgspec.Struct, kw_only=True):
     """What one generation took. A request may have several."""
 
     worker: str

@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any
 
-from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 
+from services.common.logs import trace_id_of
 from services.common.tracing import context_from, gen_ai, tracer
-from services.gateway.generation import Caller, Generation
+from services.gateway.caller import Caller
+from services.gateway.generation import Generation
 from services.gateway.http import Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
@@ -60,6 +61,7 @@ def request_ended(
     _log.info(
         "request",
         extra={
+            "trace_id": trace_id_of(span),
             "request": request_id,
             "endpoint": endpoint,
             "outcome": outcome,
@@ -72,7 +74,7 @@ def request_ended(
 
 def describe(operation: str, body: GenerationRequest, caller: Caller) -> None:
     """Says on the request's span what is asked for; `operation` is `gen_ai.operation.name`."""
-    span = trace.get_current_span()
+    span = caller.span
     if span.is_recording():
         span.update_name(f"{operation} {body.model}")
         asked = {**_asked(body), "gen_ai.conversation.id": caller.session_id or None}
@@ -127,16 +129,17 @@ def record(
     streamed: bool | None,
 ) -> None:
     """Says what a generation took, complete or not; of several for one request, what they took together."""
-    span, facts = trace.get_current_span(), response.facts
+    span, facts = generation.caller.span, response.facts
     facts.update(model=model, worker=generation.worker_id)
     ending, first_at, last_at = generation.ending, generation.first_token_at, monotonic()
     if first_at is not None:
         seconds = first_at - generation.started_at
-        metrics.first_token(seconds, generation.model, lane="openai")
+        metrics.first_token(seconds, generation.model, span=span, lane="openai")
         if streamed:
             span.set_attribute("gen_ai.response.time_to_first_chunk", seconds)
         facts["ttft_ms"] = round(1000 * seconds, 1)
-    metrics.moved(generation.moves)
+    if generation.moves:
+        metrics.moved(generation.moves)
     if ending is None:
         return
     metrics.count_tokens(
@@ -144,7 +147,7 @@ def record(
     )
     if first_at is not None and ending.output_tokens > 1:
         seconds = (last_at - first_at) / (ending.output_tokens - 1)
-        metrics.time_per_token(seconds, generation.model, lane="openai")
+        metrics.time_per_token(seconds, generation.model, span=span, lane="openai")
         facts["tpot_ms"] = round(1000 * seconds, 2)
     totals = response.totals
     totals.add(ending)

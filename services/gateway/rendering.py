@@ -18,8 +18,7 @@ _LOWEST: Final = -9999.0
 """What stands for a probability of 0, whose logarithm JSON can't say."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Show:
+class Show(msgspec.Struct, frozen=True, kw_only=True):
     """What the client wants to see beyond the text."""
 
     choices: int = 1

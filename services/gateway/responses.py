@@ -10,20 +10,22 @@ from opentelemetry import trace
 
 from services.common.errors import MeshError, Reason
 from services.gateway.answers import Deleted, ItemList, ResponseObject
+from services.gateway.caller import Caller
 from services.gateway.conversations import Conversations, Turn
 from services.gateway.convert import in_openai_terms
 from services.gateway.convert_chat import from_chat
 from services.gateway.convert_responses import chat_request, in_response_terms, input_items
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
-from services.gateway.generation import Caller, Generation, Generator
-from services.gateway.http import QUEUE_HEADER, Request, Response, kept_alive, while_connected
+from services.gateway.generation import Generation, Generator
+from services.gateway.http import QUEUE_HEADER, Request, Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.recording import describe, record, show_route
 from services.gateway.rendering_responses import ResponsesRenderer
 from services.gateway.routes import Route
 from services.gateway.schema_responses import ResponsesRequest, items_of
+from services.gateway.waiting import kept_alive, while_connected
 
 __all__ = ["Responses"]
 
@@ -77,7 +79,7 @@ class Responses:
             trace.get_current_span().set_attribute("gen_ai.request.previous_response.id", body.previous_response_id)
         renderer = ResponsesRenderer(answer_id=uuid.uuid4().hex, created=int(time.time()), request=body)
         tell_queue = request.header(QUEUE_HEADER) == "1"
-        async with while_connected(request, response, self._limits.timeout_seconds):
+        with while_connected(request, response, self._limits.timeout_seconds):
             try:
                 with kept_alive(response, tell_queue=tell_queue) if body.stream else nullcontext():
                     async with self._generator.run(generate, caller) as running:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
-from services.gateway.generation import Caller
+from services.gateway.caller import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 

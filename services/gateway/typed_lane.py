@@ -105,4 +105,8 @@ def _row(call: Call, accounts: Accounts) -> UsageRow:
         duration_seconds=call.duration_seconds,
         outcome=call.outcome,
     )
-    return row if call.spent is None else accounts.charged(row, [call.spent])
+    return (
+        row
+        if call.spent is None
+        else accounts.charged(row, [call.spent], outcome=row.outcome, duration_seconds=row.duration_seconds)
+    )

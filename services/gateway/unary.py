@@ -12,13 +12,14 @@ from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError
 from services.common.tracing import gen_ai
+from services.gateway.caller import Caller
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
-from services.gateway.generation import Caller
-from services.gateway.http import Request, Response, while_connected
+from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.together import together
+from services.gateway.waiting import while_connected
 from services.gateway.worker_calls import Work, WorkerCalls
 
 __all__ = ["Ask", "Part", "UnaryEndpoint", "UnaryKind"]
@@ -133,7 +134,7 @@ class UnaryEndpoint(Generic[R]):
         identity.check_model(body.model)
         ask = Ask(self._calls, caller, self._kind.task)
         self._describe(body)
-        async with while_connected(request, response, self._limits.timeout_seconds):
+        with while_connected(request, response, self._limits.timeout_seconds):
             try:
                 answer = await self._kind.answer(body, ask)
             finally:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.gateway.generation import Caller
+from services.gateway.caller import Caller
 from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.routes import Route, Routes

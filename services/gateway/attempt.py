@@ -1,0 +1,71 @@
+"""A generation's stay with one worker: the lease, the submission, and their spans."""
+
+from collections.abc import Callable, Mapping
+
+from opentelemetry.trace import Span, SpanKind
+from opentelemetry.util.types import AttributeValue
+from tokenloom.inference.v1 import worker_pb2
+from tokenloom.router.v1 import router_pb2
+
+from services.common.tracing import traceparent_of, tracer
+from services.gateway.router_client import Lease, OnQueued, RouterClient
+from services.gateway.stream import Stream
+from services.gateway.worker_sessions import WorkerSessions
+
+__all__ = ["Attempt"]
+
+
+class Attempt:
+    """One lease, from its grant until it is given back. Leave none open."""
+
+    __slots__ = ("_abort", "_routers", "_span", "lease")
+
+    def __init__(self, routers: RouterClient, lease: Lease) -> None:
+        self._routers: RouterClient | None = routers
+        self.lease = lease
+        self._abort: Callable[[], None] | None = None
+        self._span: Span | None = None
+
+    @classmethod
+    async def begin(
+        cls,
+        routers: RouterClient,
+        acquire: router_pb2.Acquire,
+        attributes: Mapping[str, AttributeValue],
+        on_queued: OnQueued | None,
+    ) -> "Attempt":
+        """Acquires a worker; `attributes` are its span's. Raises as `RouterClient.acquire` does."""
+        with tracer().start_span("router.acquire", kind=SpanKind.CLIENT, attributes=attributes) as span:
+            acquire.traceparent = traceparent_of(span)
+            attempt = cls(routers, await routers.acquire(acquire, on_queued))
+            if span.is_recording():
+                lease = attempt.lease
+                span.set_attribute("tokenloom.worker", lease.worker_id)
+                span.set_attribute("tokenloom.reason", lease.reason)
+                span.set_attribute("tokenloom.queue_seconds", lease.queue_seconds)
+        return attempt
+
+    def submit(
+        self,
+        workers: WorkerSessions,
+        submission: worker_pb2.Submission,
+        stream: Stream,
+        attributes: Mapping[str, AttributeValue],
+    ) -> None:
+        """Has the worker begin; `attributes` are the span's. Raises as `WorkerSessions.submit` does."""
+        self._span = tracer().start_span("worker.generate", kind=SpanKind.CLIENT, attributes=attributes)
+        submission.traceparent = traceparent_of(self._span)
+        self._abort = workers.submit(self.lease.endpoint, submission, stream)
+
+    def close(self) -> None:
+        """Stops what still runs, and gives the lease back, once. Say before that in the lease how it went."""
+        routers, self._routers = self._routers, None
+        if routers is None:
+            return
+        try:
+            if self._abort is not None:
+                self._abort()
+        finally:
+            if self._span is not None:
+                self._span.end()
+            routers.give_back(self.lease)

@@ -1,0 +1,33 @@
+"""On whose behalf something is asked of the mesh."""
+
+from dataclasses import dataclass
+
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from services.gateway.accounts import Account
+from services.gateway.guardrails import Guard
+from services.gateway.router_client import OnQueued
+
+__all__ = ["Caller"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Caller:
+    """On whose behalf a generation runs."""
+
+    request_id: str
+    tenant: str
+    priority: int = 0
+    session_id: str = ""
+    span: Span = INVALID_SPAN
+    """That of the request."""
+    slo_class: str = ""
+    """What the client may wait for, by name; empty leaves it to the policy."""
+    allow_degrade: bool = False
+    """Whether a smaller model may answer when the one asked for has no room."""
+    account: Account | None = None
+    """What the request may take, and has taken; None: nobody asks."""
+    guard: Guard | None = None
+    """What its prompt and its answer go through; None: nothing."""
+    on_queued: OnQueued | None = None
+    """Hears of its place in the router's queue."""
