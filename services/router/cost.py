@@ -86,6 +86,7 @@ class Gauges(NamedTuple):
         prefill_factor: factor on times of prefill, learnt from times to first token that came out otherwise.
         decode_factor: the same for decoding, learnt from times per output token.
         failure_share: share of its recent leases that it failed, 0 to 1.
+        delay_seconds: what times to first token came out longer, however much there was to prefill.
     """
 
     prefill_tokens_per_second: float | None = None
@@ -102,6 +103,7 @@ class Gauges(NamedTuple):
     prefill_factor: float = 1.0
     decode_factor: float = 1.0
     failure_share: float = 0.0
+    delay_seconds: float = 0.0
 
 
 class Outlook(NamedTuple):
@@ -121,6 +123,8 @@ class Outlook(NamedTuple):
     """Wait for each token of KV cache beyond that."""
     attempts: float
     """How often a request is tried here until it succeeds, on average."""
+    delay_seconds: float = 0.0
+    """What the first token takes beyond all that is reckoned here."""
 
 
 class Demand(NamedTuple):
@@ -162,6 +166,7 @@ def outlook(gauges: Gauges, hope: Rates = PRIOR, now: float = 0.0) -> Outlook:
         # Sequences give back what they use within the time that they hold a slot.
         service / max(gauges.kv_used_tokens, 1.0),
         1.0 / (1.0 - min(gauges.failure_share, _MOST_FAILURES)),
+        gauges.delay_seconds,
     )
 
 
@@ -184,17 +189,17 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
     """What a request would meet at `now`, on the clock of the outlook, `cached` tokens of its prompt known.
 
     wait = backlog + wait for a slot + wait for KV cache
-    TTFT = wait + uncached / prefill rate + one decode step
+    TTFT = wait + uncached / prefill rate + one decode step + delay
     cost = (TTFT + toll x wait + twice x prefill of what another worker knows + weight x output x TPOT) x attempts
     """
-    prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts = ahead
+    prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts, delay = ahead
     wait = slot
     if clear_at > now:
         wait += clear_at - now
     total = demand.prompt + demand.output
     if total > kv_free:
         wait += (total - kv_free) * kv_token
-    ttft = wait + (demand.prompt - cached) * prefill_token + tpot
+    ttft = wait + (demand.prompt - cached) * prefill_token + tpot + delay
     again = (demand.known - cached) * prefill_token
     cost = (ttft + _TOLL * wait + _TWICE * again + demand.output_weight * demand.output * tpot) * attempts
     return ttft, tpot, cost, slot, cached
@@ -211,6 +216,7 @@ def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float
         attempts
         * (
             prefill * prefill_token
+            + delay
             + steps * tpot
             + waits
             * (
@@ -219,7 +225,7 @@ def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float
                 + ((total - kv_free) * kv_token if total > kv_free else 0.0)
             )
         )
-        for prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts in outlooks
+        for prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts, delay in outlooks
     ]
 
 

@@ -205,7 +205,7 @@ class Fleet:
         self, worker: Worker, request: Request, *, output_tokens: float, prediction: Prediction | None = None
     ) -> Lease:
         """Leases a worker to a request, which is predicted to meet that there."""
-        lease = Lease(worker, request, self._clock(), output_tokens, prediction, worker.factors)
+        lease = Lease(worker, request, self._clock(), output_tokens, prediction, worker.corrections)
         if request.occupies_slot:
             worker.grant(lease)
             self._changed(worker)

@@ -100,12 +100,17 @@ _OF_A_WORKER: Final[tuple[tuple[str, str, Callable[[Worker, float], float]], ...
     (
         "prefill_correction_ratio",
         "Times to the first token on a worker, in relation to what was predicted from its own measurements.",
-        lambda worker, _: worker.factors[0],
+        lambda worker, _: worker.corrections[0],
+    ),
+    (
+        "first_token_delay_seconds",
+        "What times to the first token on a worker came out longer lately, however much there was to prefill.",
+        lambda worker, _: worker.corrections[2],
     ),
     (
         "decode_correction_ratio",
         "Times per output token on a worker, in relation to what was predicted from its own measurements.",
-        lambda worker, _: worker.factors[1],
+        lambda worker, _: worker.corrections[1],
     ),
 )
 

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from services.router.card import Card, Load, WorkerState, believable
-from services.router.correction import Correction
+from services.router.correction import Correction, Delay
 from services.router.cost import PRIOR, Gauges, Outlook, Prediction, Rates, outlook
 from services.router.ejection import Ejection
 from services.router.reading import Condition
@@ -73,8 +73,8 @@ class Lease:
     """What is expected."""
     prediction: Prediction | None = None
     """What it was predicted to meet."""
-    factors: tuple[float, float] = (1.0, 1.0)
-    """The corrections that the prediction had in it, of prefill and of decoding."""
+    corrections: tuple[float, float, float] = (1.0, 1.0, 0.0)
+    """What the prediction had in it: factors of prefill and of decoding, and the delay in seconds."""
     uncached_tokens: float = field(init=False)
     """Tokens of the prompt that are to be prefilled."""
     ends_at: float = field(init=False)
@@ -163,6 +163,7 @@ class Worker:
         """What its decode steps with one sequence usually take."""
         self._prefill = Correction()
         self._decode = Correction()
+        self._delay = Delay()
         self._fresh: deque[Lease] = deque()
         self._service_seconds: float | None = None
         self.ejection = Ejection()
@@ -257,9 +258,9 @@ class Worker:
         self._refresh(now)
 
     @property
-    def factors(self) -> tuple[float, float]:
-        """How far predictions of its prefill and of its decoding are off."""
-        return self._prefill.factor, self._decode.factor
+    def corrections(self) -> tuple[float, float, float]:
+        """How far predictions are off: factors of its prefill and of its decoding, and a delay in seconds."""
+        return self._prefill.factor, self._decode.factor, self.outlook.delay_seconds
 
     def release(self, lease: Lease, outcome: Outcome, now: float, seen: Seen = Seen()) -> None:  # noqa: B008  # immutable
         """Ends a lease; one that is over already changes nothing."""
@@ -268,7 +269,7 @@ class Worker:
         self.leases.remove(lease)
         self._growth = max(0.0, self._growth - lease.output_tokens) if self.leases else 0.0
         if outcome is Outcome.COMPLETED:
-            self._learn(lease, now - lease.granted_at, seen)
+            self._learn(lease, now, seen)
         if outcome is Outcome.COMPLETED:
             held = now - lease.granted_at
             before = self._service_seconds
@@ -312,17 +313,28 @@ class Worker:
         self._fresh.clear()
         self.news.set()
 
-    def _learn(self, lease: Lease, held: float, seen: Seen) -> None:
-        first, predicted = seen.first_token_seconds, lease.prediction
+    def _learn(self, lease: Lease, now: float, seen: Seen) -> None:
+        first, predicted, held = seen.first_token_seconds, lease.prediction, now - lease.granted_at
         if first is None or predicted is None or not 0 <= first <= held:
             return
-        ttft, tpot, _, _, cached = predicted
+        prefill, decode, delay = lease.corrections
+        ttft, tpot, _, slot, cached = predicted
         if seen.prompt_tokens:
             # A cache that held more or less than was thought says nothing about speed.
             ttft += (cached - seen.cached_tokens) * self.outlook.prefill_token_seconds
-        self._prefill.learn(predicted=ttft / lease.factors[0], observed=first)
+        beside = slot + tpot
+        plain = beside + max(0.0, ttft - beside - delay) / prefill
+        self._learn_first(plain, first, now)
         if seen.output_tokens >= _LEAST_OUTPUT_TOKENS:
-            self._decode.learn(predicted=tpot / lease.factors[1], observed=(held - first) / (seen.output_tokens - 1))
+            self._decode.learn(predicted=tpot / decode, observed=(held - first) / (seen.output_tokens - 1))
+
+    def _learn_first(self, predicted: float, observed: float, now: float) -> None:
+        """Takes in a time to the first token, and what was predicted without corrections."""
+        if self.load.prefill_tokens_per_second is not None:
+            # It knows how fast it is, so that what it took longer is no matter of how much there was to do.
+            self._delay.learn(observed - predicted, now)
+            predicted += self._delay.seconds(now)
+        self._prefill.learn(predicted=predicted, observed=observed)
 
     def _slot_seconds(self, occupied: int, now: float) -> float | None:
         """How long until one more request than those that it has could run; None where it is not to be told."""
@@ -377,6 +389,7 @@ class Worker:
                 self._prefill.factor,
                 self._decode.factor,
                 self._failures(now),
+                self._delay.seconds(now),
             ),
             self._hope,
             now,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from services.router.correction import Correction
-from services.router.cost import Demand, Gauges, Rates, better, outlook, predict
+from services.router.correction import Correction, Delay
+from services.router.cost import Demand, Gauges, Rates, better, costs, outlook, predict
 
 GAUGES = {
     "prefill_tokens_per_second": 1000.0,
@@ -93,6 +93,41 @@ def test_a_worker_that_boasts_is_found_out_however_much() -> None:
     for _ in range(20):
         correction.learn(predicted=0.0001, observed=1.0)
     assert correction.factor > 10
+
+
+def test_a_delay_comes_with_the_first_token_once_and_has_no_part_in_what_prefill_takes() -> None:
+    for backlog in (0.0, 1000.0):
+        plain, late = (
+            outlook(Gauges(prefill_tokens_per_second=1000.0, backlog_tokens=backlog, delay_seconds=delay))
+            for delay in (0.0, 0.3)
+        )
+        for cached in (0.0, 400.0):
+            before, after = (predict(one, Demand(500, 10, output_weight=1.0), 0.0, cached) for one in (plain, late))
+            assert after[0] - before[0] == pytest.approx(0.3)
+            assert after[2] - before[2] == pytest.approx(0.3)
+        assert costs([late], DEMAND, 0.0) == pytest.approx([predict(late, DEMAND, 0.0)[2]])
+
+
+@pytest.mark.parametrize(
+    ("name", "observed", "after", "delay"),
+    [
+        ("nothing", [], 0.0, 0.0),
+        ("as predicted", [0.0] * 20, 0.0, 0.0),
+        ("one alone is half believed", [0.4], 0.0, 0.2),
+        ("always", [0.4] * 60, 0.0, 0.4),
+        ("not any more", [0.4] * 60 + [0.0] * 60, 0.0, 0.0),
+        ("quicker than predicted", [-0.4] * 20, 0.0, 0.0),
+        ("nothing for ten seconds", [0.4] * 60, 10.0, 0.2),
+        ("nothing for minutes", [0.4] * 60, 300.0, 0.0),
+    ],
+)
+def test_a_delay_follows_what_was_seen_and_is_forgotten_when_nothing_is(
+    name: str, observed: list[float], after: float, delay: float
+) -> None:
+    learnt = Delay()
+    for seconds in observed:
+        learnt.learn(seconds, 100.0)
+    assert learnt.seconds(100.0 + after) == pytest.approx(delay, abs=0.01), name
 
 
 def test_the_backlog_melts_as_time_passes_and_not_below_nothing() -> None:

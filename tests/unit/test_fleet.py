@@ -128,6 +128,36 @@ def test_the_seconds_that_a_request_holds_a_slot_are_learned() -> None:
     assert worker.service_seconds(100) == pytest.approx(3.0)
 
 
+def test_a_burst_that_a_busy_machine_held_up_does_not_make_a_worker_slow_for_long_prompts() -> None:
+    bench = Bench()
+    worker = bench.worker("w0", max_running=64)
+    burst = [bench.ask(prompt_tokens=20) for _ in range(32)]
+    bench.now += 1.0
+    for ticket in burst:
+        bench.admission.finish(ticket, Outcome.COMPLETED, output_tokens=10, first_token_seconds=0.7, prompt_tokens=20)
+    bench.report(worker)
+    late = bench.ask(prompt_tokens=20)
+    assert late.lease is not None
+    assert late.lease.prediction is not None
+    assert late.lease.prediction[0] == pytest.approx(0.7, abs=0.15)
+    # At 10,000 tokens a second these take 0.2 s, and nobody has to wait in the router for that.
+    assert all(bench.ask(prompt_tokens=200).lease is not None for _ in range(10))
+
+
+def test_a_worker_that_was_late_gets_less_and_is_tried_again_when_time_has_passed() -> None:
+    bench = Bench()
+    late, prompt = bench.worker("late"), bench.worker("prompt")
+    for _ in range(20):
+        ticket = bench.ask(prompt_tokens=20, subset=frozenset({late.endpoint}))
+        bench.now += 1.0
+        bench.admission.finish(ticket, Outcome.COMPLETED, output_tokens=10, first_token_seconds=0.2, prompt_tokens=20)
+    bench.report(late)
+    bench.report(prompt)
+    assert [lease.worker for _ in range(4) if (lease := bench.ask(prompt_tokens=20).lease)] == [prompt] * 4
+    bench.pass_time(30)
+    assert late in [lease.worker for _ in range(4) if (lease := bench.ask(prompt_tokens=20).lease)]
+
+
 @pytest.mark.parametrize(
     ("reading", "slowdown"),
     [
