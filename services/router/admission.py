@@ -3,8 +3,8 @@
 import asyncio
 import math
 import time
-from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
@@ -23,17 +23,13 @@ from services.router.scheduler import Decision, Scheduler, Verdict
 from services.router.shares import ModelShares
 from services.router.slowness import slow_reasons
 from services.router.ticket import Settle, State, Ticket
-from services.router.waiting import LaneKey, WaitingLine
+from services.router.turns import Turns
+from services.router.waiting import WaitingLine
 from services.router.worker import Lease, Outcome, Seen, Worker
 
 __all__ = ["Admission", "Observer"]
 
-# Lanes whose turn came although no worker takes them now; after so many the rest waits for the next event.
-_MOST_SKIPS: Final = 16
 _RECHECK_SECONDS: Final = 1.0
-# One turn in ten is for whoever has waited so long behind higher classes.
-_AGED_EVERY: Final = 10
-_AGED_SECONDS: Final = 2.0
 _SLOW_SECONDS: Final = 1.0
 
 
@@ -90,11 +86,11 @@ class Admission:
         self._deadlines: Deadlines[Ticket] = Deadlines()
         self._promises: Promises[Ticket] = Promises()
         self._sooner = asyncio.Event()
-        self._roomy: deque[Worker] = deque()
-        self._serving = False
-        self._turns = 1
         self._budget = RetryBudget()
         self._shares = ModelShares()
+        self._turns = Turns(
+            self._line, self._promises, left=self._left, pick=self._pick, serve=self._serve, clock=clock
+        )
         fleet.subscribe(self._on_change)
 
     @property
@@ -124,8 +120,8 @@ class Admission:
         try:
             check(request)
             self._check_budget(request)
-            ticket.resolve(self._policies.resolve(request), by_length=self._fleet.differ_in_context)
-            ticket.set_modest(self._is_over(ticket, now, waiting=True))
+            ticket.resolve(self._policies.resolve(request))
+            ticket.join(by_length=self._fleet.differ_in_context, modest=self._left(ticket, now, waiting=True) <= 0)
         except MeshError as error:
             self._refuse(ticket, error)
             return ticket
@@ -171,8 +167,9 @@ class Admission:
         """Ends a lease, or takes a request that is no longer wanted out of the line; a second call changes nothing."""
         state, ticket.state = ticket.state, State.OVER
         if state is State.GRANTED and ticket.lease is not None:
-            self._runs(ticket, -1)
-            if self._line.is_parked(ticket.tenant) and not self._is_over(ticket, self._clock()):
+            now = self._clock()
+            self._runs(ticket, -1, now)
+            if self._line.is_parked(ticket.tenant) and self._left(ticket, now) > 0:
                 self._line.put_back(ticket.tenant)
             if outcome is Outcome.COMPLETED:
                 self._lengths.note(ticket.lease.request, output_tokens)
@@ -199,22 +196,23 @@ class Admission:
         workers = (self._fleet.get(name) for _, name in sorted(others))
         return [one.endpoint for one in workers if one is not None and one is not decision.worker][:most]
 
-    def _runs(self, ticket: Ticket, more: int) -> None:
+    def _runs(self, ticket: Ticket, more: int, now: float) -> None:
         if ticket.request.occupies_slot:
-            now = self._clock()
             self._shares.of(ticket.lane.model, now).runs(ticket.tenant, more, now)
 
-    def _waits(self, ticket: Ticket, more: int) -> None:
+    def _waits(self, ticket: Ticket, more: int, now: float) -> None:
         if ticket.request.occupies_slot:
-            now = self._clock()
             self._shares.of(ticket.lane.model, now).waits(ticket.tenant, more, now)
 
-    def _is_over(self, ticket: Ticket, now: float, *, waiting: bool = False, after: int = 0) -> bool:
-        """Whether its tenant has more than its share already, so that it is to leave room for others."""
+    def _left(self, ticket: Ticket, now: float, *, waiting: bool = False) -> float:
+        """How many more requests its tenant may have run, `waiting` counting those that wait; the rest is to leave
+        room for others.
+        """
         if not ticket.request.occupies_slot:
-            return False
-        slots = self._scheduler.capacity(ticket.ways[0].request).slots
-        return self._shares.of(ticket.lane.model, now).is_over(ticket.tenant, slots, now, waiting=waiting, after=after)
+            return math.inf
+        request = ticket.ways[0].request
+        slots = self._scheduler.capacity(request).slots
+        return self._shares.of(request.model or "", now).left(ticket.tenant, slots, now, waiting=waiting)
 
     def _learn(self, lease: Lease, seen: Seen) -> None:
         if seen.prompt_tokens:
@@ -246,7 +244,7 @@ class Admission:
             self._refuse(ticket, error)
 
     def _try(self, ticket: Ticket, now: float) -> None:
-        decision = self._pick(ticket, spare=ticket.modest and self._is_over(ticket, now))
+        decision = self._pick(ticket, spare=ticket.modest and self._left(ticket, now) <= 0)
         if decision.verdict is Verdict.PICKED:
             self._grant(ticket, decision)
         else:
@@ -298,7 +296,7 @@ class Admission:
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
         self._promises.set(ticket, now + allowed)
-        self._waits(ticket, 1)
+        self._waits(ticket, 1, now)
         self._look_again(ticket, check_at)
 
     def _make_room(self, ticket: Ticket) -> bool:
@@ -338,80 +336,13 @@ class Admission:
     def _on_change(self, worker: Worker) -> None:
         if worker.gone:
             self._prefixes.forget(worker)
-        if not self._line or not worker.has_room(self._clock()):
-            return
-        self._roomy.append(worker)
-        if self._serving:
-            return
-        self._serving = True
-        try:
-            while self._roomy:
-                self._fill(self._roomy.popleft())
-        finally:
-            self._serving = False
-
-    def _fill(self, worker: Worker) -> None:
-        skipped: set[LaneKey] = set()
-        unpromised: set[LaneKey] = set()
-        models, tries = (*worker.card.models, ""), 0
-        if worker.has_spare:
-            self._line.put_back_all()
-        else:
-            self._line.put_back_due(self._clock())
-        while self._line and worker.has_room(self._clock()) and tries < _MOST_SKIPS:
-            if self._turns % _AGED_EVERY == 0 and self._serve_aged(models):
-                continue
-            turn = self._line.first(models, skip=skipped)
-            if turn is None:
-                return
-            late = self._overdue(models, unpromised, turn[1])
-            lane, ticket = late or turn
-            is_over = ticket.modest and self._is_over(ticket, self._clock())
-            if is_over and not worker.has_spare:
-                tries += 1
-                if late is not None:
-                    unpromised.add(lane)
-                else:
-                    self._line.park(lane, ticket, now=self._clock())
-                continue
-            decision = self._pick(ticket, spare=is_over)
-            if decision.verdict is Verdict.PICKED:
-                if late is None and ticket.modest and self._is_over(ticket, self._clock(), after=1):
-                    # Its tenant's next one is to leave room again.
-                    self._line.park(lane, ticket, now=self._clock())
-                self._serve(ticket, decision)
-            else:
-                tries += 1
-                skipped.add(lane)
-                unpromised.add(lane)
-
-    def _overdue(
-        self, models: Collection[str], skipped: Collection[LaneKey], turn: Ticket
-    ) -> tuple[LaneKey, Ticket] | None:
-        """Whoever has waited for as long as it may, though the line was short enough, goes first in its class.
-
-        Taking turns alone, tenants that come again and again would keep one that was served much lately waiting.
-        """
-        ticket = self._promises.overdue(models, turn.priority, self._clock(), skip=skipped)
-        return None if ticket is None else (ticket.lane, ticket)
+        self._turns.fill(worker)
 
     def _serve(self, ticket: Ticket, decision: Decision) -> None:
-        self._turns += 1
         self._deadlines.drop(ticket)
         self._promises.drop(ticket)
         self._line.serve(ticket)
         self._grant(ticket, decision)
-
-    def _serve_aged(self, models: tuple[str, ...]) -> bool:
-        """Serves a request of a low class that has waited for long, so that higher classes don't starve it."""
-        ticket, now = self._line.crowd.oldest_of_lower_classes(), self._clock()
-        if ticket is None or now - ticket.asked_at < _AGED_SECONDS or ticket.lane.model not in models:
-            return False
-        decision = self._pick(ticket, spare=ticket.modest and self._is_over(ticket, now))
-        if decision.verdict is not Verdict.PICKED:
-            return False
-        self._serve(ticket, decision)
-        return True
 
     def _grant(self, ticket: Ticket, decision: Decision) -> None:
         worker, request = decision.worker, ticket.way.request
@@ -450,4 +381,4 @@ class Admission:
         self._deadlines.drop(ticket)
         self._promises.drop(ticket)
         if self._line.remove(ticket):
-            self._waits(ticket, -1)
+            self._waits(ticket, -1, self._clock())

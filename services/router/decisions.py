@@ -66,11 +66,15 @@ class Decisions:
     def add(self, record: Record) -> None:
         """Keeps a decision, and forgets the oldest ones where there are too many."""
         self._records.append(record)
-        candidates = self._candidates + len(record.looked_at) + 1
+        candidates = self._candidates + _size(record)
         while candidates > self._max_candidates:
-            candidates -= len(self._records.popleft().looked_at) + 1
+            candidates -= _size(self._records.popleft())
         self._candidates = candidates
 
     def of(self, request_id: str) -> list[Record]:
         """The decisions of a request that are still known, oldest first."""
         return [record for record in self._records if record.request_id == request_id]
+
+
+def _size(record: Record) -> int:
+    return 1 if record.decision is None else 1 + len(record.decision.looked_at)

@@ -35,7 +35,7 @@ class Looks(Sequence[Look]):
     Nearly nobody asks, so that names are put to lists only then: what is kept are the lists that the decision made.
     """
 
-    __slots__ = ("_left", "_names", "_predictions", "_reasons", "_steps")
+    __slots__ = ("_count", "_left", "_names", "_predictions", "_reasons", "_steps")
 
     def __init__(
         self,
@@ -44,11 +44,15 @@ class Looks(Sequence[Look]):
         steps: Sequence[Step],
         left: Sequence[Named],
         predictions: Sequence[Prediction],
+        *,
+        count: int,
     ) -> None:
         """`names` were out for a reason of their own, each; those that a step took out come after them.
 
         `left`: those that were compared, with a prediction each. Whoever gives a list leaves it as it is.
+        `count`: how many there are in all.
         """
+        self._count = count
         self._names = names
         self._reasons = reasons
         self._steps = steps
@@ -61,7 +65,7 @@ class Looks(Sequence[Look]):
         ordered = sorted(looks, key=lambda look: not look[1])
         names, reasons = [name for name, why, _ in ordered if why], [why for _, why, _ in ordered if why]
         left = [(_Name(name), one) for name, why, one in ordered if not why]
-        return cls(names, reasons, (), [name for name, _ in left], [one for _, one in left])
+        return cls(names, reasons, (), [name for name, _ in left], [one for _, one in left], count=len(ordered))
 
     @property
     def compared(self) -> int:
@@ -78,10 +82,7 @@ class Looks(Sequence[Look]):
         return counts
 
     def __len__(self) -> int:
-        count = len(self._names) + len(self._left)
-        for before, after, _ in self._steps:
-            count += len(before) - len(after)
-        return count
+        return self._count
 
     @overload
     def __getitem__(self, place: int) -> Look: ...

@@ -155,6 +155,8 @@ class Policies:
         if slo is None and not policy.rules and degrade == request.allow_degrade:
             # Nobody asks for the class then.
             return request
+        if (name, degrade) == (request.slo_class, request.allow_degrade):
+            return request.with_slo(slo)
         return request._replace(slo=slo, slo_class=name, allow_degrade=degrade)
 
     def _limit(self, policy: Policy, request: Request) -> int:

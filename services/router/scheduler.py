@@ -46,7 +46,7 @@ class Verdict(Enum):
     UNABLE = "unable"
 
 
-_NOBODY: Final = Looks((), (), (), (), ())
+_NOBODY: Final = Looks((), (), (), (), (), count=0)
 
 
 class Decision(NamedTuple):
@@ -144,17 +144,19 @@ class Scheduler:
         workers = self._fleet.serving(request.model)
         sound = self._fleet.is_sound(request.model, now)
         ask = (request, now, asked, context, plain and sound, spare)
-        found = self._sort_out(self._some(workers, request) if plain else workers, ask)
+        some = self._some(workers, request) if plain else workers
+        found = self._sort_out(some, ask)
         if not found[0] and plain and len(workers) > _MOST_COMPARED:
-            found = self._sort_out(workers, ask)
+            some, found = workers, self._sort_out(workers, ask)
         open_to, names, reasons, steps, full = found
         if not sound and [worker for worker in open_to if worker.admitted_ratio != 1.0]:
             open_to = self._without_returning(open_to, steps)
         if not open_to:
-            return Decision(self._why_none(request, full=full, now=now), looked_at=Looks(names, reasons, steps, (), ()))
+            looks = Looks(names, reasons, steps, (), (), count=len(some))
+            return Decision(self._why_none(request, full=full, now=now), looked_at=looks)
         forecast = self._forecast(open_to, request, output, now)
         best = self._best(open_to, forecast.costs()) if len(open_to) > 1 else 0
-        looks = Looks(names, reasons, steps, open_to, forecast)
+        looks = Looks(names, reasons, steps, open_to, forecast, count=len(some))
         return Decision(Verdict.PICKED, open_to[best], forecast[best], output, looks)
 
     def _some(self, workers: Sequence[Worker], request: Request) -> Sequence[Worker]:
@@ -219,7 +221,8 @@ class Scheduler:
     def _forecast(self, workers: list[Worker], request: Request, output: float, now: float) -> Forecast:
         cached = self._prefixes.cached(request)
         slo = request.slo or STANDARD
-        demand = Demand(request.prompt_tokens, output, max(cached.values(), default=0.0), slo.output_weight)
+        known = max(cached.values()) if cached else 0.0
+        demand = Demand(request.prompt_tokens, output, known, slo.output_weight)
         held = [cached.get(worker.worker_id, 0.0) for worker in workers] if cached else ()
         return Forecast([worker.outlook for worker in workers], demand, now, held, request.slo)
 

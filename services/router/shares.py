@@ -13,73 +13,69 @@ _MOST_GONE: Final = 4096
 _TOLERATED_SHARE: Final = 0.25
 _TOLERATED_DEVIATIONS: Final = 2.0
 _MOST_MODELS: Final = 256
+_RUNNING: Final = 0
+_WAITING: Final = 1
+_NOTHING: Final = (0, 0)
 
 
 class Shares:
     """Counts each tenant's requests for one model: those that hold a slot, and those that wait. Times are seconds."""
 
     def __init__(self) -> None:
-        self._running: dict[str, int] = {}
-        self._waiting: dict[str, int] = {}
-        self._there: dict[str, int] = {}
-        """The sum of both."""
+        self._there: dict[str, list[int]] = {}
+        """How many of each tenant's hold a slot, and how many wait."""
         self._gone: OrderedDict[str, float] = OrderedDict()
         """Tenants that had something, and when it was over."""
 
     def waits(self, tenant: str, more: int, now: float) -> None:
         """So many more of a tenant's requests wait; fewer for -1."""
-        self._count(self._waiting, tenant, more, now)
+        self._count(tenant, _WAITING, more, now)
 
     def runs(self, tenant: str, more: int, now: float) -> None:
         """So many more of a tenant's requests hold a slot; fewer for -1."""
-        self._count(self._running, tenant, more, now)
+        self._count(tenant, _RUNNING, more, now)
 
     def starts(self, tenant: str) -> None:
         """One of a tenant's requests that waited holds a slot now."""
-        _add(self._waiting, tenant, -1)
-        _add(self._running, tenant, 1)
+        counts = self._there[tenant]
+        counts[_WAITING] -= 1
+        counts[_RUNNING] += 1
 
     def is_idle(self, now: float) -> bool:
         """Whether nobody is there, and nobody was lately."""
         self._forget(now)
         return not self._there and not self._gone
 
-    def is_over(self, tenant: str, slots: int, now: float, *, waiting: bool, after: int = 0) -> bool:
-        """Whether one more request of the tenant is beyond its share of `slots`; never while it is alone.
+    def left(self, tenant: str, slots: int, now: float, *, waiting: bool) -> float:
+        """How many more requests of the tenant are within its share of `slots`; endless while it is alone.
 
-        `waiting` counts those that wait, too: whoever asks now comes after them. `after`: so many more of its requests
-        hold a slot by then.
+        `waiting` counts those that wait, too: whoever asks now comes after them.
         """
-        self._forget(now)
-        present = len(self._there) + len(self._gone) + (tenant not in self._there and tenant not in self._gone)
+        if self._gone:
+            self._forget(now)
+        counts = self._there.get(tenant, _NOTHING)
+        present = len(self._there) + len(self._gone) + (counts is _NOTHING and tenant not in self._gone)
         if present < 2:
-            return False
+            return math.inf
         share = slots / present
-        count = after + self._running.get(tenant, 0) + (self._waiting.get(tenant, 0) if waiting else 0)
-        return count >= share + max(_TOLERATED_SHARE * share, _TOLERATED_DEVIATIONS * math.sqrt(share))
+        count = counts[_RUNNING] + (counts[_WAITING] if waiting else 0)
+        return share + max(_TOLERATED_SHARE * share, _TOLERATED_DEVIATIONS * math.sqrt(share)) - count
 
-    def _count(self, counts: dict[str, int], tenant: str, more: int, now: float) -> None:
-        _add(counts, tenant, more)
-        if _add(self._there, tenant, more):
+    def _count(self, tenant: str, of: int, more: int, now: float) -> None:
+        counts = self._there.get(tenant)
+        if counts is None:
+            counts = self._there[tenant] = [0, 0]
             self._gone.pop(tenant, None)
-            return
-        self._gone[tenant] = now
-        self._gone.move_to_end(tenant)
-        if len(self._gone) > _MOST_GONE:
-            self._gone.popitem(last=False)
+        counts[of] += more
+        if not counts[_RUNNING] and not counts[_WAITING]:
+            del self._there[tenant]
+            self._gone[tenant] = now
+            if len(self._gone) > _MOST_GONE:
+                self._gone.popitem(last=False)
 
     def _forget(self, now: float) -> None:
         while self._gone and next(iter(self._gone.values())) < now - _PRESENT_SECONDS:
             self._gone.popitem(last=False)
-
-
-def _add(counts: dict[str, int], tenant: str, more: int) -> bool:
-    left = counts.get(tenant, 0) + more
-    if left > 0:
-        counts[tenant] = left
-    else:
-        counts.pop(tenant, None)
-    return left > 0
 
 
 class ModelShares:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import lru_cache
+from typing import Final
 
 from services.common.errors import MeshError
 from services.router.decisions import Record, in_words
@@ -37,7 +38,7 @@ class Ticket:
         error: why not, once refused.
         decision: the last decision about it; once it is granted, until whoever asked has been told.
         others: endpoints of the workers that came after the one that was granted, best first, as many as were wanted.
-        ways: how the policy lets it be served, best first.
+        ways: how the policy lets it be served, best first; none until that is known.
         way: the one of these that it was decided for.
         modest: whether its tenant had more than its share when it came, so that it waits apart from the rest.
         output_token_limit: most tokens of output that the mesh allows it; 0 where it does not limit them.
@@ -45,7 +46,6 @@ class Ticket:
     """
 
     __slots__ = (
-        "_by_length",
         "asked_at",
         "deadline",
         "decision",
@@ -80,12 +80,11 @@ class Ticket:
         self.settle = settle
         self.asked_at = asked_at
         self.deadline = deadline
-        self.ways: tuple[Choice, ...] = (Choice(request),)
-        self.way = self.ways[0]
+        self.ways: tuple[Choice, ...] = ()
+        self.way = _NO_WAY
         self.output_token_limit = 0
         self.modest = False
-        self._by_length = True
-        self.lane = LaneKey(request.model or "", None)
+        self.lane = _NO_LANE
         self.tokens = 0.0
         self.state = State.ASKED
         self.lease: Lease | None = None
@@ -94,18 +93,17 @@ class Ticket:
         self.queue_seconds = 0.0
         self.unready_since: float | None = None
 
-    def resolve(self, resolution: Resolution, *, by_length: bool = True) -> None:
-        """Takes in what the policy makes of it; `by_length`: whether not every worker takes prompts of any length."""
-        self._by_length = by_length
+    def resolve(self, resolution: Resolution) -> None:
+        """Takes in what the policy makes of it."""
         self.ways, self.way = resolution.choices, resolution.choices[0]
         self.output_token_limit = resolution.output_token_limit
-        self.lane = _lane(self.request, self.ways, by_length=by_length)
 
-    def set_modest(self, modest: bool) -> None:
-        """Has it wait for capacity to spare, or not."""
-        if modest != self.modest:
-            self.modest = modest
-            self.lane = _lane(self.request, self.ways, by_length=self._by_length, modest=modest)
+    def join(self, *, by_length: bool, modest: bool) -> None:
+        """Says whom it waits with. `by_length`: whether not every worker takes prompts of any length; `modest`: whether
+        it waits for capacity to spare.
+        """
+        self.modest = modest
+        self.lane = _lane(self.request, self.ways, by_length=by_length, modest=modest)
 
     @property
     def reason(self) -> str:
@@ -142,9 +140,11 @@ class Ticket:
 
 
 Settle = Callable[[Ticket], None]
+_NO_WAY: Final = Choice(Request(None))
+_NO_LANE: Final = LaneKey("", None)
 
 
-def _lane(request: Request, ways: tuple[Choice, ...], *, by_length: bool, modest: bool = False) -> LaneKey:
+def _lane(request: Request, ways: tuple[Choice, ...], *, by_length: bool, modest: bool) -> LaneKey:
     # Lengths within a power of two of each other fit the same workers, near enough.
     length = request.prompt_tokens.bit_length() if by_length and request.prompt_tokens > 1024 else 0
     first = ways[0].request

@@ -8,12 +8,13 @@ from services.router.promises import Promises
 from services.router.request import Request
 from services.router.shares import ModelShares, Shares
 from services.router.ticket import Ticket
+from services.router.waiting import LaneKey
 from services.router.worker import Outcome
 from tests.support.scheduling import Bench
 
 
 def over(shares: Shares, tenant: str, slots: int, *, now: float = 0.0, waiting: bool = False) -> bool:
-    return shares.is_over(tenant, slots, now, waiting=waiting)
+    return shares.left(tenant, slots, now, waiting=waiting) <= 0
 
 
 def test_who_is_alone_has_everything() -> None:
@@ -120,6 +121,7 @@ def test_a_promise_is_due_at_its_time_and_in_its_class_alone() -> None:
         for name, model, priority in (("early", "a", 0), ("late", "a", 0), ("low", "a", 5), ("other", "b", 0))
     }
     for at, ticket in enumerate(tickets.values()):
+        ticket.lane = LaneKey(ticket.request.model or "", None)
         promises.set(ticket, float(at))
     assert promises.overdue(("a", "b"), 0, -1.0) is None
     assert promises.overdue(("a", "b"), 0, 9.0) is tickets["early"]
