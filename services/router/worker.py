@@ -96,6 +96,7 @@ class Worker:
     __slots__ = (
         "_backlog",
         "_decode",
+        "_delay",
         "_failure_at",
         "_failure_share",
         "_fresh",
