@@ -114,6 +114,9 @@ class Child:
             self._say(f"{self.plan.name} did not stop within {within:g} s and is killed")
             self._signal(signal.SIGKILL)
             await self._process.wait()
+            return
+        if self._process.returncode:
+            self._say(f"{self.plan.name} {_how_it_ended(self._process)} as it was stopped")
 
     async def _start_again(self) -> None:
         """Starts it until it is ready."""

@@ -1,5 +1,6 @@
 """Meshes that several tests share. Tests that kill things start their own."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,11 +79,17 @@ def doubled_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 @pytest.fixture(scope="session")
 def vllm_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Mesh]:
     """What `make up` starts, real vLLM on the demo model, with two workers, so that one may be lost."""
-    state_dir = tmp_path_factory.mktemp("vllm") / "state"
+    state_dir, trace = tmp_path_factory.mktemp("vllm") / "state", secrets.token_hex(16)
     with running_mesh(state_dir, "--workers", "2", "--otlp-endpoint", spans.endpoint, within=180) as mesh:
         yield mesh
         workers = [psutil.Process(mesh.process(name)["pid"]) for name in ("worker-0", "worker-1")]
         engines = [process for worker in workers for process in worker.children(recursive=True)]
         assert engines
-    # Workers that are stopped leave nothing behind.
+        headers = {"traceparent": f"00-{trace}-{secrets.token_hex(8)}-01"}
+        mesh.sdk().completions.create(model="demo", prompt="Goodbye", max_tokens=2, extra_headers=headers)
+    # Workers that are stopped end well, leave nothing behind, and keep nothing to themselves.
+    said = (state_dir.parent / f"{state_dir.name}.log").read_text().partition("stopping")[2]
+    assert "exit code" not in said
+    assert "did not stop" not in said
     assert psutil.wait_procs(engines, timeout=2)[1] == []
+    assert ("tokenloom-inference: generate", "tokenloom-inference: decode") in spans.edges(trace)

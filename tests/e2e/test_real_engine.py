@@ -11,9 +11,9 @@ import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
-from tests.support.failover import said
+from tests.support.failover import Strike, said
 from tests.support.mesh import Mesh
-from tests.support.waiting import eventually, wait_until
+from tests.support.waiting import wait_until
 
 MODEL = "demo"
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
@@ -100,13 +100,14 @@ async def test_streams_survive_the_loss_of_a_worker_which_takes_its_engine_along
     more: list[dict[str, Any]] = [{}, {"structured_outputs": {"regex": "[a-z ]{2000}"}}, drawn]
     undisturbed = await said(vllm_mesh, MODEL, prompts, tokens=200, more=more)
     assert {tokens for _, tokens in undisturbed.values()} == {200}
-    worker = psutil.Process(int(vllm_mesh.process("worker-1")["pid"]))
-    engines = worker.children(recursive=True)
-    assert engines
-    assert await said(vllm_mesh, MODEL, prompts, tokens=200, more=more, kill=["worker-1"]) == undisturbed
-    assert psutil.wait_procs(engines, timeout=2)[1] == []
-    await eventually(lambda: vllm_mesh.process("worker-1")["pid"] != worker.pid, within=90)
-    await eventually(lambda: vllm_mesh.metric("router", "tokenloom_router_workers") == 2, within=10)
+    pids = [int(vllm_mesh.process(name)["pid"]) for name in ("worker-0", "worker-1")]
+    engines = {pid: psutil.Process(pid).children(recursive=True) for pid in pids}
+    strike = Strike(vllm_mesh, 1)
+    assert await said(vllm_mesh, MODEL, prompts, tokens=200, more=more, strike=strike) == undisturbed
+    (killed,) = strike.pids.values()
+    assert engines[killed]
+    assert psutil.wait_procs(engines[killed], timeout=2)[1] == []
+    strike.wait_until_replaced(within=90)
     assert await said(vllm_mesh, MODEL, prompts, tokens=200, more=more) == undisturbed
 
 

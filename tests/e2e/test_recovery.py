@@ -16,7 +16,7 @@ import pytest
 from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
 from tests.support.commands import tokenloom
-from tests.support.failover import said
+from tests.support.failover import Strike, said
 from tests.support.mesh import Mesh
 from tests.support.otlp import Receiver
 from tests.support.uneven_mesh import ended
@@ -62,30 +62,29 @@ async def test_64_streams_survive_the_loss_of_workers_without_a_token_lost_or_tw
     prompts = [f"prompt {index}" for index in range(64)]
     undisturbed = await said(mesh, MODEL, prompts, tokens=150)
     assert {tokens for _, tokens in undisturbed.values()} == {150}
-    pids = {name: mesh.process(name)["pid"] for name in ("worker-1", "worker-2", "worker-3")}
-    assert await said(mesh, MODEL, prompts, tokens=150, kill=["worker-1"]) == undisturbed
-    await asyncio.to_thread(check_that_moves_are_told, mesh, away_from="worker-1")
-    wait_until(lambda: mesh.process("worker-1")["pid"] != pids["worker-1"], within=20)
-    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
+    first, both = Strike(mesh, 1), Strike(mesh, 2)
+    assert await said(mesh, MODEL, prompts, tokens=150, strike=first) == undisturbed
+    await asyncio.to_thread(check_that_moves_are_told, mesh, away_from=next(iter(first.pids)))
+    first.wait_until_replaced()
     # The second one goes while what was on the first is being moved, to it among others.
-    assert await said(mesh, MODEL, prompts, tokens=150, kill=["worker-2", "worker-3"]) == undisturbed
-    wait_until(lambda: all(mesh.process(name)["pid"] != pid for name, pid in pids.items()), within=20)
-    wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
+    assert await said(mesh, MODEL, prompts, tokens=150, strike=both) == undisturbed
+    both.wait_until_replaced()
 
 
 async def test_streams_go_on_elsewhere_when_their_worker_stands_still(mesh: Mesh) -> None:
     wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
-    prompts, pid = [f"prompt {index}" for index in range(32)], int(mesh.process("worker-1")["pid"])
+    prompts, strike = [f"prompt {index}" for index in range(32)], Strike(mesh, 1, by=signal.SIGSTOP)
     undisturbed = await said(mesh, MODEL, prompts, tokens=150)
     began = time.monotonic()
     try:
-        assert await said(mesh, MODEL, prompts, tokens=150, kill=["worker-1"], by=signal.SIGSTOP) == undisturbed
+        assert await said(mesh, MODEL, prompts, tokens=150, strike=strike) == undisturbed
         # It is given up after three seconds; the rest is what the streams take.
         assert time.monotonic() - began < 10
         meanwhile = await said(mesh, MODEL, prompts[:4], tokens=5)
         assert [tokens for _, tokens in meanwhile.values()] == [5] * 4
     finally:
-        os.kill(pid, signal.SIGCONT)
+        for pid in strike.pids.values():
+            os.kill(pid, signal.SIGCONT)
     wait_until(lambda: mesh.metric("router", "tokenloom_router_workers") == 4, within=20)
     assert await said(mesh, MODEL, prompts, tokens=150) == undisturbed
 

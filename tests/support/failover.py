@@ -10,14 +10,42 @@ from typing import Any, Final
 import openai
 
 from tests.support.mesh import Mesh
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, wait_until
 
-__all__ = ["POISON", "said"]
+__all__ = ["POISON", "Strike", "said"]
 
 POISON: Final = "arsenic"
 """What the engines of the large mesh die of."""
 
 _SECOND_KILL_SECONDS = 0.02
+
+
+class Strike:
+    """A signal for those workers of a mesh that have most to do at that moment, each one shortly after the other."""
+
+    def __init__(self, mesh: Mesh, count: int, by: signal.Signals = signal.SIGKILL) -> None:
+        self._mesh = mesh
+        self._count = count
+        self._by = by
+        self.pids: dict[str, int] = {}
+        """Whom it hit, by name."""
+
+    async def __call__(self) -> None:
+        """Sends them the signal."""
+        leases = await asyncio.to_thread(self._mesh.metric_by, "worker", "router", "tokenloom_router_worker_leases")
+        busiest = sorted(leases, key=leases.__getitem__, reverse=True)[: self._count]
+        assert leases[busiest[0]] > 0
+        self.pids = {name: int(self._mesh.process(name)["pid"]) for name in busiest}
+        for number, pid in enumerate(self.pids.values()):
+            await asyncio.sleep(_SECOND_KILL_SECONDS if number else 0)
+            os.kill(pid, self._by)
+
+    def wait_until_replaced(self, within: float = 20) -> None:
+        """Returns when others run in place of those that were killed, and the router knows all workers of the mesh."""
+        process, workers = self._mesh.process, [entry["name"] for entry in self._mesh.state["processes"]]
+        count = sum(name.startswith("worker-") for name in workers)
+        wait_until(lambda: all(process(name)["pid"] != pid for name, pid in self.pids.items()), within=within)
+        wait_until(lambda: self._mesh.metric("router", "tokenloom_router_workers") == count, within=within)
 
 
 async def said(
@@ -26,14 +54,12 @@ async def said(
     prompts: Sequence[str],
     *,
     tokens: int,
-    kill: Sequence[str] = (),
-    by: signal.Signals = signal.SIGKILL,
+    strike: Strike | None = None,
     more: Sequence[Mapping[str, Any]] = ({},),
 ) -> dict[str, tuple[str, int]]:
     """What a stream of each prompt says, and its output tokens by the usage.
 
-    `kill` names workers that are killed once all streams flow, each one shortly after the one before. `more` has
-    further fields of the bodies, by turns.
+    `strike` falls once all streams flow. `more` has further fields of the bodies, by turns.
     """
     flowing: set[str] = set()
     texts: dict[str, tuple[str, int]] = {}
@@ -58,9 +84,7 @@ async def said(
     async with mesh.async_sdk() as client, asyncio.TaskGroup() as tasks:
         for prompt, fields in zip(prompts, cycle(more), strict=False):
             tasks.create_task(stream(client, prompt, fields))
-        if kill:
+        if strike is not None:
             await eventually(lambda: len(flowing) == len(prompts), within=20)
-        for number, name in enumerate(kill):
-            await asyncio.sleep(_SECOND_KILL_SECONDS if number else 0)
-            os.kill(int(mesh.process(name)["pid"]), by)
+            await strike()
     return texts

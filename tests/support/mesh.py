@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,11 +78,19 @@ class Mesh:
 
     def metric(self, process: str, name: str) -> float:
         """The sum of a metric's series in one process; 0 when there are none."""
+        return sum(value for _, value in self._series(process, name))
+
+    def metric_by(self, label: str, process: str, name: str) -> dict[str, float]:
+        """A metric's series in one process, by the value of a label that tells them apart."""
+        pattern = re.compile(rf'[{{,]{label}="([^"]*)"')
+        return {found[1]: value for labels, value in self._series(process, name) if (found := pattern.search(labels))}
+
+    def _series(self, process: str, name: str) -> list[tuple[str, float]]:
         # Not httpx: it makes a TLS context each time, which takes longer than some of the waits that are measured here.
         with urlopen(f"http://127.0.0.1:{self.process(process)['ports']['metrics']}/metrics", timeout=5) as answer:
             text = answer.read().decode()
-        lines = [line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+        lines = [line.rpartition(" ") for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name]
+        return [(labels, float(value)) for labels, _, value in lines]
 
 
 @contextmanager
