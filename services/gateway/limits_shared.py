@@ -5,6 +5,7 @@ import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any, Final, cast
 
 from redis.asyncio import Redis
@@ -14,6 +15,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from services.common.quota import KeyLimits
 from services.gateway.limits import Decision, KeyState, Level, LocalLimits, Reservation, Which
+from services.gateway.standing import Standing, standing
 
 __all__ = ["SharedLimits"]
 
@@ -26,6 +28,7 @@ _PROBE_SECONDS: Final = 0.1
 _HELLO_SECONDS: Final = 2.0
 _MAX_WAITING: Final = 10_000
 _BATCH_CALLS: Final = 20
+_MAX_STANDING: Final = 10_000
 _LOOKS: Final = 3
 _NO_LIMIT: Final = -1
 _RESTORED_AT_ONCE: Final = 100
@@ -66,6 +69,7 @@ class SharedLimits:
         self._sent: list[_Call] = []
         self._wake = asyncio.Event()
         self._run_id = ""
+        self._standing: dict[str, Standing] = {}
         self.is_shared = False
         """Whether Redis answers."""
 
@@ -93,14 +97,31 @@ class SharedLimits:
         answer = asyncio.get_running_loop().create_future()
         given = (_or_none(limits.rpm), _or_none(limits.tpm), _or_none(limits.concurrency), round(tokens))
         self._push(_Call(key_id, ("admit", *given), answer))
+        asked_at = monotonic()
         told = await answer
         if told is None:
             return self._local.take(key_id, limits, tokens)
-        return self._decide(key_id, limits, tokens, state, told)
+        decision, reservation = self._decide(key_id, limits, tokens, state, told)
+        self._note_refusal(key_id, standing(decision, limits, asked_at=asked_at, heard_at=monotonic()))
+        return decision, reservation
 
     def refusal(self, key_id: str, limits: KeyLimits) -> Decision | None:
-        """As a Limiter: what is shared is for Redis to say."""
-        return None if self.is_shared else self._local.refusal(key_id, limits)
+        """As a Limiter: what is shared is for Redis to say, and what it has said lately may stand."""
+        if not self.is_shared:
+            return self._local.refusal(key_id, limits)
+        refused = self._standing.get(key_id)
+        decision = None if refused is None else refused.decision_at(monotonic(), limits)
+        if decision is None:
+            self._standing.pop(key_id, None)
+        return decision
+
+    def _note_refusal(self, key_id: str, refused: Standing | None) -> None:
+        if refused is None:
+            self._standing.pop(key_id, None)
+            return
+        if len(self._standing) >= _MAX_STANDING:
+            self._standing.clear()
+        self._standing[key_id] = refused
 
     def settle(self, reservation: Reservation, used: float) -> None:
         """As a Limiter."""
@@ -151,6 +172,7 @@ class SharedLimits:
             _log.warning("limits are not shared", extra={"cause": f"{type(cause).__name__}: {cause}"})
             for state in self._local.keys.values():
                 state.used_requests = state.used_tokens = 0.0
+            self._standing.clear()
         self.is_shared = False
         unanswered, self._sent, self._waiting = [*self._sent, *self._waiting], [], []
         for call in unanswered:

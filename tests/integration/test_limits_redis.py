@@ -175,3 +175,68 @@ async def test_a_gateway_that_never_reached_redis_gives_away_its_part() -> None:
     assert await admitted([limiter], 100) == 25
     task.cancel()
     await asyncio.wait([task])
+
+
+async def commands(redis: RedisServer) -> int:
+    async with Redis.from_url(redis.url) as client:
+        return int((await client.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+async def refused(limiter: SharedLimits, limits: KeyLimits, key: str = "a") -> Decision:
+    """Asks until Redis has refused; by itself a gateway decides only while it takes Redis for slow."""
+    while True:
+        decision, reservation = await limiter.admit(key, limits, 1)
+        if reservation.is_shared and not decision.allowed:
+            return decision
+        await asyncio.sleep(0.01)
+
+
+async def test_a_gateway_that_heard_of_a_refusal_says_so_itself_until_it_may_end(redis: RedisServer) -> None:
+    limits = KeyLimits(rpm=30)
+    async with gateways(redis, 2) as (one, two):
+        while await admitted([one], 1, limits):
+            pass
+        # The other one has heard nothing yet.
+        assert two.refusal("a", limits) is None
+        heard = await refused(two, limits)
+        before = await commands(redis)
+        told = [two.refusal("a", limits) for _ in range(100)]
+        assert await commands(redis) == before
+        assert {each.which for each in told if each is not None} == {"requests"}
+        assert all(each is not None and each.wait_seconds <= heard.wait_seconds for each in told)
+        # Under other limits it is for Redis to say, and of other keys it was not about.
+        assert two.refusal("a", KeyLimits(rpm=31)) is None
+        assert two.refusal("b", limits) is None
+        await eventually(lambda: two.refusal("a", limits) is None, within=5)
+        await all_shared([one, two])
+        assert await eventually_admitted(two, limits)
+
+
+async def eventually_admitted(limiter: SharedLimits, limits: KeyLimits) -> bool:
+    async with asyncio.timeout(10):
+        while not (await limiter.admit("a", limits, 1))[0].allowed:
+            await asyncio.sleep(0.05)
+    return True
+
+
+async def test_what_may_come_free_at_any_time_is_asked_for_each_time(redis: RedisServer) -> None:
+    async with gateways(redis, 2) as (one, two):
+        for key, limits in (("places", KeyLimits(concurrency=1)), ("tokens", KeyLimits(tpm=1))):
+            _, reservation = await one.admit(key, limits, 1)
+            await refused(two, limits, key)
+            assert two.refusal(key, limits) is None
+            one.settle(reservation, 0)
+            async with asyncio.timeout(5):
+                while not (await two.admit(key, limits, 1))[0].allowed:
+                    await asyncio.sleep(0.01)
+
+
+async def test_what_redis_has_said_is_forgotten_when_it_goes_away(redis: RedisServer) -> None:
+    limits = KeyLimits(rpm=1)
+    async with gateways(redis, 1) as (one,):
+        await refused(one, limits)
+        assert one.refusal("a", limits) is not None
+        redis.kill()
+        await one.admit("b", KeyLimits(rpm=5), 1)
+        await eventually(lambda: not one.is_shared, within=5)
+        assert not one._standing
