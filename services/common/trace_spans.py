@@ -4,7 +4,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -13,7 +13,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 from opentelemetry.util.types import Attributes, AttributeValue
 
-__all__ = ["Event", "Provider", "Recorded", "Untraced"]
+__all__ = ["Event", "Provider", "Recorded", "Tracer", "Untraced"]
 
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _UNSAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
@@ -117,7 +117,9 @@ class Recorded(Span):
         self.end()
 
 
-class _Tracer(trace.Tracer):
+class Tracer(trace.Tracer):
+    """Makes spans that are recorded."""
+
     def __init__(
         self, scope: str, ratio: float, on_end: Callable[[Recorded], object], admits: Callable[[], bool]
     ) -> None:
@@ -138,7 +140,15 @@ class _Tracer(trace.Tracer):
         set_status_on_exception: bool = True,  # noqa: ARG002
     ) -> Span:
         """Starts a span. Links are not kept; nothing here makes any."""
-        parent: SpanContext | None = trace.get_current_span(context).get_span_context()
+        return self._start(name, trace.get_current_span(context).get_span_context(), kind, attributes, start_time)
+
+    def start_child(self, parent: Span, name: str, kind: SpanKind, attributes: Attributes) -> Span:
+        """Starts a span below one that is at hand, which need not be looked for."""
+        return self._start(name, parent.get_span_context(), kind, attributes, None)
+
+    def _start(
+        self, name: str, parent: SpanContext | None, kind: SpanKind, attributes: Attributes, start_time: int | None
+    ) -> Span:
         assert parent is not None
         if not self._admits():
             # Its children are its parent's.
@@ -218,14 +228,27 @@ class Untraced(trace.Tracer):
         set_status_on_exception: bool = True,  # noqa: ARG002
     ) -> Span:
         """What its children are to hang on."""
-        parent = trace.get_current_span(context)
+        return self._below(trace.get_current_span(context))
+
+    def start_child(
+        self,
+        parent: Span,
+        name: str,  # noqa: ARG002
+        kind: SpanKind,  # noqa: ARG002
+        attributes: Attributes,  # noqa: ARG002
+    ) -> Span:
+        """The same below one that is at hand."""
+        return self._below(parent)
+
+    @staticmethod
+    def _below(parent: Span) -> Span:
         return trace.NonRecordingSpan(parent.get_span_context()) if parent.is_recording() else parent
 
     def start_as_current_span(  # type: ignore[override]  # noqa: PLR0917  # the base class's makes decorators, too
         self,
         name: str,
         context: Context | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,
+        kind: SpanKind = SpanKind.INTERNAL,  # noqa: ARG002
         attributes: Attributes = None,  # noqa: ARG002
         links: Sequence[Link] | None = None,  # noqa: ARG002
         start_time: int | None = None,  # noqa: ARG002
@@ -234,7 +257,10 @@ class Untraced(trace.Tracer):
         end_on_exit: bool = True,
     ) -> AbstractContextManager[Span]:
         """The same, as the current one in the block."""
-        return _Current(self.start_span(name, context, kind), record_exception, set_status_on_exception, end_on_exit)
+        span = self.start_span(name, context)
+        if context is None and span is trace.INVALID_SPAN:
+            return nullcontext(span)
+        return _Current(span, record_exception, set_status_on_exception, end_on_exit)
 
 
 class Provider(trace.TracerProvider):
@@ -259,9 +285,9 @@ class Provider(trace.TracerProvider):
         instrumenting_library_version: str | None = None,  # noqa: ARG002
         schema_url: str | None = None,  # noqa: ARG002
         attributes: Attributes = None,  # noqa: ARG002
-    ) -> trace.Tracer:
+    ) -> Tracer:
         """A tracer whose spans say which module made them."""
-        return _Tracer(instrumenting_module_name, self._ratio, self._on_end, self._admits)
+        return Tracer(instrumenting_module_name, self._ratio, self._on_end, self._admits)
 
 
 def _failed(error: Exception) -> Status:

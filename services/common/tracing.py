@@ -1,7 +1,7 @@
 """OpenTelemetry tracing: the provider of a process, and W3C trace context where there are no headers to carry it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Final
@@ -9,16 +9,16 @@ from typing import Final
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, TraceFlags
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 from services.common.settings import TracingSettings
 from services.common.trace_export import Outbound
 from services.common.trace_sampling import Keeper
-from services.common.trace_spans import Provider, Untraced
+from services.common.trace_spans import Provider, Tracer, Untraced
 
-__all__ = ["FIRST_OUTPUT", "context_from", "gen_ai", "provider", "resource_of", "traceparent_of", "tracer"]
+__all__ = ["FIRST_OUTPUT", "child_of", "context_from", "gen_ai", "provider", "resource_of", "traceparent_of", "tracer"]
 
 FIRST_OUTPUT: Final = "first token"
 """The event of a span whose generation began to show."""
@@ -33,7 +33,7 @@ _EMPTY: Final = Context()
 class _Own:
     """Kept, since asking the library for a tracer costs as much as a span."""
 
-    tracer: trace.Tracer = Untraced()
+    tracer: Tracer | Untraced = Untraced()
 
 
 @contextmanager
@@ -66,6 +66,11 @@ def provider(
 def tracer() -> trace.Tracer:
     """The tracer of this process. Without a provider its spans cost next to nothing."""
     return _Own.tracer
+
+
+def child_of(parent: Span, name: str, kind: SpanKind, attributes: Mapping[str, AttributeValue]) -> Span:
+    """A span below one that is at hand: what the tracer does, without looking for the current one."""
+    return _Own.tracer.start_child(parent, name, kind, attributes)
 
 
 def context_from(traceparent: str | None, tracestate: str | None = None) -> Context | None:

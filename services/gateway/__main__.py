@@ -113,6 +113,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                     app,
                     settings.http,
                     short_cuts=(authorization.known_answer, refusals.known_answer),
+                    when_noted=books.accounts.journal.after,
                     drain_seconds=settings.drain_seconds,
                 ),
             ):

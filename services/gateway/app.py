@@ -16,7 +16,17 @@ from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.caller import Caller
 from services.gateway.console import Console
 from services.gateway.guardrails import Guard, Guardrails
-from services.gateway.http import ABORT, WRITE, ClientLeftError, Receive, Request, Response, Send, error_response
+from services.gateway.http import (
+    ABORT,
+    ENDS_WHEN_NOTED,
+    WRITE,
+    ClientLeftError,
+    Receive,
+    Request,
+    Response,
+    Send,
+    error_response,
+)
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
@@ -77,6 +87,7 @@ class App:
             abort=extensions.get(ABORT),
             write=extensions.get(WRITE),
             timers=self._timers,
+            before_end=None if ENDS_WHEN_NOTED in extensions else self._accounts.journal.flush,
         )
         if request.path in ("/healthz", "/readyz"):
             await self._probe(request, response)

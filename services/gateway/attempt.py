@@ -7,7 +7,7 @@ from opentelemetry.util.types import AttributeValue
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
-from services.common.tracing import traceparent_of, tracer
+from services.common.tracing import child_of, traceparent_of
 from services.gateway.router_client import Lease, OnQueued, RouterClient
 from services.gateway.stream import Stream
 from services.gateway.worker_sessions import WorkerSessions
@@ -18,10 +18,14 @@ __all__ = ["Attempt"]
 class Attempt:
     """One lease, from its grant until it is given back. Leave none open."""
 
-    __slots__ = ("_abort", "_routers", "_span", "lease")
+    __slots__ = ("_abort", "_attributes", "_parent", "_routers", "_span", "lease")
 
-    def __init__(self, routers: RouterClient, lease: Lease) -> None:
+    def __init__(
+        self, routers: RouterClient, lease: Lease, parent: Span, attributes: Mapping[str, AttributeValue]
+    ) -> None:
         self._routers: RouterClient | None = routers
+        self._parent = parent
+        self._attributes = attributes
         self.lease = lease
         self._abort: Callable[[], None] | None = None
         self._span: Span | None = None
@@ -31,13 +35,14 @@ class Attempt:
         cls,
         routers: RouterClient,
         acquire: router_pb2.Acquire,
+        parent: Span,
         attributes: Mapping[str, AttributeValue],
         on_queued: OnQueued | None,
     ) -> "Attempt":
-        """Acquires a worker; `attributes` are its span's. Raises as `RouterClient.acquire` does."""
-        with tracer().start_span("router.acquire", kind=SpanKind.CLIENT, attributes=attributes) as span:
+        """Acquires a worker; its spans are `parent`'s and have `attributes`. Raises as `RouterClient.acquire` does."""
+        with child_of(parent, "router.acquire", SpanKind.CLIENT, attributes) as span:
             acquire.traceparent = traceparent_of(span)
-            attempt = cls(routers, await routers.acquire(acquire, on_queued))
+            attempt = cls(routers, await routers.acquire(acquire, on_queued), parent, attributes)
             if span.is_recording():
                 lease = attempt.lease
                 span.set_attribute("tokenloom.worker", lease.worker_id)
@@ -46,15 +51,14 @@ class Attempt:
         return attempt
 
     def submit(
-        self,
-        workers: WorkerSessions,
-        submission: worker_pb2.Submission,
-        stream: Stream,
-        attributes: Mapping[str, AttributeValue],
+        self, workers: WorkerSessions, submission: worker_pb2.Submission, stream: Stream, *, number: int
     ) -> None:
-        """Has the worker begin; `attributes` are the span's. Raises as `WorkerSessions.submit` does."""
-        self._span = tracer().start_span("worker.generate", kind=SpanKind.CLIENT, attributes=attributes)
-        submission.traceparent = traceparent_of(self._span)
+        """Has the worker begin; `number` counts the attempts. Raises as `WorkerSessions.submit` does."""
+        span = self._span = child_of(self._parent, "worker.generate", SpanKind.CLIENT, self._attributes)
+        if span.is_recording():
+            span.set_attribute("tokenloom.worker", self.lease.worker_id)
+            span.set_attribute("tokenloom.attempt", number)
+        submission.traceparent = traceparent_of(span)
         self._abort = workers.submit(self.lease.endpoint, submission, stream)
 
     def close(self) -> None:

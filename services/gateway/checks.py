@@ -7,12 +7,13 @@ And with one write less for each answer: its head goes out together with the beg
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from services.gateway.http import ABORT, WATCH, WRITE, Headers
+from services.gateway.exchange import Exchange, WhenNoted, target_of
+from services.gateway.http import ABORT, ENDS_WHEN_NOTED, WATCH, WRITE, Headers
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.flow_control import FlowControl
@@ -74,14 +75,20 @@ class _WithShortCuts(HttpToolsProtocol):
     """One connection."""
 
     short_cuts: Sequence[ShortCut]
+    when_noted: WhenNoted
     _held: list[bytes] | None = None
     """What has come of the body of a request that may be answered at once, if all of it comes at once."""
     _left: Callable[[], None] | None = None
+    _idle_since: float | None = None
+    """When the last answer was complete; None: something has come since."""
+    _idle_timer: asyncio.TimerHandle | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._left is not None:
             self._left()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
 
     def _watch(self, left: Callable[[], None]) -> Callable[[], None]:
         self._left = left
@@ -137,14 +144,76 @@ class _WithShortCuts(HttpToolsProtocol):
             return
         known = self._known_answer()
         if known is None:
-            self._begin()
-            super().on_message_complete()
+            if self._is_usual():
+                self._exchange()
+            else:
+                self._begin()
+                super().on_message_complete()
             return
         self._held = None
         answer, then = known
         self.transport.write(answer)
         then()
         self.on_response_complete()
+
+    def _is_usual(self) -> bool:
+        return (
+            self.parser.get_http_version() == "1.1"
+            and not self.expect_100_continue
+            and not self.parser.should_upgrade()
+            and self.parser.get_method() != b"HEAD"
+        )
+
+    def _exchange(self) -> None:
+        """Has the application answer a request that came whole, in the usual way."""
+        held, self._held = self._held, None
+        scope: Any = self.scope
+        scope["method"] = self.parser.get_method().decode("ascii")
+        scope["path"], scope["raw_path"], scope["query_string"] = target_of(self.url)
+        exchange = Exchange(
+            scope,
+            b"".join(held or ()),
+            self.transport,
+            self.flow,
+            on_response=self.on_response_complete,
+            when_noted=self.when_noted,
+        )
+        scope["extensions"] = {
+            ABORT: self.transport.abort,
+            ENDS_WHEN_NOTED: True,
+            WATCH: self._watch,
+            WRITE: exchange.write,
+        }
+        self.cycle = cast("RequestResponseCycle", exchange)
+        # The server waits for these before it ends.
+        task = self.loop.create_task(exchange.run(self.app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def on_response_complete(self) -> None:
+        """Goes on with the next request, or waits for one: as uvicorn does, but for one timer a connection."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._close_idle)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def _close_idle(self) -> None:
+        wait: float = self.timeout_keep_alive
+        if self._idle_since is not None:
+            wait -= self.loop.time() - self._idle_since
+        if wait > 0:
+            self._idle_timer = self.loop.call_later(wait, self._close_idle)
+        else:
+            self.timeout_keep_alive_handler()
 
     def _known_answer(self) -> KnownAnswer | None:
         method = self.parser.get_method()
@@ -155,6 +224,7 @@ class _WithShortCuts(HttpToolsProtocol):
         return None
 
 
-def protocol_with(short_cuts: Sequence[ShortCut]) -> type[HttpToolsProtocol]:
-    """The protocol that takes short cuts, without a task. All else is as uvicorn has it."""
-    return type("WithShortCuts", (_WithShortCuts,), {"short_cuts": tuple(short_cuts)})
+def protocol_with(short_cuts: Sequence[ShortCut], when_noted: WhenNoted) -> type[HttpToolsProtocol]:
+    """The protocol that takes short cuts, without a task. What is unusual is as uvicorn has it."""
+    own = {"short_cuts": tuple(short_cuts), "when_noted": staticmethod(when_noted)}
+    return type("WithShortCuts", (_WithShortCuts,), own)

@@ -57,6 +57,7 @@ class Generation:
         self._output = caller.guard.output() if caller.guard is not None else None
         self._said: list[str | Piece] | None = [] if caller.guard is not None and caller.guard.log_content else None
         self._attempt: Attempt | None = None
+        self._lease: Lease | None = None
         self._moves: list[Move] = []
         self._victims = 0
         self._brought = 0
@@ -71,11 +72,6 @@ class Generation:
     def ending(self) -> Ending | None:
         """How it ended; None while it runs."""
         return self._stream.ending
-
-    @property
-    def _lease(self) -> Lease | None:
-        """The last one."""
-        return self._attempt.lease if self._attempt is not None else None
 
     @property
     def worker_id(self) -> str:
@@ -200,6 +196,7 @@ class Generation:
     async def start(self) -> None:
         """Acquires a worker and submits the prompt and the tokens emitted so far to it."""
         attempt = self._attempt = await self._acquire()
+        self._lease = attempt.lease
         submission = worker_pb2.Submission(
             request_id=self.caller.request_id,
             request=self._request,
@@ -212,13 +209,8 @@ class Generation:
         self._brought = self._emitted
         submission.request.model = self.model
         _shorten(submission.request.sampling, self._output_limit)
-        attributes = {
-            **self._gen_ai,
-            "tokenloom.worker": attempt.lease.worker_id,
-            "tokenloom.attempt": self.moves + 1,
-        }
         try:
-            attempt.submit(self._workers, submission, self._stream, attributes)
+            attempt.submit(self._workers, submission, self._stream, number=self.moves + 1)
         except WorkerLostError as lost:
             self._stream.fail(lost)
 
@@ -241,7 +233,7 @@ class Generation:
             emitted_token_count=emitted,
         )
         self._describe(acquire)
-        attempt = await Attempt.begin(self._routers, acquire, self._gen_ai, caller.on_queued)
+        attempt = await Attempt.begin(self._routers, acquire, caller.span, self._gen_ai, caller.on_queued)
         if not emitted:
             # What has begun may end as it was promised.
             self._output_limit = attempt.lease.output_token_limit

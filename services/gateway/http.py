@@ -14,6 +14,7 @@ from services.gateway.timers import Timers
 
 __all__ = [
     "ABORT",
+    "ENDS_WHEN_NOTED",
     "JSON",
     "QUEUE_HEADER",
     "WATCH",
@@ -51,6 +52,8 @@ _LEAST_BYTES_PER_SECOND: Final = 4096
 _WAITING: Final = b": waiting\n\n"
 
 
+ENDS_WHEN_NOTED: Final = "tokenloom.ends_when_noted"
+"""The extension of ASGI that is there where the server has ends of answers wait until requests are written down."""
 Write = Callable[[bytes], bool]
 WRITE: Final = "tokenloom.write"
 """The extension of ASGI that is a Write: it writes a part of an answer's body that has begun; False while it can't."""
@@ -184,11 +187,14 @@ class Response:
         abort: Callable[[], None] | None = None,
         write: Write | None = None,
         timers: Timers | None = None,
+        before_end: Callable[[], None] | None = None,
     ) -> None:
         """`client_seconds`: how long a client may take nothing; then `abort` cuts its connection.
 
         `write`: a shorter way for what is sent without waiting, if the server has one. `timers`: those of all requests.
+        `before_end` is called before the end is sent, if the server does not see to that.
         """
+        self._before_end = before_end
         self.timers = timers or Timers()
         self._send = send
         self._write = write
@@ -226,8 +232,7 @@ class Response:
         """Sends a whole answer of any type, which the headers tell."""
         length = [] if status == _NOT_MODIFIED else [(b"content-length", str(len(body)).encode())]
         await self._start(status, [*length, *headers])
-        self.ended = True
-        await self._deliver({"type": "http.response.body", "body": body})
+        await self._deliver_end(body)
 
     async def send_bytes(self, parts: AsyncIterator[bytes], *, length: int) -> None:
         """Sends a file."""
@@ -328,8 +333,13 @@ class Response:
     async def end(self, events: bytes = b"") -> None:
         """Ends a stream, with its last events; waits while the client's buffers are full."""
         await self._own()
+        await self._deliver_end(events)
+
+    async def _deliver_end(self, body: bytes) -> None:
         self.ended = True
-        await self._deliver({"type": "http.response.body", "body": events})
+        if self._before_end is not None:
+            self._before_end()
+        await self._deliver({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, status

@@ -1,10 +1,10 @@
 """Usage on its way to the database: an append-only file, so that neither a killed gateway nor a database that is away
 loses a row.
 
-A request is noted when it is let in and once more, with what it used, before its client sees the end. The first note is
-in the kernel's hands by the event loop's next turn, together with those of others and before a worker hears of the
-request; the second at once. From then on they outlive the process; a thread has the disk keep them a few milliseconds
-later.
+A request is noted when it is let in and once more, with what it used, before its client sees the end. A note is in the
+kernel's hands by the event loop's next turn, together with those of others: before a worker hears of the request, and
+before the end of the answer is written, which waits for that (`after`). From then on they outlive the process; a thread
+has the disk keep them a few milliseconds later.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import fcntl
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -64,6 +64,7 @@ class Journal:
         self._encode = msgspec.json.Encoder().encode
         self._open: dict[str, UsageRow] = {}
         self._noted: list[bytes] = []
+        self._then: list[Callable[[], None]] = []
         self._kept: list[bytes] = []
         self._file = -1
         self._size = 0
@@ -88,31 +89,39 @@ class Journal:
     def open(self, row: UsageRow) -> None:
         """Notes a request that was let in."""
         self._open[row.id] = row
-        self._noted.append(self._line("open", row))
-        if len(self._noted) == 1:
-            try:
-                # A write is a system call: who else is let in meanwhile shares it.
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:
-                self.flush()
+        self._note("open", row)
 
     def close_row(self, row: UsageRow) -> None:
         """Notes what a request used."""
         self._open.pop(row.id, None)
-        self._noted.append(self._line("close", row))
-        self.flush()
-        if self._size > _SEGMENT_BYTES:
-            self._begin(self._number + 1)
-            # Nothing that is still wanted is in the files before this one once they are in the database.
-            self._noted += (self._line("open", still_open) for still_open in self._open.values())
-            self.flush()
+        self._note("close", row)
+
+    def after(self, call: Callable[[], None]) -> None:
+        """Calls back once the kernel has what is noted so far: at once, if it has all."""
+        if self._noted:
+            self._then.append(call)
+        else:
+            call()
 
     def flush(self) -> None:
         """Gives to the kernel what is noted."""
-        if self._noted:
-            lines = b"".join(self._noted)
-            self._noted.clear()
-            self._append(lines)
+        if not self._noted:
+            return
+        then, self._then = self._then, []
+        self._append_noted()
+        if self._size > _SEGMENT_BYTES:
+            self._begin_another()
+        for call in then:
+            call()
+
+    def _note(self, kind: Literal["open", "close"], row: UsageRow) -> None:
+        self._noted.append(self._line(kind, row))
+        if len(self._noted) == 1:
+            try:
+                # A write is a system call: who else begins or ends meanwhile shares it.
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:
+                self.flush()
 
     def stop(self) -> None:
         """Has the disk keep everything, and lets the folder go."""
@@ -125,6 +134,23 @@ class Journal:
 
     def _line(self, kind: Literal["open", "close"], row: UsageRow) -> bytes:
         return self._encode(Entry(kind, row)) + b"\n"
+
+    def _begin_another(self) -> None:
+        try:
+            self._begin(self._number + 1)
+        except OSError as error:
+            # This one does for as long.
+            self._fail(error.strerror or "")
+            return
+        # Nothing that is still wanted is in the files before this one once they are in the database.
+        self._noted += (self._line("open", still_open) for still_open in self._open.values())
+        self._append_noted()
+
+    def _append_noted(self) -> None:
+        lines = b"".join(self._noted)
+        self._noted.clear()
+        if lines:
+            self._append(lines)
 
     def _append(self, lines: bytes) -> None:
         # The order matters to nobody, but a half-written line must be ended first.
@@ -148,7 +174,8 @@ class Journal:
             self._fail(error.strerror or "")
             return False
         self._size += written
-        self._dirty.set()
+        if not self._dirty.is_set():
+            self._dirty.set()
         if written != len(data):
             self._fail("cut short")
             return False

@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from services.gateway.checks import ShortCut, protocol_with
+from services.gateway.exchange import WhenNoted
 from services.gateway.http import Receive, Send
 
 __all__ = ["serve_http"]
@@ -29,11 +30,11 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_http(
-    app: Application, address: str, *, short_cuts: Sequence[ShortCut], drain_seconds: float
+    app: Application, address: str, *, short_cuts: Sequence[ShortCut], when_noted: WhenNoted, drain_seconds: float
 ) -> AsyncIterator[int]:
     """Serves HTTP/1.1 on `host:port` until the block is left, then lets running answers finish for `drain_seconds`.
 
-    `short_cuts` are tried in their order before `app` is asked.
+    `short_cuts` are tried in their order before `app` is asked; ends of answers wait for `when_noted`.
 
     Yields the port, which is useful when `address` asks for port 0.
 
@@ -48,7 +49,7 @@ async def serve_http(
     config = uvicorn.Config(
         app,
         loop="none",
-        http=protocol_with(short_cuts),
+        http=protocol_with(short_cuts, when_noted),
         ws="none",
         lifespan="off",
         log_config=None,

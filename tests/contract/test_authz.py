@@ -151,7 +151,9 @@ async def test_checks_and_other_requests_share_a_connection(store: KeyStore) -> 
 
     good, right = {"authorization": f"Bearer {key}"}, {"x-tokenloom-right": "inference"}
     async with (
-        serve_http(app, "127.0.0.1:0", short_cuts=(checks.known_answer,), drain_seconds=1) as port,
+        serve_http(
+            app, "127.0.0.1:0", short_cuts=(checks.known_answer,), when_noted=lambda call: call(), drain_seconds=1
+        ) as port,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=1)) as client,
     ):
         for _ in range(3):
