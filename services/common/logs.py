@@ -31,13 +31,17 @@ def _second(moment: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
 
 
-class _Record(logging.LogRecord):
-    """A record of what lines tell, and of nothing else: half of what a line costs."""
+# What others' formatters may ask for, and no line of ours tells.
+_UNTOLD: Final = {
+    **dict.fromkeys(("pathname", "filename", "module", "funcName"), ""),
+    **dict.fromkeys(("exc_text", "stack_info", "thread", "threadName", "process", "processName", "taskName")),
+    "relativeCreated": 0.0,
+    "lineno": 0,
+}
 
-    pathname = filename = module = funcName = ""  # noqa: N815  # these names are the base class's
-    exc_text = stack_info = thread = threadName = process = processName = taskName = None  # noqa: N815
-    relativeCreated = 0.0  # noqa: N815
-    lineno = 0
+
+class _Record(logging.LogRecord):
+    """A record that looks for nothing which lines do not tell: half of what a line costs."""
 
     def __init__(  # noqa: PLR0917  # the signature is the base class's
         self,
@@ -49,12 +53,13 @@ class _Record(logging.LogRecord):
         args: Any,
         exc_info: Any,
         func: str | None = None,  # noqa: ARG002
-        sinfo: str | None = None,  # noqa: ARG002
+        sinfo: str | None = None,
         **_: object,
     ) -> None:
+        vars(self).update(_UNTOLD)
         self.name = name
         self.levelno, self.levelname = level, logging.getLevelName(level)
-        self.msg, self.exc_info = msg, exc_info
+        self.msg, self.exc_info, self.stack_info = msg, exc_info, sinfo
         # As the base class has it, for messages with names in them.
         self.args = args[0] if args and len(args) == 1 and args[0] and isinstance(args[0], Mapping) else args
         self.created = time.time()

@@ -85,3 +85,16 @@ def test_setup_sends_records_from_its_level_on_to_standard_output(
 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["service"], line["logger"], line["message"]) for line in lines] == [("gateway", "deep.inside", "yes")]
+
+
+def test_formatters_of_others_find_what_they_ask_records_for(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = vars(logging.makeLogRecord({})).keys()
+    setup("gateway")
+    (handler,) = root.handlers
+    handler.setFormatter(logging.Formatter("|".join(f"%({field})s" for field in fields) + "|%(message)s"))
+
+    logging.getLogger("vllm").warning("%s of %s", 1, 2)
+
+    assert capsys.readouterr().out.endswith("|1 of 2\n")
