@@ -87,6 +87,7 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
             )
             running.append(tasks.create_task(jobs.run(InnerCalls(routes, books.accounts, guardrails))))
             typed = TypedAccounts(books.accounts)
+            resources.callback(typed.enter_now)
             authorization = HttpAuthorization(authenticator, guardrails, typed, trail=AuditTrail(database))
             refusals = Refusals(routes, authenticator, books.accounts, metrics, max_body_bytes=settings.max_body_bytes)
             app = App(

@@ -16,7 +16,6 @@ from services.common.allowed_models import MODELS_HEADER
 from services.common.errors import MeshError, Reason
 from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
-from services.gateway.accounts import Account
 from services.gateway.checks import KnownAnswer
 from services.gateway.guardrails import Guardrails
 from services.gateway.http import Headers, Receive, Request, Send, error_headers
@@ -124,7 +123,7 @@ class HttpAuthorization:
         path, request_id = url.decode("latin-1"), ids[0].decode("latin-1") if ids else ""
         account = self._accounts.begin(identity, path, request_id)
         answer = b"%s%s: %s\r\n\r\n" % (_passed_bytes(identity)[:-2], _ACCOUNT, account.id.encode())
-        return answer, partial(_keep, self._accounts, account)
+        return answer, partial(self._accounts.enter_soon, account)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answers one check: 200 with the headers to add, or the refusal that the client is to get."""
@@ -155,11 +154,6 @@ class HttpAuthorization:
         await account.enter()
         self._accounts.keep(account)
         return [(_ACCOUNT, account.id.encode())]
-
-
-def _keep(accounts: TypedAccounts, account: Account) -> None:
-    account.enter_now()
-    accounts.keep(account)
 
 
 def _nothing() -> None:

@@ -5,6 +5,9 @@ A request is noted when it is let in and once more, with what it used, before it
 kernel's hands by the event loop's next turn, together with those of others: before a worker hears of the request, and
 before the end of the answer is written, which waits for that (`after`). From then on they outlive the process; a thread
 has the disk keep them a few milliseconds later.
+
+A call of the typed lane is noted a few milliseconds after it is let in: the edge knows of it, too, and tells its end to
+whoever is the gateway then.
 """
 
 import asyncio

@@ -1,5 +1,6 @@
 """Accounts of the typed lane: opened when the edge asks who calls, settled when it tells how the call went."""
 
+import asyncio
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
@@ -17,6 +18,8 @@ ACCOUNT_HEADER: Final = "x-tokenloom-account"
 # An account that nobody has settled for so long never will be: the edge was killed.
 _LOST_AFTER_SECONDS: Final = 3600.0
 _SWEEP_EACH: Final = 1024
+# By then a worker has the call, and whoever was asked for one meanwhile had the processor to itself.
+_SOON_SECONDS: Final = 0.004
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,7 @@ class TypedAccounts:
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         self._open: dict[str, tuple[float, Account]] = {}
+        self._entering: list[Account] = []
 
     def begin(self, identity: Identity, path: str, request_id: str, show: Show | None = None) -> Account:
         """The account of a call. It is under way once it has entered and is `keep`t."""
@@ -57,8 +61,25 @@ class TypedAccounts:
         if len(self._open) % _SWEEP_EACH == 0:
             self._sweep(now)
 
+    def enter_soon(self, account: Account) -> None:
+        """Lets a call in whose key has no limits, and keeps its account, a moment later and together with others.
+
+        The edge goes on with the call meanwhile, and tells of it whatever becomes of this process.
+        """
+        self._entering.append(account)
+        if len(self._entering) == 1:
+            asyncio.get_running_loop().call_later(_SOON_SECONDS, self.enter_now)
+
+    def enter_now(self) -> None:
+        """Lets those in who were to be let in soon."""
+        entering, self._entering = self._entering, []
+        for account in entering:
+            account.enter_now()
+            self.keep(account)
+
     def settle(self, call: Call) -> None:
         """The edge has told."""
+        self.enter_now()
         _, account = self._open.pop(call.account_id, (0.0, None))
         _measure(call, self._accounts.metrics)
         if account is None:

@@ -1,0 +1,93 @@
+"""Calls of the typed lane, let in a moment after the edge has its answer."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.common.settings import GatewaySettings
+from services.gateway.bookkeeping import bookkeeping
+from services.gateway.identity import Identity
+from services.gateway.journal import read_entries, segments_of
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.typed_lane import Call, TypedAccounts
+
+WHO = Identity(key_id="key", tenant="team", models=None, priority=0, admin=False, debug=False)
+PATH = "/tokenloom.inference.v1.InferenceService/Generate"
+
+
+class Lane:
+    """Accounts of calls, and what is in their journal."""
+
+    def __init__(self, accounts: TypedAccounts, folder: Path) -> None:
+        self.accounts = accounts
+        self._folder = folder
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """Kind and outcome of each."""
+        entries = [entry for _, path in segments_of(self._folder) for entry, _ in read_entries(path, 0)]
+        return [(entry.kind, entry.row.outcome) for entry in entries]
+
+    def let_in(self) -> str:
+        """A call that is let in soon; its account's id."""
+        account = self.accounts.begin(WHO, PATH, "request")
+        self.accounts.enter_soon(account)
+        return account.id
+
+    def settle(self, account_id: str) -> None:
+        """The edge tells its end."""
+        self.accounts.settle(
+            Call(
+                account_id=account_id,
+                request_id="request",
+                time=1.0,
+                path=PATH,
+                tenant="team",
+                key_id="key",
+                outcome="ok",
+                duration_seconds=0.5,
+                ttft_seconds=None,
+                spent=None,
+            )
+        )
+
+
+@pytest.fixture
+def lane(tmp_path: Path) -> Iterator[Lane]:
+    settings = GatewaySettings(
+        name="gateway",
+        metrics="127.0.0.1:0",
+        listen="127.0.0.1:0",
+        http="127.0.0.1:0",
+        routers=["127.0.0.1:1"],
+        database=str(tmp_path / "mesh.db"),
+        journal=str(tmp_path / "journal"),
+    )
+    with bookkeeping(settings, GatewayMetrics(CollectorRegistry())) as books:
+        yield Lane(TypedAccounts(books.accounts), tmp_path / "journal")
+
+
+async def test_a_call_is_let_in_a_moment_after_its_answer(lane: Lane) -> None:
+    lane.let_in()
+    assert lane.lines == []
+    async with asyncio.timeout(5):
+        while not lane.lines:
+            await asyncio.sleep(0.001)
+    assert [kind for kind, _ in lane.lines] == ["open"]
+
+
+async def test_a_call_that_is_over_before_it_was_let_in_has_one_row(lane: Lane) -> None:
+    lane.settle(lane.let_in())
+    await asyncio.sleep(0.05)
+    assert lane.lines == [("open", "lost"), ("close", "ok")]
+
+
+async def test_no_call_is_forgotten_at_the_end(lane: Lane) -> None:
+    lane.let_in()
+    lane.let_in()
+    lane.accounts.enter_now()
+    await asyncio.sleep(0.05)
+    assert [kind for kind, _ in lane.lines] == ["open", "open"]
