@@ -76,9 +76,11 @@ class Admission:
         self._max_wait_seconds = max_wait_seconds
         self._ready_grace_seconds = ready_grace_seconds
         self._line: WaitingLine[Ticket] = WaitingLine()
+        self._shares = ModelShares()
         self._refusals = Refusals(
             scheduler,
             self._line,
+            self._shares,
             max_waiting=max_waiting,
             max_wait_seconds=max_wait_seconds,
             ready_grace_seconds=ready_grace_seconds,
@@ -87,7 +89,6 @@ class Admission:
         self._promises: Promises[Ticket] = Promises()
         self._sooner = asyncio.Event()
         self._budget = RetryBudget()
-        self._shares = ModelShares()
         self._turns = Turns(
             self._line, self._promises, left=self._left, pick=self._pick, serve=self._serve, clock=clock
         )

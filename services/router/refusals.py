@@ -6,7 +6,8 @@ from services.common.errors import MeshError, Reason
 from services.common.policy import STANDARD
 from services.router.memory import PromptLengths
 from services.router.request import LONGEST_MODEL_NAME, Request
-from services.router.scheduler import Scheduler, Verdict
+from services.router.scheduler import Capacity, Scheduler, Verdict
+from services.router.shares import ModelShares
 from services.router.ticket import Ticket
 from services.router.waiting import WaitingLine
 
@@ -23,6 +24,7 @@ class Refusals:
         self,
         scheduler: Scheduler,
         line: WaitingLine[Ticket],
+        shares: ModelShares,
         *,
         max_waiting: int,
         max_wait_seconds: float,
@@ -30,6 +32,7 @@ class Refusals:
     ) -> None:
         self._scheduler = scheduler
         self._line = line
+        self._shares = shares
         self._max_waiting = max_waiting
         self._max_wait_seconds = max_wait_seconds
         self._ready_grace_seconds = ready_grace_seconds
@@ -44,11 +47,20 @@ class Refusals:
         turn = before + 1
         free = self._scheduler.free_slots(request)
         slot = (turn - free) / capacity.requests_per_second
+        if ticket.modest:
+            slot = max(slot, self._own_wait(ticket, capacity))
         if not free:
             return slot
         # Where slots are free it is prefill that holds it up, of the prompts before it and of its own.
         tokens = before * self._prompts.expected(request) + request.prompt_tokens
         return max(slot, tokens / capacity.prefill_tokens_per_second)
+
+    def _own_wait(self, ticket: Ticket, capacity: Capacity) -> float:
+        """How long it takes at least until one of its tenant's own requests is over, for one that leaves room for
+        others; 0 where none of them runs.
+        """
+        running = self._shares.of(ticket.lane.model, capacity.at).running(ticket.tenant)
+        return capacity.slots / (running * capacity.requests_per_second) if running else 0.0
 
     def note(self, request: Request) -> None:
         """Learns how long prompts are of requests that wait."""

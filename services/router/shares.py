@@ -61,6 +61,10 @@ class Shares:
         count = counts[_RUNNING] + (counts[_WAITING] if waiting else 0)
         return share + max(_TOLERATED_SHARE * share, _TOLERATED_DEVIATIONS * math.sqrt(share)) - count
 
+    def running(self, tenant: str) -> int:
+        """How many of the tenant's requests hold a slot."""
+        return self._there.get(tenant, _NOTHING)[_RUNNING]
+
     def _count(self, tenant: str, of: int, more: int, now: float) -> None:
         counts = self._there.get(tenant)
         if counts is None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from services.common.errors import Reason
 from services.router.promises import Promises
 from services.router.request import Request
 from services.router.shares import ModelShares, Shares
@@ -96,6 +97,22 @@ def test_what_was_kept_free_is_given_to_whoever_waits_once_the_others_have_been_
     assert granted(noisy) < 48
     bench.pass_time(1.5)
     assert granted(noisy) == 64
+
+
+def test_beyond_its_share_a_hurried_request_is_refused_where_its_tenants_own_do_not_end_in_time() -> None:
+    bench = Bench()
+    bench.worker("w0", max_running=16)
+    for _ in range(5):
+        bench.ask(tenant="noisy", prompt_tokens=1)
+    # One more than there are slots may wait in the engine.
+    for number in range(12):
+        assert bench.ask(tenant=f"quiet-{number % 7}", prompt_tokens=1).lease is not None
+    # A slot is free every 0.2 s, one of its own every 0.6 s; the class may wait for 0.4 s.
+    over_its_share = bench.ask(tenant="noisy", prompt_tokens=1, slo_class="interactive")
+    assert over_its_share.error is not None
+    assert over_its_share.error.reason is Reason.NO_CAPACITY
+    assert bench.ask(tenant="quiet-0", prompt_tokens=1, slo_class="interactive").is_waiting
+    assert bench.ask(tenant="noisy", prompt_tokens=1).is_waiting
 
 
 def test_a_tenant_that_leaves_room_does_not_hold_up_those_behind_it() -> None:
