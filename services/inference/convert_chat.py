@@ -207,8 +207,10 @@ def _tool_choice(chat: pb.ChatPrompt, tools: Sequence[Tool]) -> tuple[_Choice, s
 
 
 def _template_arguments(text: str) -> Mapping[str, object]:
+    if not text:
+        return {}
     field = "chat.template_arguments_json"
-    arguments = json_object(field, text or "{}", _MAX_TEMPLATE_ARGUMENTS_BYTES)
+    arguments = json_object(field, text, _MAX_TEMPLATE_ARGUMENTS_BYTES)
     for name in arguments:
         if name in _NOT_FOR_CLIENTS or not _IDENTIFIER.fullmatch(name):
             raise invalid(field, f"{name[:64]!r} can't be given")

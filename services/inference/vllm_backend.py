@@ -13,6 +13,7 @@ import psutil
 from vllm import SamplingParams
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
@@ -331,6 +332,8 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_eve
     path = settings.model.path
     if path is None:
         raise ConfigError('model.path: needed for engine "vllm"')
+    # An engine before this one may have left it, and what is set meanwhile counts.
+    disable_envs_cache()
     config = _vllm_config(settings, path, cuda=has_cuda())
     if config.kv_events_config is None and config.cache_config.enable_prefix_caching:
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=kv_events)
@@ -344,10 +347,13 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_eve
             _close_context(error)
             raise
     try:
-        return _backend(settings, llm, kv_events)
+        backend = _backend(settings, llm, kv_events)
     except BaseException:
         llm.shutdown(timeout=_SHUTDOWN_SECONDS)
         raise
+    # As vLLM does in the engine's process: else it reads the environment several times for each request.
+    enable_envs_cache()
+    return backend
 
 
 def _close_context(error: BaseException) -> None:
@@ -419,6 +425,9 @@ def _backend(settings: WorkerSettings, llm: Any, kv_events: str) -> Backend:
         # go to the provider that this process has.
         llm.observability_config.otlp_traces_endpoint = settings.otlp_endpoint
         llm.output_processor.tracing_enabled = True
+    end_id = llm.renderer.get_eos_token_id()
+    # vLLM asks for it with each request, and the tokenizer looks it up each time.
+    llm.renderer.get_eos_token_id = lambda: end_id
     prompts = Prompts(llm.renderer, context_tokens=llm.model_config.max_model_len)
     parsing = _parsing(settings, llm)
     card = dataclasses.replace(
