@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
 
 from services.common.errors import MeshError, Reason
 from services.inference.engine import ChatMessage, ChatOptions, Generation
@@ -14,6 +15,11 @@ from services.inference.vllm_conversation import Disguise, to_openai, tool_to_op
 from services.inference.vllm_media import MediaReader, media_limits
 
 __all__ = ["Prompts", "Rendered"]
+
+# So little is rendered and tokenized within a millisecond. vLLM's thread for that costs each request two hand-overs,
+# with the two threads competing for Python's lock: of many requests at once each takes longer by that.
+_SHORT_CHARACTERS: Final = 1024
+_SHORT_MESSAGES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class Prompts:
         self.media_limits = media_limits(renderer)
         """Images and sounds that a prompt may have; none that the model doesn't take."""
         self._media = MediaReader(renderer) if self.media_limits else None
+        # vLLM has copies of these for its threads and for this one; others only vLLM's own thread may use.
+        self._at_once = isinstance(self._tokenizer, ThreadSafeHFTokenizerMixin)
 
     @property
     def has_chat_template(self) -> bool:
@@ -106,7 +114,11 @@ class Prompts:
         )
         disguise = Disguise(self._special)
         conversation = [to_openai(message, disguise) for message in messages]
-        _, prompt = await self._renderer.render_messages_async(conversation, _chat_params(options, disguise))
+        params = _chat_params(options, disguise)
+        if self._at_once and _is_short(messages, options):
+            _, prompt = self._renderer.render_messages(conversation, params)
+        else:
+            _, prompt = await self._renderer.render_messages_async(conversation, params)
         if "prompt_token_ids" in prompt:
             return list(prompt["prompt_token_ids"])
         tokens: list[int] = []
@@ -128,7 +140,10 @@ class Prompts:
         return str(prompt["prompt"])
 
     async def _encode(self, text: str, params: Any) -> list[int]:
-        prompt = await self._renderer.tokenize_prompt_async({"prompt": text}, params)
+        if self._at_once and len(text) <= _SHORT_CHARACTERS:
+            prompt = self._renderer.tokenize_prompt({"prompt": text}, params)
+        else:
+            prompt = await self._renderer.tokenize_prompt_async({"prompt": text}, params)
         return list(prompt["prompt_token_ids"])
 
 
@@ -141,6 +156,15 @@ def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
 def _characters(message: ChatMessage) -> int:
     said = len(message.content) + len(message.reasoning) + sum(len(call.arguments_json) for call in message.tool_calls)
     return said + sum(len(part) for part in message.parts if isinstance(part, str))
+
+
+def _is_short(messages: Sequence[ChatMessage], options: ChatOptions) -> bool:
+    """Whether a template has little to do with a conversation, whatever it is."""
+    if options.tools or options.template_arguments or len(messages) > _SHORT_MESSAGES:
+        return False
+    if any(message.parts or message.tool_calls for message in messages):
+        return False
+    return sum(map(_characters, messages)) <= _SHORT_CHARACTERS
 
 
 def _chat_params(options: ChatOptions, disguise: Disguise) -> Any:
