@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def tokenloom(
     *,
     otlp_endpoint: str | None = None,
     checkout: Path | None = None,
+    gateway_module: str = "services.gateway",
 ) -> Iterator[Proxy]:
     """A gateway with a router and one simulated worker; their code is that of `checkout`, None: this one's."""
     ports = [f"127.0.0.1:{free_port()}" for _ in range(8)]
@@ -85,9 +87,9 @@ def tokenloom(
         _, key = store.create("bench")
     with ExitStack() as stack:
         with code_of(checkout):
-            router_pid = stack.enter_context(service("router", router, folder))
-            stack.enter_context(service("inference", worker, folder))
-            pid = stack.enter_context(service("gateway", gateway, folder))
+            router_pid = stack.enter_context(service("services.router", router, folder))
+            stack.enter_context(service("services.inference", worker, folder))
+            pid = stack.enter_context(service(gateway_module, gateway, folder))
         wait_for_http(f"http://{ports[6]}/readyz")
         name = "tokenloom" if checkout is None else checkout.name
         yield Proxy(name=name, pids=(pid, router_pid), target=ports[6], key=key)
@@ -122,8 +124,10 @@ def litellm(folder: Path, path: str, tokens_per_second: float) -> Iterator[Proxy
         yield Proxy(name="litellm", pids=(pid,), target=f"127.0.0.1:{port}", key=key)
 
 
-def measure_requests(proxy: Proxy, connections: int, requests: int, *, whole: bool) -> dict[str, float]:
-    """One run of many requests for one token."""
+def measure_requests(
+    proxy: Proxy, connections: int, requests: int, *, whole: bool, rest_seconds: float = 0.0
+) -> dict[str, float]:
+    """One run of many requests for one token; what is left to do behind them counts for `rest_seconds`."""
     client = [sys.executable, "-m", "bench.request_client", proxy.target, proxy.key, str(connections), str(requests)]
     with subprocess.Popen(
         [*client, *(["whole"] if whole else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -135,6 +139,7 @@ def measure_requests(proxy: Proxy, connections: int, requests: int, *, whole: bo
         run.stdin.write("go\n")
         run.stdin.flush()
         result = json.loads(run.stdout.readline())
+        time.sleep(rest_seconds)
         cpu = [exact_cpu_seconds(pid) - earlier for pid, earlier in zip(proxy.pids, before, strict=True)]
     took = result["request_seconds"]
     return {

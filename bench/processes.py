@@ -60,11 +60,11 @@ def program(arguments: list[str], log: Path) -> Iterator[int]:
 
 
 @contextmanager
-def service(name: str, settings: ProcessSettings, folder: Path) -> Iterator[int]:
-    """Runs `services.NAME` with these settings until the block is left; yields its pid."""
+def service(module: str, settings: ProcessSettings, folder: Path) -> Iterator[int]:
+    """Runs a module, `services.NAME`, with these settings until the block is left; yields its pid."""
     config = folder / f"{settings.name}.json"
     config.write_bytes(msgspec.json.encode(settings))
-    arguments = [sys.executable, "-m", f"services.{name}", "--config", str(config)]
+    arguments = [sys.executable, "-m", module, "--config", str(config)]
     with program(arguments, folder / f"{settings.name}.log") as pid:
         yield pid
 

@@ -208,7 +208,7 @@ def run_size(size: tuple[int, int], *, seconds: float, rate: float) -> Row:
     share = -(-size[0] // _DRIVERS)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        pid = stack.enter_context(service("router", settings, folder))
+        pid = stack.enter_context(service("services.router", settings, folder))
         for first in range(0, size[0], share):
             count = min(share, size[0] - first)
             command = [sys.executable, "-m", "bench.router_scale", "--drive", address, str(first), str(count)]

@@ -1,91 +1,117 @@
-"""What tracing every request costs the gateway, and what it costs when the backend never answers.
+"""What tracing every request costs the gateway.
 
-    python -m bench.tracing_cost [--streams 256] [--tokens 64] [--starts 4] [--rounds 5]
+    python -m bench.tracing_cost [--requests 500] [--pairs 20] [--starts 2] [--streams 64] [--tokens 64] [--hole]
 
-Three gateways run side by side and take turns with the same short streams: one that traces nothing, one that sends
-every trace to a real OTLP receiver, and one whose backend takes connections and never answers. They are started anew
-several times, since the same program is some percent faster or slower by how its memory happens to lie. CPU is user +
-system of the gateway alone; latencies are the client's times to the first event.
+One gateway, whose tracing is turned on and off between short runs of the same requests for one token: two processes of
+one program differ by more than that, by how their memory happens to lie. CPU is user + system of the gateway, from the
+beginning of a run until what it has left behind is sent; a difference is that of a run with tracing to the one next to
+it without. A stream has as many spans as a request for one token, so the same is told as a part of what a stream takes,
+which is measured without tracing. Each line is a median and its bounds (95 %). `--hole`: the backend takes connections
+and never answers.
 """
 
 import argparse
-import json
+import os
+import signal
 import socket
-import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import psutil
-
-from bench.gateway_cpu import Proxy, measure, tokenloom
+from bench.gateway_cpu import Proxy, measure, measure_requests, tokenloom
+from bench.turns import Middle, middle
 from tests.support.otlp import otlp_receiver
 
-_TOKENS_PER_SECOND: Final = 200.0
-_MIB: Final = 1 << 20
-Round = dict[str, dict[str, float]]
-"""What was measured of each gateway, one after the other."""
+_TOKENS_PER_SECOND: Final = 100.0
+# Spans wait for half a second, and are on their way for less than the rest.
+_REST_SECONDS: Final = 0.8
+_WARMING_RUNS: Final = 3
+_STREAM_RUNS: Final = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a request took in one run: microseconds of CPU, what was left behind included, and milliseconds."""
+
+    cpu: float
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two runs, one after the other."""
+
+    on: Run
+    off: Run
 
 
 def main() -> None:
-    """Prints one line a gateway."""
+    """Prints one line a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--starts", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=500, help="of one run")
+    parser.add_argument("--pairs", type=int, default=20, help="of runs with and without tracing, a start")
+    parser.add_argument("--starts", type=int, default=2, help="of the gateway")
+    parser.add_argument("--streams", type=int, default=64, help="at a time")
+    parser.add_argument("--tokens", type=int, default=64, help="of the streams whose cost it is compared with")
+    parser.add_argument("--hole", action="store_true")
     options = parser.parse_args()
-    rounds = list[Round]()
+    pairs, streams = list[Pair](), list[float]()
     for _ in range(options.starts):
-        with _gateways(options.streams) as proxies:
-            for number in range(options.rounds):
-                rounds.append(
-                    _round(proxies, first=number % len(proxies), streams=options.streams, tokens=options.tokens)
-                )
-    for name in rounds[0]:
-        print(name, json.dumps(_summary(name, rounds, options.tokens)), flush=True)
+        with _gateway(options.streams, hole=options.hole) as proxy:
+            pairs += _measured(proxy, options)
+            streams += [_stream_cpu(proxy, options) for _ in range(_STREAM_RUNS)]
+    more = middle([pair.on.cpu - pair.off.cpu for pair in pairs])
+    stream = middle(streams)
+    print(f"CPU for tracing a request, us: {more}")
+    print(f"CPU of a request for one token, us: {middle([pair.off.cpu for pair in pairs])}")
+    print(f"CPU of a stream of {options.tokens} tokens, us: {stream}")
+    of_stream = Middle(*(1 + part / stream.median for part in (more.median, more.low, more.high)))
+    print(f"the same with tracing over that without: {of_stream}")
+    print(f"of requests for one token: {middle([pair.on.cpu / pair.off.cpu for pair in pairs])}")
+    slower = [pair.on.milliseconds / pair.off.milliseconds for pair in pairs]
+    print(f"time that such a request takes, with tracing over without: {middle(slower)}")
 
 
 @contextmanager
-def _gateways(streams: int) -> Iterator[dict[str, Proxy]]:
+def _gateway(streams: int, *, hole: bool) -> Iterator[Proxy]:
     with ExitStack() as stack:
-        receiver = stack.enter_context(otlp_receiver())
-        hole = stack.enter_context(socket.socket())
-        hole.bind(("127.0.0.1", 0))
-        hole.listen(64)
-        endpoints = {"untraced": None, "traced": receiver.endpoint, "blackholed": f"127.0.0.1:{hole.getsockname()[1]}"}
-        proxies: dict[str, Proxy] = {}
-        for name, endpoint in endpoints.items():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            running = tokenloom(folder, streams, _TOKENS_PER_SECOND, otlp_endpoint=endpoint)
-            proxies[name] = stack.enter_context(running)
-        yield proxies
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if hole:
+            silent = stack.enter_context(socket.socket())
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(64)
+            endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        else:
+            endpoint = stack.enter_context(otlp_receiver()).endpoint
+        yield stack.enter_context(
+            tokenloom(
+                folder, streams, _TOKENS_PER_SECOND, otlp_endpoint=endpoint, gateway_module="bench.toggled_gateway"
+            )
+        )
 
 
-def _round(proxies: dict[str, Proxy], *, first: int, streams: int, tokens: int) -> Round:
-    names = [*list(proxies)[first:], *list(proxies)[:first]]
-    measured = {name: measure(proxies[name], streams, tokens) for name in names}
-    return {name: {**measured[name], **_memory(proxy)} for name, proxy in proxies.items()}
+def _measured(proxy: Proxy, options: argparse.Namespace) -> Iterator[Pair]:
+    for _ in range(_WARMING_RUNS):
+        _run(proxy, options, traced=True)
+    for number in range(options.pairs):
+        order = (True, False) if number % 2 == 0 else (False, True)
+        runs = {traced: _run(proxy, options, traced=traced) for traced in order}
+        yield Pair(on=runs[True], off=runs[False])
 
 
-def _summary(name: str, rounds: list[Round], tokens: int) -> dict[str, float]:
-    """Medians over the rounds; ratios are taken within a round, since a busy machine slows all of it."""
-    of_round = [(each[name], each["untraced"]) for each in rounds]
-    return {
-        "ms_cpu_per_request": statistics.median(own["us_cpu_per_token"] for own, _ in of_round) * tokens / 1000,
-        "cpu_ratio": statistics.median(own["us_cpu_per_token"] / base["us_cpu_per_token"] for own, base in of_round),
-        "first_event_ms_p50": statistics.median(own["first_event_ms_p50"] for own, _ in of_round),
-        "first_event_ratio": statistics.median(
-            own["first_event_ms_p50"] / base["first_event_ms_p50"] for own, base in of_round
-        ),
-        "memory_mib": max(own["memory_mib"] for own, _ in of_round),
-    }
+def _run(proxy: Proxy, options: argparse.Namespace, *, traced: bool) -> Run:
+    os.kill(proxy.pids[0], signal.SIGUSR2 if traced else signal.SIGUSR1)
+    measured = measure_requests(proxy, options.streams, options.requests, whole=False, rest_seconds=_REST_SECONDS)
+    return Run(measured["us_cpu_of_the_first_process"], measured["ms_p50"])
 
 
-def _memory(proxy: Proxy) -> dict[str, float]:
-    return {"memory_mib": sum(psutil.Process(pid).memory_info().rss for pid in proxy.pids) / _MIB}
+def _stream_cpu(proxy: Proxy, options: argparse.Namespace) -> float:
+    os.kill(proxy.pids[0], signal.SIGUSR1)
+    per_token = measure(proxy, options.streams, options.tokens)["us_cpu_per_token"]
+    return float(options.tokens * per_token)
 
 
 if __name__ == "__main__":

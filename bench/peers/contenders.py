@@ -77,12 +77,12 @@ def tokenloom(folder: Path, specs: Sequence[EngineSpec]) -> Iterator[Target]:
         _, key = store.create("bench")
     with ExitStack() as stack:
         settings = RouterSettings(name="router", listen=router, metrics=_anywhere())
-        stack.enter_context(service("router", settings, folder))
-        engines = [stack.enter_context(service("inference", _worker(spec, router), folder)) for spec in specs]
+        stack.enter_context(service("services.router", settings, folder))
+        engines = [stack.enter_context(service("services.inference", _worker(spec, router), folder)) for spec in specs]
         gateway = GatewaySettings(
             name="gateway", listen=_anywhere(), metrics=_anywhere(), http=http, routers=[router], database=keys
         )
-        stack.enter_context(service("gateway", gateway, folder))
+        stack.enter_context(service("services.gateway", gateway, folder))
         wait_for_http(f"http://{http}/readyz")
         yield Target(http, key, engines)
 
