@@ -22,6 +22,8 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 def trace_id_of(span: trace.Span) -> str:
     """As lines have it; empty where there is none."""
+    if span is trace.INVALID_SPAN:
+        return ""
     context = span.get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid else ""
 

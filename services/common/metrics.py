@@ -1,8 +1,11 @@
 """Prometheus metrics of a process, on a port of their own that the edge never routes; pushed as well where wanted."""
 
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from socketserver import ThreadingMixIn
 from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -10,8 +13,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from opentelemetry import trace
 from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 from services.common.metrics_push import pushed
 from services.common.settings import ProcessSettings
@@ -24,6 +28,7 @@ __all__ = [
     "TIME_PER_TOKEN_SECONDS",
     "TIME_TO_FIRST_TOKEN_SECONDS",
     "BoundedLabel",
+    "Spread",
     "Tally",
     "exemplar_of",
     "serve_metrics",
@@ -79,18 +84,70 @@ class Tally(Collector):
     def __init__(self, name: str, meaning: str, *labels: str, registry: CollectorRegistry) -> None:
         self._name, self._meaning, self._labels = name, meaning, labels
         self._counts: dict[tuple[str, ...], float] = {}
+        self._exemplars: dict[tuple[str, ...], Exemplar] = {}
         registry.register(self)
 
     def add(self, amount: float, *labels: str) -> None:
         """Counts for one series, which is there from then on."""
         self._counts[labels] = self._counts.get(labels, 0.0) + amount
 
+    def mark(self, exemplar: dict[str, str], *labels: str) -> None:
+        """Says of a series what leads to the last one that was counted."""
+        self._exemplars[labels] = Exemplar(exemplar, 1.0, time.time())
+
     def collect(self) -> Iterable[Metric]:
         """One counter."""
         counter = CounterMetricFamily(self._name, self._meaning, labels=self._labels)
         for labels, count in self._counts.copy().items():
-            counter.add_metric(labels, count)
+            counter.add_metric(labels, count, exemplar=self._exemplars.get(labels))
         yield counter
+
+
+class _Series:
+    """One series of a histogram."""
+
+    __slots__ = ("counts", "exemplars", "total")
+
+    def __init__(self, buckets: int) -> None:
+        self.counts = [0] * buckets
+        self.exemplars: list[tuple[dict[str, str], float, float] | None] = [None] * buckets
+        self.total = 0.0
+
+
+class Spread(Collector):
+    """A histogram, as a Tally is a counter."""
+
+    def __init__(
+        self, name: str, meaning: str, buckets: Sequence[float], *labels: str, registry: CollectorRegistry
+    ) -> None:
+        """`buckets`: their upper bounds, in order; whatever is larger has one more."""
+        self._name, self._meaning, self._labels = name, meaning, labels
+        self._bounds = tuple(buckets)
+        self._names = [*(repr(float(bound)) for bound in buckets), "+Inf"]
+        self._series: dict[tuple[str, ...], _Series] = {}
+        registry.register(self)
+
+    def observe(self, value: float, exemplar: dict[str, str] | None, *labels: str) -> None:
+        """Counts a value for one series; `exemplar` leads to where it was measured."""
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = _Series(len(self._names))
+        bucket = bisect_left(self._bounds, value)
+        series.counts[bucket] += 1
+        series.total += value
+        if exemplar is not None:
+            series.exemplars[bucket] = (exemplar, value, time.time())
+
+    def collect(self) -> Iterable[Metric]:
+        """One histogram."""
+        histogram = HistogramMetricFamily(self._name, self._meaning, labels=self._labels)
+        for labels, series in self._series.copy().items():
+            told = zip(self._names, accumulate(series.counts[:]), series.exemplars[:], strict=True)
+            buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = [
+                (name, count, Exemplar(*last)) if last else (name, count) for name, count, last in told
+            ]
+            histogram.add_metric(labels, buckets, series.total)
+        yield histogram
 
 
 def exemplar_of(span: Span | None = None) -> dict[str, str] | None:
@@ -98,7 +155,10 @@ def exemplar_of(span: Span | None = None) -> dict[str, str] | None:
 
     Without a `span` it is the current one.
     """
-    context = (span or trace.get_current_span()).get_span_context()
+    span = trace.get_current_span() if span is None else span
+    if span is trace.INVALID_SPAN:
+        return None
+    context = span.get_span_context()
     return {"trace_id": f"{context.trace_id:032x}"} if context.trace_flags.sampled else None
 
 

@@ -34,12 +34,11 @@ class Keeper:
 
     def on_end(self, span: Recorded) -> None:
         """A span is over."""
-        context = span.context
-        if context.trace_flags.sampled:
+        if span.is_sampled:
             self._send(span)
             return
         is_last = span.parent is None or span.parent.is_remote
-        for kept in self._judged(context.trace_id, span, is_last=is_last):
+        for kept in self._judged(span.trace_id, span, is_last=is_last):
             self._send(kept)
 
     def _judged(self, trace_id: int, span: Recorded, *, is_last: bool) -> Iterable[Recorded]:

@@ -33,7 +33,9 @@ class Recorded(Span):
         *,
         name: str,
         scope: str,
-        context: SpanContext,
+        trace_id: int,
+        flags: TraceFlags,
+        state: TraceState,
         parent: SpanContext | None,
         kind: SpanKind,
         attributes: dict[str, AttributeValue],
@@ -43,7 +45,10 @@ class Recorded(Span):
         """Times are ns since the epoch; `on_end` gets the span when it is over."""
         self.name = name
         self.scope = scope
-        self.context = context
+        self.trace_id = trace_id
+        self.span_id = random.getrandbits(64) or 1
+        self.flags = flags
+        self.state = state
         self.parent = parent
         self.kind = kind
         self.attributes = attributes
@@ -53,6 +58,24 @@ class Recorded(Span):
         self.end_time = 0
         """0 while it runs."""
         self._on_end = on_end
+        self._context: SpanContext | None = None
+
+    @property
+    def context(self) -> SpanContext:
+        """What its children hang on. Made when it is asked for, since most have none here."""
+        if self._context is None:
+            self._context = SpanContext(self.trace_id, self.span_id, False, self.flags, self.state)
+        return self._context
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its trace is kept however it ends."""
+        return bool(self.flags & TraceFlags.SAMPLED)
+
+    @property
+    def traceparent(self) -> str:
+        """The `traceparent` header for its children elsewhere."""
+        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.flags:02x}"
 
     def end(self, end_time: int | None = None) -> None:
         """It is over, now if no other time is told."""
@@ -142,9 +165,9 @@ class Tracer(trace.Tracer):
         """Starts a span. Links are not kept; nothing here makes any."""
         return self._start(name, trace.get_current_span(context).get_span_context(), kind, attributes, start_time)
 
-    def start_child(self, parent: Span, name: str, kind: SpanKind, attributes: Attributes) -> Span:
+    def start_child(self, parent: Span, name: str, kind: SpanKind) -> Span:
         """Starts a span below one that is at hand, which need not be looked for."""
-        return self._start(name, parent.get_span_context(), kind, attributes, None)
+        return self._start(name, parent.get_span_context(), kind, None, None)
 
     def _start(
         self, name: str, parent: SpanContext | None, kind: SpanKind, attributes: Attributes, start_time: int | None
@@ -161,7 +184,9 @@ class Tracer(trace.Tracer):
         return Recorded(
             name=name,
             scope=self._scope,
-            context=SpanContext(trace_id, random.getrandbits(64) or 1, False, flags, state),
+            trace_id=trace_id,
+            flags=flags,
+            state=state,
             parent=parent,
             kind=kind,
             attributes=dict(attributes) if attributes else {},
@@ -235,7 +260,6 @@ class Untraced(trace.Tracer):
         parent: Span,
         name: str,  # noqa: ARG002
         kind: SpanKind,  # noqa: ARG002
-        attributes: Attributes,  # noqa: ARG002
     ) -> Span:
         """The same below one that is at hand."""
         return self._below(parent)

@@ -41,12 +41,12 @@ def resource_message(attributes: Mapping[str, Any]) -> bytes:
 
 
 def _span(span: Recorded) -> bytes:
-    own, parent = span.context, span.parent
+    parent = span.parent
     parts = [
-        b"\x0a\x10", own.trace_id.to_bytes(16, "big"), b"\x12\x08", own.span_id.to_bytes(8, "big"),
+        b"\x0a\x10", span.trace_id.to_bytes(16, "big"), b"\x12\x08", span.span_id.to_bytes(8, "big"),
     ]  # fmt: skip  # tag, value
-    if own.trace_state:
-        parts.append(_text(0x1A, _state(own.trace_state)))
+    if span.state:
+        parts.append(_text(0x1A, _state(span.state)))
     flags = _HAS_IS_REMOTE
     if parent is not None:
         parts += (b"\x22\x08", parent.span_id.to_bytes(8, "big"))

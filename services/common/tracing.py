@@ -1,7 +1,7 @@
 """OpenTelemetry tracing: the provider of a process, and W3C trace context where there are no headers to carry it."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Final
@@ -16,7 +16,7 @@ from opentelemetry.util.types import AttributeValue
 from services.common.settings import TracingSettings
 from services.common.trace_export import Outbound
 from services.common.trace_sampling import Keeper
-from services.common.trace_spans import Provider, Tracer, Untraced
+from services.common.trace_spans import Provider, Recorded, Tracer, Untraced
 
 __all__ = ["FIRST_OUTPUT", "child_of", "context_from", "gen_ai", "provider", "resource_of", "traceparent_of", "tracer"]
 
@@ -68,9 +68,9 @@ def tracer() -> trace.Tracer:
     return _Own.tracer
 
 
-def child_of(parent: Span, name: str, kind: SpanKind, attributes: Mapping[str, AttributeValue]) -> Span:
+def child_of(parent: Span, name: str, kind: SpanKind) -> Span:
     """A span below one that is at hand: what the tracer does, without looking for the current one."""
-    return _Own.tracer.start_child(parent, name, kind, attributes)
+    return _Own.tracer.start_child(parent, name, kind)
 
 
 def context_from(traceparent: str | None, tracestate: str | None = None) -> Context | None:
@@ -101,6 +101,8 @@ def resource_of(service: str, instance: str = "") -> Resource:
 
 def traceparent_of(span: Span) -> str:
     """The `traceparent` header for children of a span; empty when it isn't recorded."""
+    if isinstance(span, Recorded):
+        return span.traceparent
     # What the library's propagator writes, in a twentieth of the time.
     own = span.get_span_context()
     return f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}" if own.is_valid else ""

@@ -1,13 +1,14 @@
 """A generation's stay with one worker: the lease, the submission, and their spans."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.util.types import AttributeValue
+from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
-from services.common.tracing import child_of, traceparent_of
+from services.common.tracing import child_of, gen_ai, traceparent_of
 from services.gateway.router_client import Lease, OnQueued, RouterClient
 from services.gateway.stream import Stream
 from services.gateway.worker_sessions import WorkerSessions
@@ -18,14 +19,11 @@ __all__ = ["Attempt"]
 class Attempt:
     """One lease, from its grant until it is given back. Leave none open."""
 
-    __slots__ = ("_abort", "_attributes", "_parent", "_routers", "_span", "lease")
+    __slots__ = ("_abort", "_parent", "_routers", "_span", "lease")
 
-    def __init__(
-        self, routers: RouterClient, lease: Lease, parent: Span, attributes: Mapping[str, AttributeValue]
-    ) -> None:
+    def __init__(self, routers: RouterClient, lease: Lease, parent: Span) -> None:
         self._routers: RouterClient | None = routers
         self._parent = parent
-        self._attributes = attributes
         self.lease = lease
         self._abort: Callable[[], None] | None = None
         self._span: Span | None = None
@@ -36,13 +34,15 @@ class Attempt:
         routers: RouterClient,
         acquire: router_pb2.Acquire,
         parent: Span,
-        attributes: Mapping[str, AttributeValue],
+        request: pb.GenerateRequest,
         on_queued: OnQueued | None,
     ) -> "Attempt":
-        """Acquires a worker; its spans are `parent`'s and have `attributes`. Raises as `RouterClient.acquire` does."""
-        with child_of(parent, "router.acquire", SpanKind.CLIENT, attributes) as span:
+        """Acquires a worker for a request; its spans are `parent`'s. Raises as `RouterClient.acquire` does."""
+        with child_of(parent, "router.acquire", SpanKind.CLIENT) as span:
+            if span.is_recording():
+                span.set_attributes(_gen_ai(request))
             acquire.traceparent = traceparent_of(span)
-            attempt = cls(routers, await routers.acquire(acquire, on_queued), parent, attributes)
+            attempt = cls(routers, await routers.acquire(acquire, on_queued), parent)
             if span.is_recording():
                 lease = attempt.lease
                 span.set_attribute("tokenloom.worker", lease.worker_id)
@@ -54,8 +54,9 @@ class Attempt:
         self, workers: WorkerSessions, submission: worker_pb2.Submission, stream: Stream, *, number: int
     ) -> None:
         """Has the worker begin; `number` counts the attempts. Raises as `WorkerSessions.submit` does."""
-        span = self._span = child_of(self._parent, "worker.generate", SpanKind.CLIENT, self._attributes)
+        span = self._span = child_of(self._parent, "worker.generate", SpanKind.CLIENT)
         if span.is_recording():
+            span.set_attributes(_gen_ai(submission.request))
             span.set_attribute("tokenloom.worker", self.lease.worker_id)
             span.set_attribute("tokenloom.attempt", number)
         submission.traceparent = traceparent_of(span)
@@ -73,3 +74,7 @@ class Attempt:
             if self._span is not None:
                 self._span.end()
             routers.give_back(self.lease)
+
+
+def _gen_ai(request: pb.GenerateRequest) -> dict[str, AttributeValue]:
+    return gen_ai("chat" if request.HasField("chat") else "text_completion", request.model)

@@ -109,7 +109,7 @@ def _openai_name(name: str) -> str:
 
 
 def _sampling(request: GenerationRequest) -> pb.SamplingParameters:
-    values: dict[str, Any] = {name: getattr(request, name) for name in _SAME if getattr(request, name) is not None}
+    values: dict[str, Any] = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     if request.top_k is not None:
         # vLLM's API writes "all" as -1, too.
         values["top_k"] = max(request.top_k, 0)

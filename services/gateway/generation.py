@@ -2,13 +2,11 @@
 
 import logging
 from collections.abc import Callable
-from functools import cached_property
 from time import monotonic
 from types import TracebackType
 from typing import Final
 
 import msgspec
-from opentelemetry.util.types import AttributeValue
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
@@ -16,7 +14,7 @@ from tokenloom.router.v1 import router_pb2
 from services.common.errors import RETRY_BUDGET_EXHAUSTED, MeshError, Reason
 from services.common.prompt_prefix import prompt_hashes
 from services.common.trace_sampling import FAILOVER
-from services.common.tracing import FIRST_OUTPUT, gen_ai
+from services.common.tracing import FIRST_OUTPUT
 from services.gateway.attempt import Attempt
 from services.gateway.caller import Caller
 from services.gateway.demand import estimated_prompt_tokens, most_output_tokens, needed_capabilities
@@ -220,7 +218,7 @@ class Generation:
             request_id=caller.request_id,
             # What one model has begun, the same model goes on with.
             model=self.model if emitted else self._request.model,
-            prompt_token_count=self._prompt_tokens + emitted,
+            prompt_token_count=estimated_prompt_tokens(self._request) + emitted,
             max_output_token_count=self._request.sampling.max_tokens,
             tenant_id=caller.tenant,
             priority=caller.priority,
@@ -233,7 +231,7 @@ class Generation:
             emitted_token_count=emitted,
         )
         self._describe(acquire)
-        attempt = await Attempt.begin(self._routers, acquire, caller.span, self._gen_ai, caller.on_queued)
+        attempt = await Attempt.begin(self._routers, acquire, caller.span, self._request, caller.on_queued)
         if not emitted:
             # What has begun may end as it was promised.
             self._output_limit = attempt.lease.output_token_limit
@@ -250,19 +248,7 @@ class Generation:
         if self._request.HasField("token_ids") and not self._request.cache_salt:
             acquire.prompt_token_ids.extend(self._request.token_ids.ids)
         else:
-            acquire.prefix_hashes.extend(self._prefix_hashes)
-
-    @cached_property
-    def _gen_ai(self) -> dict[str, AttributeValue]:
-        return gen_ai("chat" if self._request.HasField("chat") else "text_completion", self._request.model)
-
-    @cached_property
-    def _prompt_tokens(self) -> int:
-        return estimated_prompt_tokens(self._request)
-
-    @cached_property
-    def _prefix_hashes(self) -> list[int]:
-        return prompt_hashes(self._request)
+            acquire.prefix_hashes.extend(prompt_hashes(self._request))
 
     async def _move(self, lost: WorkerLostError) -> None:
         lease = self._lease

@@ -126,7 +126,11 @@ class Request:
             raise _too_large(limit)
 
     async def _read(self, limit: int) -> bytes:
-        return b"".join([part async for part in self.body_parts(limit)])
+        reader = _BodyReader(self._receive, limit, self._client_seconds)
+        parts = [await reader.next()]
+        while not reader.is_done:
+            parts.append(await reader.next())
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def body_parts(self, limit: int) -> AsyncIterator[bytes]:
         """The body as it comes.
@@ -135,33 +139,9 @@ class Request:
             MeshError: it is larger than `limit` bytes, or comes too slowly; reading stops there.
             ClientLeftError: the client left before the end.
         """
-        size, began = 0, asyncio.get_running_loop().time()
-        while True:
-            message = await self._next(began + self._client_seconds + size / _LEAST_BYTES_PER_SECOND)
-            if message["type"] == "http.disconnect":
-                raise ClientLeftError
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise _too_large(limit)
-            yield part
-            if not message.get("more_body", False):
-                return
-
-    async def _next(self, until: float) -> Message:
-        receiving = self._receive()
-        try:
-            blocker = receiving.send(None)  # type: ignore[attr-defined]  # servers' receive() is a coroutine function
-        except StopIteration as done:
-            # Nearly always: a timer is for those that have to wait.
-            message: Message = done.value
-            return message
-        try:
-            async with asyncio.timeout_at(until):
-                message = await _Unfinished(receiving, blocker)
-        except TimeoutError:
-            raise MeshError(Reason.REQUEST_TIMEOUT, "the request did not arrive in time") from None
-        return message
+        reader = _BodyReader(self._receive, limit, self._client_seconds)
+        while not reader.is_done:
+            yield await reader.next()
 
     def when_left(self, left: Callable[[], None]) -> Callable[[], object]:
         """Calls back when the client has left, until what this returns is called. Only after the body was read."""
@@ -173,6 +153,43 @@ class Request:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         left()
+
+
+class _BodyReader:
+    """Reads a body, of which it takes `limit` bytes, and for which it waits as long as its size needs."""
+
+    def __init__(self, receive: Receive, limit: int, client_seconds: float) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._until = asyncio.get_running_loop().time() + client_seconds
+        self._size = 0
+        self.is_done = False
+
+    async def next(self) -> bytes:
+        receiving = self._receive()
+        try:
+            blocker = receiving.send(None)  # type: ignore[attr-defined]  # servers' receive() is a coroutine function
+        except StopIteration as done:
+            # Nearly always: a timer is for those that have to wait.
+            message: Message = done.value
+        else:
+            message = await self._wait_for(_Unfinished(receiving, blocker))
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        part: bytes = message.get("body", b"")
+        self._size += len(part)
+        if self._size > self._limit:
+            raise _too_large(self._limit)
+        self.is_done = not message.get("more_body", False)
+        return part
+
+    async def _wait_for(self, unfinished: "_Unfinished") -> Message:
+        try:
+            async with asyncio.timeout_at(self._until + self._size / _LEAST_BYTES_PER_SECOND):
+                message: Message = await unfinished
+        except TimeoutError:
+            raise MeshError(Reason.REQUEST_TIMEOUT, "the request did not arrive in time") from None
+        return message
 
 
 class Response:

@@ -1,11 +1,10 @@
 """The gateway's Prometheus metrics."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Final
 
 from opentelemetry.trace import Span
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from services.common.ledger import UsageRow
 from services.common.metrics import (
@@ -13,6 +12,7 @@ from services.common.metrics import (
     TIME_PER_TOKEN_SECONDS,
     TIME_TO_FIRST_TOKEN_SECONDS,
     BoundedLabel,
+    Spread,
     Tally,
     exemplar_of,
 )
@@ -30,48 +30,39 @@ class GatewayMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        # Series are kept by their labels, which are few: asking the library for one takes longer than counting.
         self._models, self._tenants = BoundedLabel(_MOST_MODELS), BoundedLabel(_MOST_TENANTS)
-        self._requests = cache(
-            self._counter(
-                "requests",
-                "Requests by how they ended: ok, client_left, or an error's reason.",
-                "lane",
-                "endpoint",
-                "outcome",
-            ).labels
+        self._requests = self._tally(
+            "requests",
+            "Requests by how they ended: ok, client_left, or an error's reason.",
+            "lane",
+            "endpoint",
+            "outcome",
         )
         self.open_requests = 0
         """Requests of the OpenAI lane that are being answered."""
         self._gauge("open_requests", "Requests of the OpenAI lane that are being answered.").set_function(
             lambda: self.open_requests
         )
-        self._request_seconds = cache(
-            self._histogram(
-                "request_duration_seconds",
-                "From a request's arrival to the end of its answer.",
-                REQUEST_SECONDS,
-                "lane",
-                "endpoint",
-            ).labels
+        self._request_seconds = self._spread(
+            "request_duration_seconds",
+            "From a request's arrival to the end of its answer.",
+            REQUEST_SECONDS,
+            "lane",
+            "endpoint",
         )
-        self._time_to_first_token = cache(
-            self._histogram(
-                "time_to_first_token_seconds",
-                "From a generation's start, queueing included, to its first output.",
-                TIME_TO_FIRST_TOKEN_SECONDS,
-                "lane",
-                "model",
-            ).labels
+        self._time_to_first_token = self._spread(
+            "time_to_first_token_seconds",
+            "From a generation's start, queueing included, to its first output.",
+            TIME_TO_FIRST_TOKEN_SECONDS,
+            "lane",
+            "model",
         )
-        self._time_per_token = cache(
-            self._histogram(
-                "time_per_output_token_seconds",
-                "Time between the tokens of a complete generation, on average.",
-                TIME_PER_TOKEN_SECONDS,
-                "lane",
-                "model",
-            ).labels
+        self._time_per_token = self._spread(
+            "time_per_output_token_seconds",
+            "Time between the tokens of a complete generation, on average.",
+            TIME_PER_TOKEN_SECONDS,
+            "lane",
+            "model",
         )
         self._tokens = self._tally("tokens", "Tokens of complete requests.", "lane", "model", "kind")
         self._moves = self._counter("moved_generations", "Generations that left a worker and went on elsewhere.")
@@ -94,16 +85,18 @@ class GatewayMetrics:
     def ended(self, endpoint: str, outcome: str, seconds: float, *, span: Span | None = None, lane: str) -> None:
         """A request is over."""
         exemplar = exemplar_of(span)
-        self._requests(lane, endpoint, outcome).inc(exemplar=None if outcome in _GOOD else exemplar)
-        self._request_seconds(lane, endpoint).observe(seconds, exemplar)
+        self._requests.add(1, lane, endpoint, outcome)
+        if exemplar is not None and outcome not in _GOOD:
+            self._requests.mark(exemplar, lane, endpoint, outcome)
+        self._request_seconds.observe(seconds, exemplar, lane, endpoint)
 
     def first_token(self, seconds: float, model: str, *, span: Span | None = None, lane: str) -> None:
         """A generation's first output came after so long."""
-        self._time_to_first_token(lane, self._models.of(model)).observe(seconds, exemplar_of(span))
+        self._time_to_first_token.observe(seconds, exemplar_of(span), lane, self._models.of(model))
 
     def time_per_token(self, seconds: float, model: str, *, span: Span | None = None, lane: str) -> None:
         """A generation is complete, and took so long a token after the first one."""
-        self._time_per_token(lane, self._models.of(model)).observe(seconds, exemplar_of(span))
+        self._time_per_token.observe(seconds, exemplar_of(span), lane, self._models.of(model))
 
     def count_tokens(self, model: str, prompt: int, cached: int, output: int, *, lane: str) -> None:
         """Counts the tokens of a complete request."""
@@ -135,5 +128,5 @@ class GatewayMetrics:
     def _gauge(self, name: str, meaning: str) -> Gauge:
         return Gauge(f"tokenloom_gateway_{name}", meaning, registry=self._registry)
 
-    def _histogram(self, name: str, meaning: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(f"tokenloom_gateway_{name}", meaning, labels, buckets=buckets, registry=self._registry)
+    def _spread(self, name: str, meaning: str, buckets: Sequence[float], *labels: str) -> Spread:
+        return Spread(f"tokenloom_gateway_{name}", meaning, buckets, *labels, registry=self._registry)

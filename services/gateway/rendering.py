@@ -81,11 +81,16 @@ class Chunks:
     def __init__(self, head: dict[str, Any], hole: dict[str, Any], show: Show) -> None:
         self._head = head
         self._show = show
+        # What all events have is rendered once: the head without its brace.
+        self._prefix = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._suffix = b'],"usage":null}\n\n' if show.usage else b"]}\n\n"
         before, after = self.event(hole).split(_encode(HOLE))
         self._before, self._after = before, after
 
     def event(self, choice: dict[str, Any], **more: Any) -> bytes:
         """One event with one choice."""
+        if not more:
+            return self._prefix + _encode(choice) + self._suffix
         chunk = {**self._head, "choices": [choice], **more}
         if self._show.usage:
             chunk["usage"] = None

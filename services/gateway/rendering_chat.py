@@ -17,17 +17,20 @@ class ChatRenderer:
         self._show = show
         self.answer_id = f"chatcmpl-{answer_id}"
         self._head = {"id": self.answer_id, "object": "chat.completion", "created": created, "model": model}
-        self._chunks = self._make_chunks()
+        self._made_chunks: Chunks | None = None
 
     def answered_by(self, model: str) -> None:
         """The model that answers."""
-        if model != self._head["model"]:
-            self._head["model"] = model
-            self._chunks = self._make_chunks()
+        self._head["model"] = model
 
-    def _make_chunks(self) -> Chunks:
-        head = {**self._head, "object": "chat.completion.chunk"}
-        return Chunks(head, _choice(0, {"content": HOLE}), self._show)
+    @property
+    def _chunks(self) -> Chunks:
+        # Answers in one piece have none.
+        chunks = self._made_chunks
+        if chunks is None:
+            head = {**self._head, "object": "chat.completion.chunk"}
+            chunks = self._made_chunks = Chunks(head, _choice(0, {"content": HOLE}), self._show)
+        return chunks
 
     def first(self, prompt: Prompt | None) -> bytes:
         """The role of each choice."""
