@@ -14,7 +14,7 @@ from services.common.database import Database
 from services.common.errors import MeshError, Reason
 from services.common.keystore import KeyStore
 from services.common.quota import KeyLimits
-from services.gateway import answers
+from services.gateway import answers_admin as answers
 from services.gateway.caller import Caller
 from services.gateway.decoding import decode, invalid
 from services.gateway.http import Request, Response

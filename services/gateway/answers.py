@@ -1,10 +1,11 @@
 """What is answered, as the OpenAPI document tells of it: types for their JSON Schemas alone.
 
 Answers are rendered without them, since that is faster; that each is as it is written here is tried out by
-`bench/fuzz_api.py`, and in tests by `tests/contract/test_gateway_http.py`.
+`bench/fuzz_api.py`, and in tests by `tests/contract/test_gateway_http.py`. Here is what models are asked for; the rest
+is in `answers_responses.py`, `answers_files.py` and `answers_admin.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -12,31 +13,23 @@ from msgspec import UNSET, Meta, UnsetType
 from services.gateway.pieces import FinishReason
 
 __all__ = [
-    "AuditTrail",
-    "Batch",
-    "BatchList",
     "ChatCompletion",
     "Completion",
+    "Count",
     "Deleted",
     "Detokenized",
     "Embeddings",
-    "Erased",
-    "File",
-    "FileList",
-    "ItemList",
-    "KeyList",
+    "Exact",
+    "Logprob",
     "Model",
     "ModelList",
-    "NewKey",
-    "RequestList",
-    "RequestRow",
+    "Moment",
+    "Page",
     "Reranking",
-    "ResponseObject",
-    "Revoked",
     "Scores",
     "Tokenized",
-    "UsageReport",
 ]
+
 
 Count = Annotated[int, Meta(ge=0)]
 Moment = Annotated[int, Meta(ge=0)]
@@ -45,23 +38,23 @@ Logprob = Annotated[float, Meta(le=0)]
 Vector = Annotated[list[float], Meta(min_length=1)]
 
 
-class _Exact(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    pass
+class Exact(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """With these fields and no others."""
 
 
-class CachedTokens(_Exact):
+class CachedTokens(Exact):
     """Of the prompt."""
 
     cached_tokens: Count
 
 
-class ReasoningTokens(_Exact):
+class ReasoningTokens(Exact):
     """Of the output."""
 
     reasoning_tokens: Count
 
 
-class Usage(_Exact):
+class Usage(Exact):
     """What an answer took."""
 
     prompt_tokens: Count
@@ -71,14 +64,14 @@ class Usage(_Exact):
     completion_tokens_details: ReasoningTokens
 
 
-class PromptUsage(_Exact):
+class PromptUsage(Exact):
     """What an answer without output took."""
 
     prompt_tokens: Count
     total_tokens: Count
 
 
-class RankedLogprob(_Exact):
+class RankedLogprob(Exact):
     """A token that might have been there."""
 
     logprob: Logprob
@@ -90,7 +83,7 @@ PromptLogprobs = list[dict[str, RankedLogprob] | None]
 """For each token of the prompt, by token id; null for the first one, which nothing predicts."""
 
 
-class ScoredToken(_Exact):
+class ScoredToken(Exact):
     """A token and its probability."""
 
     token: str
@@ -104,21 +97,21 @@ class ChosenToken(ScoredToken):
     top_logprobs: list[ScoredToken]
 
 
-class ChatLogprobs(_Exact):
+class ChatLogprobs(Exact):
     """The tokens of a choice."""
 
     content: list[ChosenToken]
     refusal: None
 
 
-class MadeFunction(_Exact):
+class MadeFunction(Exact):
     """Which function, with what."""
 
     name: str
     arguments: str
 
 
-class MadeCall(_Exact):
+class MadeCall(Exact):
     """A call that the model made."""
 
     id: str
@@ -126,7 +119,7 @@ class MadeCall(_Exact):
     function: MadeFunction
 
 
-class AnswerMessage(_Exact):
+class AnswerMessage(Exact):
     """What the model says."""
 
     role: Literal["assistant"]
@@ -137,7 +130,7 @@ class AnswerMessage(_Exact):
     reasoning_content: str | UnsetType = UNSET
 
 
-class ChatChoice(_Exact):
+class ChatChoice(Exact):
     """One of the answers."""
 
     index: Count
@@ -148,7 +141,7 @@ class ChatChoice(_Exact):
     token_ids: list[Count] | UnsetType = UNSET
 
 
-class ChatCompletion(_Exact):
+class ChatCompletion(Exact):
     """POST /v1/chat/completions"""
 
     id: str
@@ -161,7 +154,7 @@ class ChatCompletion(_Exact):
     prompt_token_ids: list[Count] | UnsetType = UNSET
 
 
-class CompletionLogprobs(_Exact):
+class CompletionLogprobs(Exact):
     """The tokens of a choice, column by column."""
 
     tokens: list[str]
@@ -170,7 +163,7 @@ class CompletionLogprobs(_Exact):
     text_offset: list[Count]
 
 
-class CompletionChoice(_Exact):
+class CompletionChoice(Exact):
     """One of the answers."""
 
     index: Count
@@ -183,7 +176,7 @@ class CompletionChoice(_Exact):
     prompt_token_ids: list[Count] | UnsetType | None = UNSET
 
 
-class Completion(_Exact):
+class Completion(Exact):
     """POST /v1/completions"""
 
     id: str
@@ -194,7 +187,7 @@ class Completion(_Exact):
     usage: Usage
 
 
-class Embedding(_Exact):
+class Embedding(Exact):
     """One vector: its components, or these as base64 of 32-bit floats, little-endian."""
 
     object: Literal["embedding"]
@@ -202,7 +195,7 @@ class Embedding(_Exact):
     embedding: Vector | str
 
 
-class Embeddings(_Exact):
+class Embeddings(Exact):
     """POST /v1/embeddings"""
 
     id: str
@@ -213,14 +206,14 @@ class Embeddings(_Exact):
     usage: PromptUsage
 
 
-class RankedDocument(_Exact):
+class RankedDocument(Exact):
     """A text that was ranked."""
 
     text: str
     multi_modal: None
 
 
-class Ranked(_Exact):
+class Ranked(Exact):
     """One of the best."""
 
     index: Count
@@ -228,7 +221,7 @@ class Ranked(_Exact):
     document: RankedDocument | UnsetType = UNSET
 
 
-class Reranking(_Exact):
+class Reranking(Exact):
     """POST /v1/rerank"""
 
     id: str
@@ -237,7 +230,7 @@ class Reranking(_Exact):
     usage: PromptUsage
 
 
-class Score(_Exact):
+class Score(Exact):
     """How well two texts go together."""
 
     index: Count
@@ -245,7 +238,7 @@ class Score(_Exact):
     score: float
 
 
-class Scores(_Exact):
+class Scores(Exact):
     """POST /v1/score"""
 
     id: str
@@ -256,7 +249,7 @@ class Scores(_Exact):
     usage: PromptUsage
 
 
-class Tokenized(_Exact):
+class Tokenized(Exact):
     """POST /v1/tokenize"""
 
     count: Count
@@ -265,13 +258,13 @@ class Tokenized(_Exact):
     token_strs: list[str] | None
 
 
-class Detokenized(_Exact):
+class Detokenized(Exact):
     """POST /v1/detokenize"""
 
     prompt: str
 
 
-class Model(_Exact):
+class Model(Exact):
     """GET /v1/models/{model}"""
 
     id: str
@@ -281,124 +274,14 @@ class Model(_Exact):
     max_model_len: Count
 
 
-class ModelList(_Exact):
+class ModelList(Exact):
     """GET /v1/models"""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class CachedInput(_Exact):
-    """Of the input."""
-
-    cached_tokens: Count
-    cache_write_tokens: Count
-
-
-class ResponseUsage(_Exact):
-    """What a response took."""
-
-    input_tokens: Count
-    input_tokens_details: CachedInput
-    output_tokens: Count
-    output_tokens_details: ReasoningTokens
-    total_tokens: Count
-
-
-class SaidText(_Exact):
-    """What the model says."""
-
-    type: Literal["output_text"]
-    text: str
-    annotations: list[Any]
-    logprobs: list[ChosenToken]
-
-
-class ThoughtText(_Exact):
-    """What the model thinks."""
-
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class _Item(_Exact, tag_field="type"):
-    id: str
-    status: Literal["in_progress", "completed", "incomplete"]
-
-
-class MessageItem(_Item, tag="message"):
-    """A message."""
-
-    role: Literal["assistant"]
-    content: list[SaidText]
-
-
-class ThoughtItem(_Item, tag="reasoning"):
-    """Thoughts."""
-
-    summary: list[Any]
-    content: list[ThoughtText]
-
-
-class CallItem(_Item, tag="function_call"):
-    """A call."""
-
-    call_id: str
-    name: str
-    arguments: str
-
-
-class Incomplete(_Exact):
-    """Why there is no more."""
-
-    reason: str
-
-
-class UsedReasoning(_Exact):
-    """How it was thought."""
-
-    effort: str | None
-    summary: str | None
-
-
-class UsedText(_Exact):
-    """How it was written."""
-
-    format: dict[str, Any]
-
-
-class ResponseObject(_Exact):
-    """POST /v1/responses"""
-
-    id: str
-    object: Literal["response"]
-    created_at: Moment
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
-    background: bool
-    error: None
-    incomplete_details: Incomplete | None
-    instructions: str | None
-    max_output_tokens: Count | None
-    metadata: dict[str, str]
-    model: str
-    output: list[MessageItem | ThoughtItem | CallItem]
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    reasoning: UsedReasoning
-    service_tier: str
-    store: bool
-    temperature: float
-    text: UsedText
-    tool_choice: str | dict[str, Any]
-    tools: list[dict[str, Any]]
-    top_logprobs: Count
-    top_p: float
-    truncation: Literal["disabled"]
-    usage: ResponseUsage | None
-    user: str | None
-
-
-class Page(_Exact):
+class Page(Exact):
     """What pages have in common."""
 
     object: Literal["list"]
@@ -407,221 +290,9 @@ class Page(_Exact):
     has_more: bool
 
 
-class ItemList(Page):
-    """GET /v1/responses/{response_id}/input_items"""
-
-    data: list[dict[str, Any]]
-
-
-class Deleted(_Exact):
+class Deleted(Exact):
     """What is gone."""
 
     id: str
     object: str
     deleted: Literal[True]
-
-
-class File(_Exact):
-    """GET /v1/files/{file_id}"""
-
-    id: str
-    object: Literal["file"]
-    bytes: Count
-    created_at: Moment
-    expires_at: Moment | None
-    filename: str
-    purpose: str
-    status: Literal["processed"]
-
-
-class FileList(Page):
-    """GET /v1/files"""
-
-    data: list[File]
-
-
-class RequestCounts(_Exact):
-    """How many lines."""
-
-    total: Count
-    completed: Count
-    failed: Count
-
-
-class BatchErrors(_Exact):
-    """What is wrong with the file."""
-
-    object: Literal["list"]
-    data: list[dict[str, Any]]
-
-
-class Batch(_Exact):
-    """GET /v1/batches/{batch_id}"""
-
-    id: str
-    object: Literal["batch"]
-    endpoint: str
-    errors: BatchErrors | None
-    input_file_id: str
-    completion_window: Literal["24h"]
-    status: Literal[
-        "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
-    ]
-    output_file_id: str | None
-    error_file_id: str | None
-    created_at: Moment
-    expires_at: Moment
-    in_progress_at: Moment | None
-    finalizing_at: Moment | None
-    completed_at: Moment | None
-    failed_at: Moment | None
-    expired_at: Moment | None
-    cancelling_at: Moment | None
-    cancelled_at: Moment | None
-    request_counts: RequestCounts
-    metadata: dict[str, str] | None
-
-
-class BatchList(Page):
-    """GET /v1/batches"""
-
-    data: list[Batch]
-
-
-class NewKey(_Exact):
-    """POST /v1/admin/keys"""
-
-    id: str
-    key: str
-
-
-class Revoked(_Exact):
-    """DELETE /v1/admin/keys/{key_id}"""
-
-    id: str
-    revoked: Literal[True]
-
-
-class Limits(_Exact):
-    """What a key may use."""
-
-    rpm: Count | None
-    tpm: Count | None
-    concurrency: Count | None
-    budget: float | None
-
-
-class Key(_Exact):
-    """A key without its secret."""
-
-    id: str
-    name: str
-    tenant: str
-    models: list[str] | None
-    endpoints: list[str] | None
-    priority: int
-    allow_degrade: bool
-    admin: bool
-    debug: bool
-    limits: Limits
-    created_at: float
-    expires_at: float | None
-
-
-class KeyList(_Exact):
-    """GET /v1/admin/keys"""
-
-    object: Literal["list"]
-    data: list[Key]
-
-
-class UsageLine(_Exact):
-    """What a tenant used of a model in a month."""
-
-    month: str
-    tenant: str
-    model: str
-    requests: Count
-    prompt_tokens: Count
-    cached_tokens: Count
-    output_tokens: Count
-    gpu_seconds: float
-    cost: float
-    cost_per_1000_tokens: float
-    cache_saved_gpu_seconds: float
-    cache_saved_cost: float
-
-
-class UsageReport(_Exact):
-    """GET /v1/admin/usage"""
-
-    object: Literal["list"]
-    data: list[UsageLine]
-
-
-class Erased(_Exact):
-    """DELETE /v1/admin/usage"""
-
-    tenant: str
-    erased: Count
-
-
-class Moved(_Exact):
-    """How a request left a worker."""
-
-    worker: str
-    at_seconds: float
-    emitted_tokens: Count
-    cause: str
-
-
-class RequestRow(_Exact):
-    """GET /v1/admin/requests/{request_id}"""
-
-    id: str
-    request_id: str
-    time: float
-    month: str
-    lane: Literal["openai", "typed"]
-    endpoint: str
-    tenant: str
-    key_id: str
-    model: str
-    worker: str
-    prompt_tokens: Count
-    cached_tokens: Count
-    output_tokens: Count
-    ttft_seconds: float | None
-    tpot_seconds: float | None
-    queue_seconds: float | None
-    prefill_seconds: float | None
-    duration_seconds: float | None
-    gpu_seconds: float
-    outcome: str
-    cost: float
-    moves: list[Moved]
-
-
-class RequestList(_Exact):
-    """GET /v1/admin/requests"""
-
-    object: Literal["list"]
-    data: list[RequestRow]
-
-
-class AuditEntry(_Exact):
-    """Who did what."""
-
-    id: Count
-    time: float
-    actor: str
-    action: str
-    target: str
-    detail: Any
-
-
-class AuditTrail(_Exact):
-    """GET /v1/admin/audit"""
-
-    object: Literal["list"]
-    data: list[AuditEntry]

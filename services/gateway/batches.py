@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from services.common.errors import MeshError, Reason
-from services.gateway.answers import Batch, BatchList
+from services.gateway.answers_files import Batch, BatchList
 from services.gateway.batch_store import BatchRecord, BatchStore
 from services.gateway.caller import Caller
 from services.gateway.decoding import decode, invalid

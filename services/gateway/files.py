@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
-from services.gateway.answers import Deleted, File, FileList
+from services.gateway.answers import Deleted
+from services.gateway.answers_files import File, FileList
 from services.gateway.caller import Caller
 from services.gateway.decoding import invalid
 from services.gateway.file_store import CHUNK_BYTES, FileRecord, FileStore

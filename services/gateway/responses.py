@@ -9,7 +9,8 @@ import msgspec
 from opentelemetry import trace
 
 from services.common.errors import MeshError, Reason
-from services.gateway.answers import Deleted, ItemList, ResponseObject
+from services.gateway.answers import Deleted
+from services.gateway.answers_responses import ItemList, ResponseObject
 from services.gateway.caller import Caller
 from services.gateway.conversations import Conversations, Turn
 from services.gateway.convert import in_openai_terms

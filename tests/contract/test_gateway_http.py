@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from services.common.settings import SimSettings
-from services.gateway import answers
+from services.gateway import answers, answers_admin, answers_responses
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.openai_lane import Lane, openai_lane
 
@@ -210,7 +210,7 @@ ANSWERS: dict[str, tuple[type, list[dict[str, Any]]]] = {
         answers.Completion,
         [{"prompt": "a"}, {"prompt": ["a", "b"], "logprobs": 1, "echo": True, "return_token_ids": True}],
     ),
-    "/v1/responses": (answers.ResponseObject, [{"input": "a", "top_logprobs": 1}, {"input": "b"}]),
+    "/v1/responses": (answers_responses.ResponseObject, [{"input": "a", "top_logprobs": 1}, {"input": "b"}]),
     "/v1/tokenize": (answers.Tokenized, [{"prompt": "a", "return_token_strs": True}]),
     "/v1/detokenize": (answers.Detokenized, [{"tokens": [5]}]),
 }
@@ -227,10 +227,10 @@ async def test_answers_are_as_the_openapi_document_describes_them(client: httpx.
 
 async def test_what_operators_are_told_is_as_the_openapi_document_describes_it(client: httpx.AsyncClient) -> None:
     shapes = {
-        "keys": answers.KeyList,
-        "usage": answers.UsageReport,
-        "requests": answers.RequestList,
-        "audit": answers.AuditTrail,
+        "keys": answers_admin.KeyList,
+        "usage": answers_admin.UsageReport,
+        "requests": answers_admin.RequestList,
+        "audit": answers_admin.AuditTrail,
     }
     for path, shape in shapes.items():
         answer = await client.get(f"/v1/admin/{path}")
