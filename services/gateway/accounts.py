@@ -233,13 +233,13 @@ class Accounts:
             for name, value in _headers(decision):
                 show(name, value)
         if not decision.allowed:
-            self.metrics.limited.labels(decision.which).inc()
+            self.metrics.limited(decision.which)
             raise _over_limit(decision, limits)
 
     def _check_budget(self, identity: Identity) -> None:
         budget = identity.limits.budget
         if budget is not None and self._spending.of(identity.key_id) >= budget:
-            self.metrics.limited.labels("budget").inc()
+            self.metrics.limited("budget")
             raise _over_budget(budget)
 
     def charged(

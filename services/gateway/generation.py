@@ -43,8 +43,16 @@ class Generation:
     """
 
     def __init__(
-        self, generator: "Generator", request: pb.GenerateRequest, caller: Caller, *, keep_ids: bool = False
+        self,
+        generator: "Generator",
+        request: pb.GenerateRequest,
+        caller: Caller,
+        *,
+        prompt_tokens: int,
+        keep_ids: bool = False,
     ) -> None:
+        """`prompt_tokens` may be an estimate."""
+        self._prompt_tokens = prompt_tokens
         self._routers = generator.routers
         self._workers = generator.workers
         self._quarantine = generator.quarantine
@@ -218,7 +226,7 @@ class Generation:
             request_id=caller.request_id,
             # What one model has begun, the same model goes on with.
             model=self.model if emitted else self._request.model,
-            prompt_token_count=estimated_prompt_tokens(self._request) + emitted,
+            prompt_token_count=self._prompt_tokens + emitted,
             max_output_token_count=self._request.sampling.max_tokens,
             tenant_id=caller.tenant,
             priority=caller.priority,
@@ -386,15 +394,18 @@ class _Running:
 
     async def __aenter__(self) -> Generation:
         request, caller = self._request, self._caller
+        prompt_tokens = estimated_prompt_tokens(request)
         if caller.account is not None:
             await caller.account.enter(
-                model=request.model,
-                prompt_tokens=estimated_prompt_tokens(request),
-                output_tokens=most_output_tokens(request),
+                model=request.model, prompt_tokens=prompt_tokens, output_tokens=most_output_tokens(request)
             )
         if caller.guard is not None:
             await caller.guard.check(request)
-        generation = self._generation = Generation(self._generator, request, caller, keep_ids=self._keep_ids)
+            # It may have masked some of it.
+            prompt_tokens = estimated_prompt_tokens(request)
+        generation = self._generation = Generation(
+            self._generator, request, caller, prompt_tokens=prompt_tokens, keep_ids=self._keep_ids
+        )
         try:
             await generation.start()
         except BaseException as error:

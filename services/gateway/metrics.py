@@ -66,10 +66,10 @@ class GatewayMetrics:
         )
         self._tokens = self._tally("tokens", "Tokens of complete requests.", "lane", "model", "kind")
         self._moves = self._counter("moved_generations", "Generations that left a worker and went on elsewhere.")
-        self.limited = self._counter("limited", "Requests refused by a limit of their key.", "limit")
+        self._limited = self._tally("limited", "Requests refused by a limit of their key.", "limit")
         for limit in _LIMITS:
             # From zero on, so that the first one is an increase.
-            self.limited.labels(limit)
+            self._limited.add(0, limit)
         self.journal_failures = self._counter("journal_failures", "Writes of usage that the disk refused at first.")
         self.usage_waiting = self._gauge("usage_waiting", "1 while usage waits for a database that is away.")
         self.limits_shared = self._gauge("limits_shared", "1 while limits are shared through Redis.")
@@ -104,6 +104,10 @@ class GatewayMetrics:
         add(prompt, lane, name, "prompt")
         add(cached, lane, name, "cached")
         add(output, lane, name, "output")
+
+    def limited(self, limit: str) -> None:
+        """A request is refused by a limit of its key."""
+        self._limited.add(1, limit)
 
     def moved(self, times: int) -> None:
         """A generation left so many workers."""
