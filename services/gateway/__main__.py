@@ -25,7 +25,7 @@ from services.gateway.bookkeeping import bookkeeping
 from services.gateway.conversations import Conversations, RedisShelf, connect
 from services.gateway.endpoint import CHAT, COMPLETIONS, Endpoint, Limits
 from services.gateway.fleet import FleetWatch
-from services.gateway.generation import Generator
+from services.gateway.generator import Generator
 from services.gateway.guardrails import Guardrails
 from services.gateway.identity import Authenticator, KeyDirectory
 from services.gateway.inner_calls import InnerCalls

@@ -17,8 +17,9 @@ from services.common.quota import KeyLimits
 from services.gateway import answers_admin as answers
 from services.gateway.caller import Caller
 from services.gateway.decoding import decode, invalid
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.routes import Route
 from services.gateway.schema import ModelName
 from services.gateway.stored import while_stored

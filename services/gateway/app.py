@@ -16,21 +16,13 @@ from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.caller import Caller
 from services.gateway.console import Console
 from services.gateway.guardrails import Guard, Guardrails
-from services.gateway.http import (
-    ABORT,
-    ENDS_WHEN_NOTED,
-    WRITE,
-    ClientLeftError,
-    Receive,
-    Request,
-    Response,
-    Send,
-    error_response,
-)
+from services.gateway.http import ABORT, ENDS_WHEN_NOTED, WRITE, ClientLeftError, Receive, Send
 from services.gateway.identity import Authenticator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import document
 from services.gateway.recording import request_ended, request_span
+from services.gateway.request import Request
+from services.gateway.response import Response, error_response
 from services.gateway.router_client import OnQueued
 from services.gateway.routes import Routes
 from services.gateway.timers import Timers

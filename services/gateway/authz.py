@@ -18,8 +18,9 @@ from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
 from services.gateway.checks import KnownAnswer
 from services.gateway.guardrails import Guardrails
-from services.gateway.http import Headers, Receive, Request, Send, error_headers
+from services.gateway.http import Headers, Receive, Send, error_headers
 from services.gateway.identity import Authenticator, Identity
+from services.gateway.request import Request
 from services.gateway.typed_lane import ACCOUNT_HEADER, TypedAccounts
 
 __all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "Trail"]

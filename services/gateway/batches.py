@@ -12,9 +12,10 @@ from services.gateway.batch_store import BatchRecord, BatchStore
 from services.gateway.caller import Caller
 from services.gateway.decoding import decode, invalid
 from services.gateway.file_store import FileStore
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.paging import PAGE_QUERY, page_of
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.routes import Route
 from services.gateway.stored import while_stored
 

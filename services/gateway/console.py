@@ -6,7 +6,8 @@ from importlib import resources
 from typing import Final
 
 from services.common.errors import MeshError, Reason
-from services.gateway.http import Request, Response
+from services.gateway.request import Request
+from services.gateway.response import Response
 
 __all__ = ["Console"]
 

@@ -14,8 +14,9 @@ from services.gateway.caller import Caller
 from services.gateway.convert import from_completion, in_openai_terms
 from services.gateway.convert_chat import from_chat
 from services.gateway.decoding import decode
-from services.gateway.generation import Generation, Generator
-from services.gateway.http import QUEUE_HEADER, Request, Response
+from services.gateway.generation import Generation
+from services.gateway.generator import Generator
+from services.gateway.http import QUEUE_HEADER
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Ending, Prompt
@@ -23,6 +24,8 @@ from services.gateway.recording import describe, record, show_route
 from services.gateway.rendering import DONE, Renderer, Show
 from services.gateway.rendering_chat import ChatRenderer
 from services.gateway.rendering_completion import CompletionRenderer
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.schema import CompletionRequest, GenerationRequest
 from services.gateway.schema_chat import ChatRequest
 from services.gateway.together import together

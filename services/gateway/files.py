@@ -10,9 +10,10 @@ from services.gateway.answers_files import File, FileList
 from services.gateway.caller import Caller
 from services.gateway.decoding import invalid
 from services.gateway.file_store import CHUNK_BYTES, FileRecord, FileStore
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.paging import PAGE_QUERY, page_of
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.routes import Route
 from services.gateway.stored import while_stored
 from services.gateway.uploads import Upload, boundary_of, read_upload

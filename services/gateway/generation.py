@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Callable
 from time import monotonic
-from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from tokenloom.inference.v1 import generation_pb2 as pb
@@ -17,16 +16,18 @@ from services.common.trace_sampling import FAILOVER
 from services.common.tracing import FIRST_OUTPUT
 from services.gateway.attempt import Attempt
 from services.gateway.caller import Caller
-from services.gateway.demand import estimated_prompt_tokens, most_output_tokens, needed_capabilities
+from services.gateway.demand import needed_capabilities
 from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import log_content
 from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent, left_lately
-from services.gateway.quarantine import Losses, Quarantine
-from services.gateway.router_client import Lease, RouterClient
+from services.gateway.quarantine import Losses
+from services.gateway.router_client import Lease
 from services.gateway.stream import Loss, Stream, WorkerLostError
-from services.gateway.worker_sessions import WorkerSessions
 
-__all__ = ["Generation", "Generator"]
+if TYPE_CHECKING:
+    from services.gateway.generator import Generator
+
+__all__ = ["Generation"]
 
 _log = logging.getLogger(__name__)
 # Workers and engines are lost for many reasons; but a request that was in so many of them may well be the reason.
@@ -362,67 +363,6 @@ class Generation:
         return spent
 
 
-class Generator:
-    """Starts generations."""
-
-    def __init__(self, routers: RouterClient, workers: WorkerSessions) -> None:
-        self.routers = routers
-        self.workers = workers
-        self.quarantine = Quarantine()
-
-    def run(self, request: pb.GenerateRequest, caller: Caller, *, keep_ids: bool = False) -> "_Running":
-        """Runs a generation for as long as the block; leaving the block early stops it in the engine.
-
-        `keep_ids`: every piece of the output has its tokens.
-
-        Raises:
-            MeshError: the key is over a limit, there is no worker, or the worker refuses.
-        """
-        return _Running(self, request, caller, keep_ids)
-
-
-class _Running:
-    """The block in which a generation runs. A generator's would take three times as long."""
-
-    __slots__ = ("_caller", "_generation", "_generator", "_keep_ids", "_request")
-
-    def __init__(self, generator: Generator, request: pb.GenerateRequest, caller: Caller, keep_ids: bool) -> None:
-        self._generator = generator
-        self._request = request
-        self._caller = caller
-        self._keep_ids = keep_ids
-
-    async def __aenter__(self) -> Generation:
-        request, caller = self._request, self._caller
-        prompt_tokens = estimated_prompt_tokens(request)
-        if caller.account is not None:
-            await caller.account.enter(
-                model=request.model, prompt_tokens=prompt_tokens, output_tokens=most_output_tokens(request)
-            )
-        if caller.guard is not None:
-            await caller.guard.check(request)
-            # It may have masked some of it.
-            prompt_tokens = estimated_prompt_tokens(request)
-        generation = self._generation = Generation(
-            self._generator, request, caller, prompt_tokens=prompt_tokens, keep_ids=self._keep_ids
-        )
-        try:
-            await generation.start()
-        except BaseException as error:
-            generation.finish(_outcome(error))
-            raise
-        return generation
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        outcome = _outcome(error)
-        if error is None and self._generation.ending:
-            outcome = router_pb2.OUTCOME_COMPLETED
-            self._generator.quarantine.clear(self._request)
-        self._generation.finish(outcome)
-
-
 def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:
     if limit and (not sampling.HasField("max_tokens") or sampling.max_tokens > limit):
         sampling.max_tokens = limit
@@ -431,10 +371,3 @@ def _shorten(sampling: pb.SamplingParameters, limit: int) -> None:
 
 def _engine_failed() -> MeshError:
     return MeshError(Reason.ENGINE_FAILED, "the worker that ran this request was lost")
-
-
-def _outcome(error: BaseException | None) -> router_pb2.Outcome.ValueType:
-    """Of a generation that is not complete."""
-    if not isinstance(error, MeshError):
-        return router_pb2.OUTCOME_CANCELLED
-    return router_pb2.OUTCOME_REFUSED if error.row.http < 500 else router_pb2.OUTCOME_FAILED

@@ -13,8 +13,9 @@ from services.common.errors import MeshError, Reason
 from services.gateway.accounts import Accounts
 from services.gateway.caller import Caller
 from services.gateway.guardrails import Guardrails
-from services.gateway.http import Request, Response, error_response
 from services.gateway.identity import Identity
+from services.gateway.request import Request
+from services.gateway.response import Response, error_response
 from services.gateway.routes import Routes
 
 __all__ = ["InnerAnswer", "InnerCalls"]

@@ -6,8 +6,9 @@ from services.common.errors import MeshError, Reason
 from services.gateway import answers
 from services.gateway.caller import Caller
 from services.gateway.fleet import FleetWatch, Model
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.routes import Route
 
 __all__ = ["Models"]

@@ -12,10 +12,10 @@ from services.common.logs import trace_id_of
 from services.common.tracing import context_from, gen_ai, tracer
 from services.gateway.caller import Caller
 from services.gateway.generation import Generation
-from services.gateway.http import Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Totals
+from services.gateway.response import Response
 from services.gateway.routes import UNKNOWN_PATH
 from services.gateway.schema import GenerationRequest
 from services.gateway.schema_chat import ChatRequest

@@ -18,12 +18,15 @@ from services.gateway.convert_chat import from_chat
 from services.gateway.convert_responses import chat_request, in_response_terms, input_items
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
-from services.gateway.generation import Generation, Generator
-from services.gateway.http import QUEUE_HEADER, Request, Response
+from services.gateway.generation import Generation
+from services.gateway.generator import Generator
+from services.gateway.http import QUEUE_HEADER
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.recording import describe, record, show_route
 from services.gateway.rendering_responses import ResponsesRenderer
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.routes import Route
 from services.gateway.schema_responses import ResponsesRequest, items_of
 from services.gateway.waiting import kept_alive, while_connected

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
 from services.gateway.caller import Caller
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
+from services.gateway.request import Request
+from services.gateway.response import Response
 
 __all__ = ["UNKNOWN_PATH", "Handler", "Route", "Routes"]
 

@@ -15,9 +15,10 @@ from services.common.tracing import gen_ai
 from services.gateway.caller import Caller
 from services.gateway.decoding import decode
 from services.gateway.endpoint import Limits
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.together import together
 from services.gateway.waiting import while_connected
 from services.gateway.worker_calls import Work, WorkerCalls

@@ -10,7 +10,7 @@ from python_multipart.multipart import parse_options_header
 
 from services.common.errors import MeshError, Reason
 from services.gateway.decoding import invalid
-from services.gateway.http import Request
+from services.gateway.request import Request
 
 __all__ = ["Upload", "boundary_of", "read_upload"]
 

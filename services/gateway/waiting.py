@@ -4,7 +4,9 @@ import asyncio
 from typing import Final, Literal
 
 from services.common.errors import MeshError, Reason
-from services.gateway.http import ClientLeftError, Request, Response
+from services.gateway.http import ClientLeftError
+from services.gateway.request import Request
+from services.gateway.response import Response
 
 __all__ = ["kept_alive", "while_connected"]
 

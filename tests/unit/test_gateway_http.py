@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.gateway.http import ClientLeftError, Request, Response
+from services.gateway.http import ClientLeftError
+from services.gateway.request import Request
+from services.gateway.response import Response
 
 
 class Server:

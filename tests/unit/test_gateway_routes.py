@@ -7,8 +7,9 @@ import pytest
 
 from services.common.errors import MeshError, Reason
 from services.gateway.caller import Caller
-from services.gateway.http import Request, Response
 from services.gateway.identity import Identity
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.routes import Route, Routes
 
 

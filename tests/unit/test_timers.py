@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.gateway.http import ClientLeftError, Request, Response
+from services.gateway.http import ClientLeftError
+from services.gateway.request import Request
+from services.gateway.response import Response
 from services.gateway.timers import Timers
 from services.gateway.waiting import while_connected
 
