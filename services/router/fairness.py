@@ -31,7 +31,7 @@ class Fairness:
     def charge(self, tenant: str, start: float, tokens: float) -> None:
         """A tenant whose turn it was at count `start` has been served."""
         # A higher class may serve somebody far behind; the floor is for those who come, and never falls.
-        self._served[tenant] = max(self.of(tenant), start) + tokens
+        self._served[tenant] = max(self._served.get(tenant, 0.0), self.floor, start) + tokens
         self.floor = max(self.floor, start)
         if len(self._served) > _MOST_TENANTS:
             self._served = {name: count for name, count in self._served.items() if count > self.floor}

@@ -46,7 +46,7 @@ class Fleet:
         self._hopes: dict[str, Rates] = {}
         self._sound_until: dict[str, float] = {}
         """Until when all workers of a model take work, as far as that is known."""
-        self._listeners: list[Listener] = []
+        self._listeners: tuple[Listener, ...] = ()
         self.differ_in_context = False
         """Whether some model has workers that take longer sequences than others of its do."""
         self.populated_at: float | None = None
@@ -123,8 +123,13 @@ class Fleet:
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener` with each worker that changed or went, until the returned function is called."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+        self._listeners = (*self._listeners, listener)
+        return lambda: self._unsubscribe(listener)
+
+    def _unsubscribe(self, listener: Listener) -> None:
+        left = [*self._listeners]
+        left.remove(listener)
+        self._listeners = tuple(left)
 
     def register(self, card: Card) -> Worker:
         """Adds a worker. One of the same name is gone from then on.
@@ -289,5 +294,5 @@ class Fleet:
         if worker.blocked or worker.admitted_ratio != 1.0:
             for model in worker.card.models:
                 self._sound_until.pop(model, None)
-        for listener in tuple(self._listeners):
+        for listener in self._listeners:
             listener(worker)

@@ -98,9 +98,13 @@ class Policies:
             MeshError: it names a class that there is none of, or the mesh is too degraded for it.
         """
         policy = self.current
-        if self._is_plain and self.degradation.level is Level.NONE and self._is_standard(request):
+        if self._is_plain and self.degradation.level is Level.NONE:
             # Nearly always, where nothing is configured.
-            return Resolution((Choice(request),))
+            name = request.slo_class or policy.default_slo_class
+            if name in self._standard:
+                return Resolution((Choice(request),))
+            if request.slo_class and (found := policy.slo_class(name)) is not None:
+                return Resolution((Choice(request.with_slo(found)),))
         request = self._with_class(policy, request)
         limit = 0
         if self.degradation.level is not Level.NONE and request.occupies_slot:
@@ -130,9 +134,6 @@ class Policies:
         self._is_plain = not (policy.aliases or policy.rules or policy.degrade or policy.tenants)
         classes = {**BUILTIN_SLO_CLASSES, **policy.slo_classes}
         self._standard = frozenset(name for name, found in classes.items() if found == STANDARD)
-
-    def _is_standard(self, request: Request) -> bool:
-        return (request.slo_class or self.current.default_slo_class) in self._standard
 
     def _changed(self) -> None:
         for listener in tuple(self._listeners):

@@ -283,7 +283,10 @@ class WaitingLine(Generic[W]):
         first: tuple[_Turn, W] | None = None
         found: LaneKey | None = None
         for model in models:
-            for key, lane in self._models.get(model, {}).items():
+            lanes = self._models.get(model)
+            if lanes is None:
+                continue
+            for key, lane in lanes.items():
                 if key in skip:
                     continue
                 head = lane.head()
