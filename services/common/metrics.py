@@ -124,7 +124,8 @@ class Spread(Collector):
         self._name, self._meaning, self._labels = name, meaning, labels
         self._bounds = tuple(buckets)
         self._names = [*(repr(float(bound)) for bound in buckets), "+Inf"]
-        self._series: dict[tuple[str, ...], _Series] = {}
+        # The only one of a histogram without labels is there from the beginning, as the library has it.
+        self._series: dict[tuple[str, ...], _Series] = {} if labels else {(): _Series(len(self._names))}
         registry.register(self)
 
     def observe(self, value: float, exemplar: dict[str, str] | None, *labels: str) -> None:

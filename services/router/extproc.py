@@ -79,9 +79,11 @@ def attributes_of(message: Any) -> dict[str, str]:
     attributes = message.attributes.get(_ATTRIBUTES)
     if attributes is None:
         return {}
+    fields = attributes.fields
+    # Not by items(), which is Python of the library's.
     return {
-        expression[_HEADER_NAME]: value.string_value
-        for expression, value in attributes.fields.items()
+        expression[_HEADER_NAME]: fields[expression].string_value
+        for expression in fields
         if expression.startswith(_HEADER)
     }
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.common.metrics import QUEUE_SECONDS
+from services.common.metrics import QUEUE_SECONDS, Spread, Tally
 from services.router.admission import Admission
 from services.router.fleet import Clock, Fleet
 from services.router.policy import Policies
@@ -23,34 +23,27 @@ class RouterMetrics:
     """Counts decisions; the Observer of admission."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._decisions = Counter(
+        self._decisions = Tally(
             "tokenloom_router_decisions",
             "Requests answered, by outcome: granted, or an error's reason.",
-            ["outcome"],
+            "outcome",
             registry=registry,
         )
-        self._decision_seconds = Histogram(
-            "tokenloom_router_decision_seconds",
-            "Time that one pick took.",
-            buckets=_DECISION_BUCKETS,
-            registry=registry,
+        self._decision_seconds = Spread(
+            "tokenloom_router_decision_seconds", "Time that one pick took.", _DECISION_BUCKETS, registry=registry
         )
-        self._queue_seconds = Histogram(
-            "tokenloom_router_queue_seconds", "Time from ask to answer.", buckets=QUEUE_SECONDS, registry=registry
+        self._queue_seconds = Spread(
+            "tokenloom_router_queue_seconds", "Time from ask to answer.", QUEUE_SECONDS, registry=registry
         )
-        self._children: dict[str, Counter] = {}
 
     def picked(self, seconds: float) -> None:
         """One pick took so long."""
-        self._decision_seconds.observe(seconds)
+        self._decision_seconds.observe(seconds, None)
 
     def decided(self, outcome: str, queue_seconds: float) -> None:
         """A request got its answer."""
-        child = self._children.get(outcome)
-        if child is None:
-            child = self._children[outcome] = self._decisions.labels(outcome)
-        child.inc()
-        self._queue_seconds.observe(queue_seconds)
+        self._decisions.add(1.0, outcome)
+        self._queue_seconds.observe(queue_seconds, None)
 
 
 class FleetCollector(Collector):

@@ -6,6 +6,7 @@ from typing import Final
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, ProxyTracer, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
+from services.common.trace_spans import Untraced
 from services.common.tracing import context_from, gen_ai
 from services.router.request import Request
 from services.router.scheduler import Decision
@@ -17,13 +18,13 @@ __all__ = ["end_span", "start_span"]
 # Of a large fleet the best and some of those that are out tell enough; `tokenloom explain` has all of them.
 _MOST_TOLD: Final = 8
 # What a process without a provider has: a span of theirs tells nobody anything, and takes 20 us of a rested processor.
-_NO_TRACERS: Final = (NoOpTracer, ProxyTracer)
+_NO_TRACERS: Final = frozenset({NoOpTracer, ProxyTracer, Untraced})
 _OPERATIONS: Final = {"generate": "generate_content", "embed": "embeddings"}
 
 
 def start_span(tracer: Tracer, name: str, traceparent: str | None, request: Request) -> Span:
     """Starts the span of a decision below the caller's; where nothing is traced, none that would have to be made."""
-    if isinstance(tracer, _NO_TRACERS):
+    if type(tracer) in _NO_TRACERS:
         return INVALID_SPAN
     span = tracer.start_span(name, context=context_from(traceparent), kind=SpanKind.SERVER)
     if span.is_recording():
