@@ -128,8 +128,11 @@ class Exchange:
         """A part of an answer of unknown length, without a coroutine; False while the system takes no more."""
         if self._flow.write_paused or not self._is_chunked:
             return False
-        if not self.disconnected:
+        if self._head:
             self._write(events, is_last=False)
+        elif events and not self.disconnected:
+            # Written out: this is what comes with every token.
+            self._transport.write(b"%x\r\n%b\r\n" % (len(events), events))
         return True
 
     def _begin(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
