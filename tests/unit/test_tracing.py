@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.util.types import AttributeValue
 
 from services.common.trace_export import Outbound, SpanCounts
 from services.common.trace_sampling import FAILOVER, Keeper
@@ -158,6 +159,23 @@ def test_a_span_on_the_wire_is_what_opentelemetrys_own_library_makes_of_it() -> 
     ours = ExportTraceServiceRequest.FromString(export_request(resource_message(resource.attributes), spans))
     ours.resource_spans[0].scope_spans[0].spans[0].span_id = FixedIds().generate_span_id().to_bytes(8, "big")
     assert ours == encode_spans(kept.get_finished_spans())
+
+
+def test_values_of_one_name_that_are_equal_in_python_are_told_apart_on_the_wire() -> None:
+    values: list[AttributeValue] = [1, True, 1.0, "1", 0, False, 0.0, "", 255, 256, -1, ["1"], ["1", "b"], [1], [True]]
+    kept, spans = InMemorySpanExporter(), list[Recorded]()
+    theirs = TracerProvider(shutdown_on_exit=False)
+    theirs.add_span_processor(SimpleSpanProcessor(kept))
+    # Twice, since what is known is not written anew.
+    for tracer in (theirs.get_tracer("scope"), Provider(1.0, spans.append).get_tracer("scope")):
+        for value in values * 2:
+            tracer.start_span("a", attributes={"same": value}).end()
+    ours = ExportTraceServiceRequest.FromString(export_request(b"", spans))
+    told = [
+        [span.attributes[0].value for span in request.resource_spans[0].scope_spans[0].spans]
+        for request in (ours, encode_spans(kept.get_finished_spans()))
+    ]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize(
