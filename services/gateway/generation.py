@@ -319,10 +319,8 @@ class Generation:
     def _resumes(self) -> bool:
         """Whether another worker goes on as this one would have, or might have where tokens are drawn."""
         request, sampling = self._request, self._request.sampling
-        # What a seed makes repeatable depends on all that was drawn before.
-        drawn_alike = not sampling.HasField("seed") or (sampling.HasField("temperature") and sampling.temperature == 0)
         silent = not sampling.HasField("prompt_logprob_count")
-        return drawn_alike and silent and request.choice_count <= 1 and not self._stream.lacks_ids
+        return silent and request.choice_count <= 1 and not self._stream.lacks_ids
 
     def finish(self, outcome: router_pb2.Outcome.ValueType) -> None:
         """Stops what still runs and gives the worker back."""

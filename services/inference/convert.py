@@ -239,7 +239,6 @@ def _check_continuation(generation: Generation, card: EngineCard) -> None:
     _check_fits("what was emitted", len(emitted), card)
     check_token_ids("emitted_token_ids", emitted, card.vocabulary_size)
     inexact = {
-        "sampling.seed": (sampling.temperature > 0 and sampling.seed is not None, "no sampling with a seed"),
         "choice_count": (generation.choices > 1, "only a single choice"),
         "sampling.prompt_logprob_count": (
             sampling.prompt_logprob_count is not None,

@@ -38,6 +38,7 @@ from services.inference.vllm_nursery import Nursery
 from services.inference.vllm_params import FORM_ARGUMENT, Limits, Plan
 from services.inference.vllm_prompts import Prompts
 from services.inference.vllm_replay import Replay
+from services.inference.vllm_seeded import continues_draws
 from services.inference.vllm_token_text import TokenTexts
 
 if TYPE_CHECKING:
@@ -480,5 +481,6 @@ def _limits(llm: Any) -> Limits:
         end_ids=frozenset(ends | {llm.renderer.get_eos_token_id()} - {None}),
         end_id=llm.renderer.get_eos_token_id(),
         counts_emitted=emitted_processor(llm.vllm_config) is not None,
+        continues_draws=continues_draws(llm.vllm_config),
         placeholder_ids=placeholder_ids(llm.model_config),
     )

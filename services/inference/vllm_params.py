@@ -7,13 +7,15 @@ from typing import Any, Final
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Generation, Sampling
 
-__all__ = ["EMITTED_ARGUMENT", "FORM_ARGUMENT", "Limits", "Plan", "plan"]
+__all__ = ["EMITTED_ARGUMENT", "FORM_ARGUMENT", "SEEDED_ARGUMENT", "Limits", "Plan", "plan"]
 
 EMITTED_ARGUMENT: Final = "tokenloom_emitted"
 """The extra argument that services.inference.vllm_emitted finds in the engine process: how many tokens of a request's
 prompt were emitted elsewhere, and the penalties that are to count them."""
 FORM_ARGUMENT: Final = "tokenloom_emitted_in_form"
 """The same for services.inference.vllm_emitted_form: how many there are for the form of the output to go through."""
+SEEDED_ARGUMENT: Final = "tokenloom_emitted_seeded"
+"""The same for services.inference.vllm_seeded: how many of them were drawn with the request's seed."""
 
 _SEED_BITS: Final = (1 << 62) - 1
 # Of log-probabilities of a prompt, the token itself counted: about a megabyte, which one message can carry.
@@ -36,6 +38,8 @@ class Limits:
     """The one of them that ends an output without being its stop cause."""
     counts_emitted: bool = True
     """The engine can count penalties and bad words over tokens that were emitted elsewhere."""
+    continues_draws: bool = True
+    """The engine can go on with what was drawn with a seed elsewhere."""
     placeholder_ids: frozenset[int] = frozenset()
     """Tokens that stand for images and sounds, and for nothing else."""
 
@@ -93,19 +97,33 @@ class Plan:
             "skip_special_tokens": not sampling.keep_special_tokens,
             "include_stop_str_in_output": sampling.include_stop_string,
             **self._penalties(),
+            **self._of_emitted(),
         }
 
+    def _of_emitted(self) -> dict[str, Any]:
+        """What the engine process is told of tokens that were emitted elsewhere."""
+        sampling, count = self.sampling, len(self.emitted_token_ids)
+        if not count:
+            return {}
+        told: dict[str, Any] = {}
+        if _counted_over_output(sampling):
+            # All three, since their order matters.
+            told[EMITTED_ARGUMENT] = {"count": count, **self._all_penalties()}
+        if _is_seeded(sampling):
+            told[SEEDED_ARGUMENT] = count
+        return {"extra_args": told} if told else {}
+
     def _penalties(self) -> dict[str, Any]:
+        counted_elsewhere = self.emitted_token_ids and _counted_over_output(self.sampling)
+        return {} if counted_elsewhere else self._all_penalties()
+
+    def _all_penalties(self) -> dict[str, Any]:
         sampling = self.sampling
-        penalties = {
+        return {
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
             "repetition_penalty": sampling.repetition_penalty,
         }
-        if not self.emitted_token_ids or not _counted_over_output(sampling):
-            return penalties
-        # All three, since their order matters.
-        return {"extra_args": {EMITTED_ARGUMENT: {"count": len(self.emitted_token_ids), **penalties}}}
 
 
 def plan(generation: Generation, prompt: Sequence[int], limits: Limits, media: Mapping[str, Any] | None = None) -> Plan:
@@ -197,17 +215,24 @@ def _check_continuation(generation: Generation, max_tokens: int, limits: Limits)
     if emitted > max_tokens:
         raise _invalid("emitted_token_ids", f"must be at most {max_tokens}, as many as max_tokens")
     inexact = {
-        "a seed and a temperature above 0": sampling.seed is not None and sampling.temperature > 0,
         "log-probabilities of the prompt": sampling.prompt_logprob_count is not None,
         "several choices": generation.choices > 1,
     }
     for what, asked in inexact.items():
         if asked:
             raise _invalid("emitted_token_ids", f"a generation with {what} can't be continued")
-    if not limits.counts_emitted and (counted := _counted_over_output(sampling)):
-        # It would count the emitted tokens as prompt, to which these don't apply. Another worker may well count right.
-        message = f"a generation with sampling.{counted[0]} can't be continued exactly by this engine"
+    # It would count the emitted tokens as prompt, to which these don't apply.
+    unable = [] if limits.counts_emitted else _counted_over_output(sampling)
+    if not limits.continues_draws and _is_seeded(sampling):
+        unable.append("seed")
+    if unable:
+        # Another worker may well be able to.
+        message = f"a generation with sampling.{unable[0]} can't be continued exactly by this engine"
         raise MeshError(Reason.NO_READY_WORKER, message, field="emitted_token_ids")
+
+
+def _is_seeded(sampling: Sampling) -> bool:
+    return sampling.seed is not None and sampling.temperature > 0
 
 
 def _counted_over_output(sampling: Sampling) -> list[str]:

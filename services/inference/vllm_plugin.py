@@ -22,7 +22,7 @@ def register() -> None:
         tie()
         _allow_matrix_tiles()
         if not _is_worker():
-            _carry_forms_on()
+            _carry_on()
 
 
 def tie() -> None:
@@ -47,10 +47,12 @@ def _is_worker() -> bool:
     return _worker() == os.getpid()
 
 
-def _carry_forms_on() -> None:
+def _carry_on() -> None:
     from services.inference.vllm_emitted_form import carry_forms_on  # noqa: PLC0415  # it imports vLLM
+    from services.inference.vllm_seeded import carry_draws_on  # noqa: PLC0415  # it imports vLLM
 
     carry_forms_on()
+    carry_draws_on()
 
 
 def _allow_matrix_tiles() -> None:

@@ -97,7 +97,8 @@ async def test_streams_survive_the_loss_of_a_worker_which_takes_its_engine_along
     prompts = [f"{index} mice lived in a small house" for index in range(32)]
     # Some are held to a form, and of some each token is drawn, from one.
     drawn: dict[str, Any] = {"temperature": 1.5, "top_k": 1}
-    more: list[dict[str, Any]] = [{}, {"structured_outputs": {"regex": "[a-z ]{2000}"}}, drawn]
+    seeded = {"temperature": 1.0, "seed": 7}
+    more: list[dict[str, Any]] = [{}, {"structured_outputs": {"regex": "[a-z ]{2000}"}}, drawn, seeded]
     undisturbed = await said(vllm_mesh, MODEL, prompts, tokens=200, more=more)
     assert {tokens for _, tokens in undisturbed.values()} == {200}
     pids = [int(vllm_mesh.process(name)["pid"]) for name in ("worker-0", "worker-1")]

@@ -286,7 +286,7 @@ async def test_megabytes_of_text_are_refused_at_once(engine: VllmEngine) -> None
         (generation("bad", logit_bias={99999: 1.0}), "sampling.logit_bias"),
         (generation("bad", min_tokens=41), "sampling.min_tokens"),
         (generation("bad", logprob_count=21), "sampling.logprob_count"),
-        (generation("bad", emitted=[7], temperature=0.5, seed=1), "emitted_token_ids"),
+        (generation("bad", emitted=[7], prompt_logprob_count=1), "emitted_token_ids"),
         # Past our own checks: vLLM's refusal.
         (generation("bad", top_p=1.5), "sampling.top_p"),
     ],
@@ -300,7 +300,11 @@ async def test_what_does_not_fit_is_refused_and_leaves_nothing(
 
 
 # Of what is drawn from one token alone it is known what it is.
-@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.5, "top_k": 1}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "drawn",
+    [{}, {"temperature": 1.5, "top_k": 1}, {"temperature": 1.5, "top_p": 0.9, "seed": 5}],
+    ids=["greedy", "drawn", "drawn with a seed"],
+)
 async def test_a_continuation_is_what_one_engine_would_have_streamed_wherever_it_was_cut(
     engine: VllmEngine, drawn: dict[str, Any]
 ) -> None:
@@ -316,6 +320,17 @@ async def test_a_continuation_is_what_one_engine_would_have_streamed_wherever_it
         assert rest.usage is not None
         assert (rest.usage.prompt, rest.usage.output, rest.reason) == (4, 40, FinishReason.LENGTH)
         assert rest.usage.cached <= 4
+
+
+async def test_a_seed_repeats_itself_however_its_prompt_is_prefilled(engine: VllmEngine) -> None:
+    prompts = [[*PROMPT, number, *range(100, 1000)] for number in range(10, 26)]
+    asked = [generation(f"{number}", prompt=prompt, temperature=1.0, seed=3) for number, prompt in enumerate(prompts)]
+    alone = [(await generate(engine, one)).token_ids for one in asked]
+    assert len({tuple(tokens) for tokens in alone}) > 1
+    # All at once are more than one step takes in, so that some are prefilled in parts.
+    others = [replace(one, id=f"again {one.id}", cache_salt="others") for one in asked]
+    together = await asyncio.gather(*[generate(engine, one) for one in others])
+    assert [one.token_ids for one in together] == alone
 
 
 @pytest.mark.parametrize("min_tokens", [0, 25])

@@ -178,7 +178,6 @@ OTHERS = [
         "chat.messages[1].role",
         "invalid_value",
     ),
-    (continued(sampling=pb.SamplingParameters(seed=1)), "sampling.seed", "invalid_value"),
     (continued(emitted_token_ids=[500]), "emitted_token_ids[0]", "invalid_value"),
     (continued(prompt_logprob_count=1), "sampling.prompt_logprob_count", "invalid_value"),
 ]

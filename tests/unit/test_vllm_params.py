@@ -37,13 +37,6 @@ def generation(*, emitted: tuple[int, ...] = (), kind: Any = "tokens", **samplin
         (generation(min_tokens=10**9), PROMPT, Reason.INVALID_REQUEST, "sampling.min_tokens", "at most 96"),
         (generation(logprob_count=21), PROMPT, Reason.INVALID_REQUEST, "sampling.logprob_count", "at most 20"),
         (generation(emitted=(9,) * 6, max_tokens=5), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "at most 5"),
-        (
-            generation(emitted=(9,), temperature=0.5, seed=1),
-            PROMPT,
-            Reason.INVALID_REQUEST,
-            "emitted_token_ids",
-            "seed",
-        ),
         (generation(emitted=(9,), prompt_logprob_count=0), PROMPT, Reason.INVALID_REQUEST, "emitted_token_ids", "log-"),
         (generation(allowed_token_ids=[1000]), PROMPT, Reason.INVALID_REQUEST, "sampling.allowed_token_ids", "below"),
     ],

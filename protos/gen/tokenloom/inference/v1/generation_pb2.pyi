@@ -135,12 +135,12 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def emitted_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that were emitted for this request already, oldest first. None for a new generation. They are not sent again.
-        A continuation is exact for greedy decoding (temperature 0). Where tokens are drawn, without a seed, it is drawn as
-        the rest would have been: from the same distribution, which depends on the tokens before it alone. A structured
-        output goes on where its form is. A continuation is refused with INVALID_ARGUMENT where it can be neither: a seed
-        with a temperature above 0, several choices, prompt log-probabilities; and with UNAVAILABLE where another worker may
-        be able to: a presence or frequency penalty or bad words on an engine that decodes speculatively, a structured output
-        on a server behind a worker.
+        A continuation is exact for greedy decoding (temperature 0), and where tokens are drawn with a seed. Without a seed it
+        is drawn as the rest would have been: from the same distribution, which depends on the tokens before it alone. A
+        structured output goes on where its form is. A continuation is refused with INVALID_ARGUMENT where it can be neither:
+        several choices, prompt log-probabilities; and with UNAVAILABLE where another worker may be able to: a seed with a
+        temperature above 0, a presence or frequency penalty or bad words on an engine that decodes speculatively, a seed or
+        a structured output on a server behind a worker.
         Log-probabilities are exact but for the rounding of the engine's arithmetic.
         """
 
