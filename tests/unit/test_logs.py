@@ -95,6 +95,6 @@ def test_formatters_of_others_find_what_they_ask_records_for(
     (handler,) = root.handlers
     handler.setFormatter(logging.Formatter("|".join(f"%({field})s" for field in fields) + "|%(message)s"))
 
-    logging.getLogger("vllm").warning("%s of %s", 1, 2)
+    logging.getLogger("somebody.else").warning("%s of %s", 1, 2)
 
     assert capsys.readouterr().out.endswith("|1 of 2\n")
