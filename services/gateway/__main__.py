@@ -147,7 +147,7 @@ def _routes(
     jobs: Jobs,
 ) -> Routes:
     limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
-    return Routes(
+    generating = (
         Route(
             "POST",
             "/v1/chat/completions",
@@ -167,6 +167,10 @@ def _routes(
             is_limited=True,
         ),
         *Responses(generator, metrics, limits, conversations).routes,
+    )
+    return Routes(
+        # Those that generate may wait for a worker.
+        *(jobs.put_off(route) if route.is_limited else route for route in generating),
         *pooling_routes(calls, metrics, limits),
         *jobs.routes,
         *AdminApi(settings.database).routes,

@@ -19,7 +19,7 @@ from services.gateway.response import Response
 from services.gateway.routes import Route
 from services.gateway.stored import while_stored
 
-__all__ = ["BatchRequest", "Batches"]
+__all__ = ["BatchRequest", "Batches", "batch_body"]
 
 BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
 _DAY_SECONDS = 24 * 3600.0
@@ -65,17 +65,25 @@ class Batches:
             if file is None or file.purpose != "batch":
                 message = f"input_file_id: there is no batch file {body.input_file_id!r}"
                 raise invalid("input_file_id", message)
-            record = await asyncio.to_thread(
-                self._store.create,
-                tenant=identity.tenant,
-                key_id=identity.key_id,
-                identity=msgspec.json.encode(identity).decode(),
-                endpoint=body.endpoint,
-                input_file_id=body.input_file_id,
-                metadata=body.metadata,
-                seconds=_DAY_SECONDS,
+            record = await self.begin(
+                identity, endpoint=body.endpoint, input_file_id=body.input_file_id, metadata=body.metadata
             )
-        await response.send_json(200, _body(record))
+        await response.send_json(200, batch_body(record))
+
+    async def begin(
+        self, identity: Identity, *, endpoint: str, input_file_id: str, metadata: dict[str, str] | None = None
+    ) -> BatchRecord:
+        """Begins a batch of a file that is there. Raises DatabaseError."""
+        return await asyncio.to_thread(
+            self._store.create,
+            tenant=identity.tenant,
+            key_id=identity.key_id,
+            identity=msgspec.json.encode(identity).decode(),
+            endpoint=endpoint,
+            input_file_id=input_file_id,
+            metadata=metadata,
+            seconds=_DAY_SECONDS,
+        )
 
     async def list(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
         """The tenant's batches, the newest first."""
@@ -83,12 +91,12 @@ class Batches:
         page = page_of(request.query)
         with while_stored():
             records = await asyncio.to_thread(self._store.list, identity.tenant, limit=page.limit + 1, after=page.after)
-        await response.send_json(200, page.body([_body(record) for record in records]))
+        await response.send_json(200, page.body([batch_body(record) for record in records]))
 
     async def retrieve(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
         """One batch."""
         del caller
-        await response.send_json(200, _body(await self._find(request, identity)))
+        await response.send_json(200, batch_body(await self._find(request, identity)))
 
     async def cancel(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
         """Stops a batch; what is done by then can be had."""
@@ -96,7 +104,7 @@ class Batches:
         record = await self._find(request, identity)
         with while_stored():
             await asyncio.to_thread(self._store.cancel, identity.tenant, record.id)
-        await response.send_json(200, _body(await self._find(request, identity)))
+        await response.send_json(200, batch_body(await self._find(request, identity)))
 
     async def _find(self, request: Request, identity: Identity) -> BatchRecord:
         batch_id = request.parameters["batch_id"]
@@ -107,7 +115,8 @@ class Batches:
         return record
 
 
-def _body(record: BatchRecord) -> dict[str, Any]:
+def batch_body(record: BatchRecord) -> dict[str, Any]:
+    """A batch as clients see it."""
     states = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
     times = {f"{state}_at": record.times.get(f"{state}_at") for state in states}
     return {

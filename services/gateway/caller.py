@@ -23,6 +23,8 @@ class Caller:
     """That of the request."""
     slo_class: str = ""
     """What the client may wait for, by name; empty leaves it to the policy."""
+    wait_seconds: float | None = None
+    """How long its client lets it wait for a worker; None leaves it to the policy."""
     allow_degrade: bool = False
     """Whether a smaller model may answer when the one asked for has no room."""
     account: Account | None = None

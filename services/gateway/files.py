@@ -70,12 +70,27 @@ class Files:
         limit = self._max_file_bytes + _ENVELOPE_BYTES
         request.check_length(limit)
         with while_stored():
-            used = await asyncio.to_thread(self._store.used_bytes, identity.tenant)
-            if used >= self._max_tenant_bytes:
-                message = f"the files of this tenant hold {used} bytes, {self._max_tenant_bytes} at most"
-                raise MeshError(Reason.REQUEST_TOO_LARGE, message, field="file")
+            await self._check_room(identity)
             record = await self._take(request, identity.tenant, limit)
         await response.send_json(200, _body(record))
+
+    async def keep(self, identity: Identity, filename: str, content: bytes) -> str:
+        """Makes a batch's file of what a request of the tenant's was; returns its id.
+
+        Raises:
+            MeshError: the tenant's files hold too much already.
+            DatabaseError: the database is away.
+        """
+        await self._check_room(identity)
+        parts = iter([content])
+        record = await asyncio.to_thread(self._store.write, identity.tenant, filename, "batch", parts)
+        return record.id
+
+    async def _check_room(self, identity: Identity) -> None:
+        used = await asyncio.to_thread(self._store.used_bytes, identity.tenant)
+        if used >= self._max_tenant_bytes:
+            message = f"the files of this tenant hold {used} bytes, {self._max_tenant_bytes} at most"
+            raise MeshError(Reason.REQUEST_TOO_LARGE, message, field="file")
 
     async def _take(self, request: Request, tenant: str, limit: int) -> FileRecord:
         upload = Upload()

@@ -240,7 +240,16 @@ class Generation:
             emitted_token_count=emitted,
         )
         self._describe(acquire)
-        attempt = await Attempt.begin(self._routers, acquire, caller.span, self._request, caller.on_queued)
+        if caller.wait_seconds is not None and not emitted:
+            # No time at all would be a deadline that has passed; with this little, who can't begin at once is refused.
+            acquire.timeout.FromMilliseconds(max(1, int(1000 * caller.wait_seconds)))
+        try:
+            attempt = await Attempt.begin(self._routers, acquire, caller.span, self._request, caller.on_queued)
+        except MeshError as error:
+            if error.reason is Reason.DEADLINE_EXCEEDED and acquire.HasField("timeout"):
+                message = f"no worker was free within the {caller.wait_seconds:g} s that the request may wait"
+                raise MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=1.0) from error
+            raise
         if not emitted:
             # What has begun may end as it was promised.
             self._output_limit = attempt.lease.output_token_limit

@@ -10,6 +10,7 @@ from services.gateway.file_store import FileStore
 from services.gateway.files import Files
 from services.gateway.identity import Identity, KeyDirectory
 from services.gateway.inner_calls import InnerCalls
+from services.gateway.put_off import put_off
 from services.gateway.routes import Route
 from services.gateway.stored import LateDatabase
 
@@ -27,16 +28,19 @@ class Jobs:
         self._keys = keys
         self._files = FileStore(database)
         self._batches = BatchStore(database)
+        self._files_api = Files(
+            self._files, max_file_bytes=settings.max_file_bytes, max_tenant_bytes=settings.max_tenant_bytes
+        )
+        self._batches_api = Batches(self._batches, self._files)
 
     @property
     def routes(self) -> list[Route]:
         """What is served."""
-        files = Files(
-            self._files,
-            max_file_bytes=self._settings.max_file_bytes,
-            max_tenant_bytes=self._settings.max_tenant_bytes,
-        )
-        return [*files.routes, *Batches(self._batches, self._files).routes]
+        return [*self._files_api.routes, *self._batches_api.routes]
+
+    def put_off(self, route: Route) -> Route:
+        """A route whose requests may become batches."""
+        return put_off(route, self._files_api, self._batches_api)
 
     async def run(self, calls: InnerCalls) -> None:
         """Works on batches until cancelled; `calls` make their requests."""

@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from services.common.errors import TABLE, Reason
+from services.gateway.answers_files import Batch
 from services.gateway.routes import Route
 
 __all__ = ["document"]
@@ -52,12 +53,23 @@ _EVENT: Final = {
     "properties": {"event": {"type": "string"}, "data": {"type": "string", "minLength": 1}},
 }
 _JSON: Final = "application/json"
+_PREFER: Final = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": (
+        "What to do where there is no room (RFC 7240). wait=SECONDS: wait so long for a worker; 0: be refused at once. "
+        "respond-async: answer with a batch of this one request, which is worked on when there is room."
+    ),
+    "schema": {"type": "string", "pattern": r"^(wait=\d{1,3}|respond-async(, wait=\d{1,3})?)$"},
+}
 
 
 def document(routes: Iterable[Route], *, version: str) -> bytes:
     """The document, as JSON."""
     routes = list(routes)
-    shapes = list(dict.fromkeys(filter(None, (shape for route in routes for shape in (route.body, route.answer)))))
+    used = (shape for route in routes for shape in (route.body, route.answer, Batch if route.may_be_put_off else None))
+    shapes = list(dict.fromkeys(filter(None, used)))
     schemas, components = msgspec.json.schema_components(shapes, ref_template=_REFERENCE)
     by_shape = dict(zip(shapes, schemas, strict=True))
     for shape, schema in by_shape.items():
@@ -91,6 +103,8 @@ def _operation(route: Route, schemas: dict[type, dict[str, Any]]) -> dict[str, A
         {"name": name, "in": "query", "required": name in route.needs, "schema": schema}
         for name, schema in route.query.items()
     ]
+    if route.may_be_put_off:
+        parameters.append(_PREFER)
     operation: dict[str, Any] = {"summary": summary, "parameters": parameters, "responses": _responses(route, schemas)}
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": schemas[route.body]}}}
@@ -108,7 +122,12 @@ def _responses(route: Route, schemas: dict[type, dict[str, Any]]) -> dict[str, A
             answers["text/event-stream"] = {"schema": _EVENT}
     error = {_JSON: {"schema": {"$ref": _REFERENCE.format(name="Error")}}}
     refusals = {str(TABLE[reason].http): {"description": TABLE[reason].code, "content": error} for reason in _REFUSALS}
-    return {"200": {"description": "the answer", "content": answers}, **refusals}
+    put_off = {"202": {"description": "a batch of one", "content": {_JSON: {"schema": schemas[Batch]}}}}
+    return {
+        "200": {"description": "the answer", "content": answers},
+        **(put_off if route.may_be_put_off else {}),
+        **refusals,
+    }
 
 
 def _portable(schema: Any) -> Any:

@@ -33,6 +33,8 @@ class Request:
         self._watch: Watch | None = scope.get("extensions", {}).get(WATCH)
         self.parameters: dict[str, str] = {}
         """What the route's path has in braces."""
+        self.json = b""
+        """The body, once json_body() has read it."""
 
     def header(self, name: bytes) -> str | None:
         """The value of a header, by its lower-case name; None when it is absent or there are several."""
@@ -69,7 +71,8 @@ class Request:
         if self.header(b"content-encoding") not in (None, "identity"):
             raise MeshError(Reason.UNSUPPORTED_MEDIA_TYPE, "send the body without a content-encoding")
         self.check_length(limit)
-        return await self._read(limit)
+        self.json = await self._read(limit)
+        return self.json
 
     def check_length(self, limit: int) -> None:
         """Refuses a body that says of itself that it is larger than `limit` bytes. Raises MeshError."""

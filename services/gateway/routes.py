@@ -42,6 +42,8 @@ class Route:
     """The shape of the JSON that it answers; None where it is no JSON."""
     streams: bool = False
     """Whether it answers with events when asked to."""
+    may_be_put_off: bool = False
+    """Whether it answers with a batch (202) where there is no room and its client prefers that."""
     is_limited: bool = False
     """Whether its requests count against the limits of their keys."""
 
