@@ -61,7 +61,8 @@ _PREFER: Final = {
         "What to do where there is no room (RFC 7240). wait=SECONDS: wait so long for a worker; 0: be refused at once. "
         "respond-async: answer with a batch of this one request, which is worked on when there is room."
     ),
-    "schema": {"type": "string", "pattern": r"^(wait=\d{1,3}|respond-async(, wait=\d{1,3})?)$"},
+    # What it does not know it ignores, as the RFC says.
+    "schema": {"type": "string", "examples": ["respond-async, wait=5"]},
 }
 
 
