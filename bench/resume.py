@@ -2,7 +2,8 @@
 
 On real vLLM, with a model made for this unless another is given: random prompts; bytes of Chinese, emoji and letters
 made likely, so that cuts fall inside of characters; stop strings and bad words taken from the output itself; bounds,
-penalties and log-probabilities. Each generation is resumed at every cut that a client can have seen.
+penalties and log-probabilities; every third one drawn with a seed. Each is resumed at every cut that a client can
+have seen.
 """
 
 import argparse
@@ -69,6 +70,8 @@ def _asked(draw: random.Random, number: int, tokens: int, wide: list[int], vocab
     if draw.random() < 0.3:
         values["min_tokens"] = draw.randint(1, tokens)
     values["keep_special_tokens"] = draw.random() < 0.3
+    if number % 3 == 0:
+        values |= {"temperature": draw.uniform(0.5, 1.5), "top_p": draw.uniform(0.7, 1), "seed": draw.getrandbits(31)}
     prompt = [draw.randrange(3, vocabulary) for _ in range(draw.randint(1, 60))]
     return Generation(id=f"g{number}", model="demo", prompt=prompt, kind="tokens", sampling=Sampling(**values))
 
