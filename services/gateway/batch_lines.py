@@ -10,10 +10,10 @@ from msgspec import Meta
 from services.common.errors import MeshError
 from services.gateway.decoding import decode, invalid
 
-__all__ = ["MAX_LINES", "Line", "check_lines", "error_line", "line_of", "result_line"]
+__all__ = ["MAX_LINES", "MAX_LINE_BYTES", "Line", "check_lines", "error_line", "line_of", "result_line"]
 
 MAX_LINES: Final = 50_000
-_MAX_LINE_BYTES: Final = 4 << 20
+MAX_LINE_BYTES: Final = 4 << 20
 _MAX_ERRORS: Final = 20
 
 
@@ -58,8 +58,8 @@ def check_lines(lines: Iterator[bytes], endpoint: str) -> tuple[int, list[dict[s
 
 
 def _check_line(raw: bytes, endpoint: str, seen: set[str]) -> None:
-    if len(raw) > _MAX_LINE_BYTES:
-        raise invalid(None, f"the line is larger than {_MAX_LINE_BYTES} bytes", "line_too_large")
+    if len(raw) > MAX_LINE_BYTES:
+        raise invalid(None, f"the line is larger than {MAX_LINE_BYTES} bytes", "line_too_large")
     line = line_of(raw)
     if line.url != endpoint:
         raise invalid("url", f"url: expected {endpoint}, as the batch says", "mismatched_endpoint")

@@ -248,7 +248,7 @@ class Generation:
         except MeshError as error:
             if error.reason is Reason.DEADLINE_EXCEEDED and acquire.HasField("timeout"):
                 message = f"no worker was free within the {caller.wait_seconds:g} s that the request may wait"
-                raise MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=1.0) from error
+                raise MeshError(Reason.NO_CAPACITY, message, retry_after_seconds=error.retry_after_seconds) from error
             raise
         if not emitted:
             # What has begun may end as it was promised.

@@ -43,8 +43,12 @@ class Identity:
 
     def check_endpoint(self, name: str) -> None:
         """Raises MeshError (PERMISSION_DENIED) when this caller may not ask for this."""
-        if self.endpoints is not None and name not in self.endpoints:
+        if not self.may_use(name):
             raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use {name}")
+
+    def may_use(self, endpoint: str) -> bool:
+        """Whether this caller may ask for that, by the names in services/common/endpoints.py."""
+        return self.endpoints is None or endpoint in self.endpoints
 
     def check_admin(self) -> None:
         """Raises MeshError (PERMISSION_DENIED) when this caller is no operator."""

@@ -6,6 +6,8 @@ from typing import Any, Final
 import msgspec
 
 from services.common.errors import MeshError, Reason
+from services.gateway.batch_lines import MAX_LINE_BYTES
+from services.gateway.batch_store import BatchRecord
 from services.gateway.batches import Batches, batch_body
 from services.gateway.caller import Caller
 from services.gateway.files import Files
@@ -37,8 +39,7 @@ class _PutOff:
         self._batches = batches
 
     async def __call__(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
-        header = request.header(PREFER)
-        preference = None if header is None else preference_of(header)
+        preference = preference_of(request.header(PREFER))
         if preference is None:
             await self._handler(request, response, identity, caller)
             return
@@ -48,17 +49,26 @@ class _PutOff:
         except MeshError as error:
             if not preference.is_async or error.reason is not Reason.NO_CAPACITY or response.started:
                 raise
-            if identity.endpoints is not None and "batches" not in identity.endpoints:
+            line = _line(request, caller)
+            if not identity.may_use("batches") or len(line) > MAX_LINE_BYTES:
                 raise
+            try:
+                record = await self._begin(identity, line, endpoint=request.path, name=caller.request_id)
+            except MeshError as failed:
+                # It asked for an answer, and hears why there is none now; not what is wrong with files.
+                raise error from failed
             if caller.account is not None:
                 # What the batch takes is in rows of its own.
                 caller.account.settle(error.reason.value.lower())
-            await self._put_off(request, response, identity, caller)
+            await self._tell(response, record)
 
-    async def _put_off(self, request: Request, response: Response, identity: Identity, caller: Caller) -> None:
+    async def _begin(self, identity: Identity, line: bytes, *, endpoint: str, name: str) -> BatchRecord:
         with while_stored():
-            file_id = await self._files.keep(identity, f"{caller.request_id}.jsonl", _line(request, caller))
-            record = await self._batches.begin(identity, endpoint=request.path, input_file_id=file_id)
+            file_id = await self._files.keep(identity, f"{name}.jsonl", line)
+            return await self._batches.begin(identity, endpoint=endpoint, input_file_id=file_id)
+
+    @staticmethod
+    async def _tell(response: Response, record: BatchRecord) -> None:
         response.add_header("location", f"/v1/batches/{record.id}")
         response.add_header("preference-applied", "respond-async")
         await response.send_json(202, batch_body(record))

@@ -40,9 +40,11 @@ def carry_draws_on() -> None:
         return add(batch, request)
 
     @functools.wraps(forward)
-    def forward_and_remember(sampler: Any, logits: Any, generators: Mapping[int, "_Draws"], *more: Any) -> Any:
+    def forward_and_remember(sampler: Any, logits: Any, generators: Mapping[int, torch.Generator], *more: Any) -> Any:
         for generator in generators.values():
-            generator.remember()
+            # As vLLM warms up, it has others.
+            if isinstance(generator, _Draws):
+                generator.remember()
         return forward(sampler, logits, generators, *more)
 
     InputBatch.add_request = add_with_own_generator

@@ -80,7 +80,8 @@ class Refusals:
     def too_late(self, ticket: Ticket) -> MeshError:
         """For one whose time is over, or would be before its turn comes."""
         if self.is_clients_deadline(ticket):
-            return MeshError(Reason.DEADLINE_EXCEEDED, "no worker is free before the request's deadline")
+            message, after = "no worker is free before the request's deadline", self._retry_after(ticket)
+            return MeshError(Reason.DEADLINE_EXCEEDED, message, retry_after_seconds=after)
         return self.no_capacity(ticket)
 
     def no_capacity(self, ticket: Ticket) -> MeshError:
