@@ -16,7 +16,7 @@ from services.mesh.edge_client import Door, ask_gateway, ask_router, door_of
 from services.mesh.fleet_view import plain
 from services.mesh.request_story import Story, seconds_of, told
 
-__all__ = ["explain"]
+__all__ = ["decision_lines", "explain"]
 
 # A row is in the database soon after its request has ended.
 _TRIES: Final = 4
@@ -99,7 +99,7 @@ def _lines(story: Story, request_id: str) -> Iterator[str]:
     if not story.decisions:
         yield "  The router remembers this request no more."
     for decision in story.decisions:
-        yield from _decision_lines(decision)
+        yield from decision_lines(decision)
 
 
 def _phase_lines(story: Story) -> Iterator[str]:
@@ -111,7 +111,8 @@ def _phase_lines(story: Story) -> Iterator[str]:
         yield f"  {phase.name:<28}{told(phase.seconds):>10} {100 * share:4.0f} % {bar:<{_BAR}}{note}".rstrip()
 
 
-def _decision_lines(decision: admin_pb2.Decision) -> Iterator[str]:
+def decision_lines(decision: admin_pb2.Decision) -> Iterator[str]:
+    """One of the router's decisions: who got the request and why, and what each worker was reckoned with."""
     at = decision.decision_time.ToDatetime().strftime("%H:%M:%S.%f")[:-3]
     wanted = f"model {plain(decision.model)}, a prompt of about {decision.prompt_token_count} tokens"
     yield f"  {at} UTC  {wanted}, after {told(seconds_of(decision.queue_duration))} in the queue"
@@ -129,6 +130,8 @@ def _judged(candidate: admin_pb2.Candidate) -> str:
     if candidate.excluded_reason:
         return f"out of the question: {plain(candidate.excluded_reason)}"
     first = told(seconds_of(candidate.predicted_time_to_first_token_duration))
+    if candidate.HasField("predicted_delay_duration"):
+        first += f" ({told(seconds_of(candidate.predicted_delay_duration))} of it learnt: first tokens there came late)"
     each = told(seconds_of(candidate.predicted_time_per_output_token_duration))
     whole = told(seconds_of(candidate.cost_duration))
     cached = candidate.predicted_cached_token_count

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple, overload
 from services.common.policy import SloClass
 
 __all__ = [
+    "NO_PREDICTION",
     "PRIOR",
     "Demand",
     "Forecast",
@@ -17,6 +18,7 @@ __all__ = [
     "better",
     "cheaper",
     "costs",
+    "is_late",
     "outlook",
     "predict",
 ]
@@ -140,12 +142,23 @@ class Demand(NamedTuple):
     """How much a second of decoding counts, against one before the first token."""
 
 
-Prediction = tuple[float, float, float, float, float]
+Prediction = tuple[float, float, float, float, float, float]
 """What a request would meet on a worker: the time to its first token (TTFT), the time per output token (TPOT), the
-cost, the wait for a slot, all in seconds; and how many tokens of its prompt are cached there.
+cost, the wait for a slot, all in seconds; how many tokens of its prompt are cached there; and how many seconds of the
+TTFT are there only because the worker's first tokens came late lately.
 
 A plain tuple, since one is made for every worker at every decision.
 """
+
+NO_PREDICTION: Final[Prediction] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+# A smaller part of the time to the first token has hardly moved it.
+_LATE_SHARE: Final = 0.05
+_LATE_SECONDS: Final = 0.001
+
+
+def is_late(prediction: Prediction) -> bool:
+    """Whether it says more than it would if the worker's first tokens had not come late lately."""
+    return prediction[5] >= _LATE_SECONDS and prediction[5] >= _LATE_SHARE * prediction[0]
 
 
 def outlook(gauges: Gauges, hope: Rates = PRIOR, now: float = 0.0) -> Outlook:
@@ -202,7 +215,7 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
     ttft = wait + (demand.prompt - cached) * prefill_token + tpot + delay
     again = (demand.known - cached) * prefill_token
     cost = (ttft + _TOLL * wait + _TWICE * again + demand.output_weight * demand.output * tpot) * attempts
-    return ttft, tpot, cost, slot, cached
+    return ttft, tpot, cost, slot, cached, delay
 
 
 def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float]:
@@ -239,13 +252,13 @@ def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
 
     cost += weight x (TTFT beyond its target + output x TPOT beyond its target)
     """
-    ttft, tpot, cost, slot, cached = prediction
+    ttft, tpot, cost, slot, cached, delay = prediction
     late = 0.0
     if slo.ttft_seconds is not None and ttft > slo.ttft_seconds:
         late += ttft - slo.ttft_seconds
     if slo.tpot_seconds is not None and tpot > slo.tpot_seconds:
         late += output * (tpot - slo.tpot_seconds)
-    return ttft, tpot, cost + slo.weight * late, slot, cached
+    return ttft, tpot, cost + slo.weight * late, slot, cached, delay
 
 
 class Forecast(Sequence[Prediction]):

@@ -4,14 +4,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, Self, overload
 
-from services.router.cost import Prediction
+from services.router.cost import NO_PREDICTION, Prediction
 
-__all__ = ["NO_PREDICTION", "Look", "Looks", "Step"]
+__all__ = ["Look", "Looks", "Step"]
 
 Look = tuple[str, str, Prediction]
 """A worker that was looked at: its name, why it was out of the question (or nothing), and what was predicted."""
-
-NO_PREDICTION: Prediction = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Named(Protocol):

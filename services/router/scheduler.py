@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from services.common.policy import STANDARD
-from services.router.cost import Demand, Forecast, Prediction
+from services.router.cost import Demand, Forecast, Prediction, is_late
 from services.router.fleet import Clock, Fleet
 from services.router.looks import Looks, Step
 from services.router.memory import AnswerLengths
@@ -77,10 +77,13 @@ class Decision(NamedTuple):
         others = ", ".join(f"{count} {why}" for why, count in self.out.items())
         if self.prediction is None:
             return f"{self.verdict.value} ({others})" if others else self.verdict.value
-        ttft, tpot, _, _, cached = self.prediction
+        ttft, tpot, _, _, cached, delay = self.prediction
+        late = (
+            f" ({1000 * delay:.1f} ms of it learnt: first tokens there came late)" if is_late(self.prediction) else ""
+        )
         return (
             f"least predicted time of {self.looked_at.compared}{f' ({others})' if others else ''}: "
-            f"first token in {1000 * ttft:.1f} ms, whole answer in {ttft + self.output_tokens * tpot:.2f} s"
+            f"first token in {1000 * ttft:.1f} ms{late}, whole answer in {ttft + self.output_tokens * tpot:.2f} s"
             f"{f', {cached:.0f} tokens cached' if cached else ''}"
         )
 

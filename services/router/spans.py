@@ -66,7 +66,7 @@ def _explained(decision: Decision) -> Iterator[tuple[str, AttributeValue]]:
     yield "tokenloom.compared", [f"{name}: {cost:.3f} s" for cost, name in costs[:_MOST_TOLD]]
     yield "tokenloom.excluded", [f"{name}: {why}" for name, why, _ in looks if why][:_MOST_TOLD]
     if decision.prediction is not None:
-        ttft, tpot, cost, _, cached = decision.prediction
+        ttft, tpot, cost, _, cached, _ = decision.prediction
         yield "tokenloom.predicted_ttft_seconds", ttft
         yield "tokenloom.predicted_tpot_seconds", tpot
         yield "tokenloom.predicted_cost_seconds", cost

@@ -15,6 +15,7 @@ from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.policy import Policy, parse_policy
 from services.router.card import Card, Load, WorkerState
+from services.router.cost import is_late
 from services.router.decisions import Record
 from services.router.degradation import Level
 from services.router.fleet import Clock
@@ -269,14 +270,17 @@ def decision(record: Record, clock: Clock) -> admin_pb2.Decision:
         rule=record.rule,
         degraded=record.degraded,
     )
-    for worker_id, why, (ttft, tpot, cost, slot, cached) in record.looked_at:
+    for worker_id, why, prediction in record.looked_at:
         candidate = message.candidates.add(worker_id=worker_id, excluded_reason=why)
         if not why:
+            ttft, tpot, cost, slot, cached, delay = prediction
             candidate.predicted_time_to_first_token_duration.CopyFrom(duration(ttft))
             candidate.predicted_time_per_output_token_duration.CopyFrom(duration(tpot))
             candidate.cost_duration.CopyFrom(duration(cost))
             candidate.predicted_slot_wait_duration.CopyFrom(duration(slot))
             candidate.predicted_cached_token_count = int(cached)
+            if is_late(prediction):
+                candidate.predicted_delay_duration.CopyFrom(duration(delay))
     return message
 
 

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from services.router.card import Card, Load, WorkerState, believable
 from services.router.correction import Correction, Delay
-from services.router.cost import PRIOR, Gauges, Outlook, Prediction, Rates, outlook
+from services.router.cost import NO_PREDICTION, PRIOR, Gauges, Outlook, Prediction, Rates, outlook
 from services.router.ejection import Ejection
 from services.router.reading import Condition
 from services.router.request import Request
@@ -81,7 +81,7 @@ class Lease:
     """When it should be over."""
 
     def __post_init__(self) -> None:
-        ttft, tpot, _, _, cached = self.prediction or (0.0, 0.0, 0.0, 0.0, 0.0)
+        ttft, tpot, _, _, cached, _ = self.prediction or NO_PREDICTION
         self.uncached_tokens = self.request.prompt_tokens - cached
         self.ends_at = self.granted_at + ttft + self.output_tokens * tpot
 
@@ -319,7 +319,7 @@ class Worker:
         if first is None or predicted is None or not 0 <= first <= held:
             return
         prefill, decode, delay = lease.corrections
-        ttft, tpot, _, slot, cached = predicted
+        ttft, tpot, _, slot, cached, _ = predicted
         if seen.prompt_tokens:
             # A cache that held more or less than was thought says nothing about speed.
             ttft += (cached - seen.cached_tokens) * self.outlook.prefill_token_seconds

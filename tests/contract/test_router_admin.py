@@ -272,6 +272,7 @@ async def test_a_decision_is_explained_with_every_candidate() -> None:
         ttft = chosen.predicted_time_to_first_token_duration.ToNanoseconds()
         assert 0 < ttft < chosen.cost_duration.ToNanoseconds()
         assert chosen.predicted_time_per_output_token_duration.ToNanoseconds() > 0
+        assert not chosen.HasField("predicted_delay_duration")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await admin.Explain(admin_pb2.ExplainRequest(request_id="forgotten"))
         assert error_from_call(caught.value).reason is Reason.NOT_FOUND

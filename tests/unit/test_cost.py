@@ -53,7 +53,7 @@ def test_a_worker_costs_the_seconds_that_it_takes(
 def test_waiting_costs_more_than_it_takes_since_others_wait_behind(
     name: str, change: dict[str, float], wait: float
 ) -> None:
-    ttft, tpot, cost, _, _ = predict(outlook(Gauges(**{**GAUGES, **change})), DEMAND, 0.0)  # type: ignore[arg-type]  # of a table
+    ttft, tpot, cost, *_ = predict(outlook(Gauges(**{**GAUGES, **change})), DEMAND, 0.0)  # type: ignore[arg-type]  # of a table
     assert cost == pytest.approx(ttft + 2 * wait + 100 * tpot), name
 
 

@@ -6,6 +6,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from tokenloom.router.v1 import admin_pb2
 
+from services.mesh.explain import decision_lines
 from services.mesh.request_story import Story, told
 
 ROW = {
@@ -133,3 +134,15 @@ def test_a_request_that_has_not_ended_has_no_phases() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 ms"), (0.0001, "0.10 ms"), (0.0125, "12.5 ms"), (1.5, "1.50 s")])
 def test_seconds_are_told_in_a_unit_that_fits(seconds: float, text: str) -> None:
     assert told(seconds) == text
+
+
+def test_a_decision_tells_which_part_of_a_prediction_is_learnt_from_late_first_tokens() -> None:
+    chosen = decision()
+    late, usual = chosen.candidates[0], chosen.candidates.add(worker_id="other-0", cost_duration=duration(2.5))
+    for one in (late, usual):
+        one.predicted_time_to_first_token_duration.CopyFrom(duration(0.5))
+    late.predicted_delay_duration.CopyFrom(duration(0.3))
+    lines = [line.strip() for line in decision_lines(chosen)]
+    told = {name: said for name, _, said in (line.partition(": ") for line in lines)}
+    assert "first token in 500.0 ms (300.0 ms of it learnt: first tokens there came late), then" in told["slow-0"]
+    assert told["other-0"].startswith("first token in 500.0 ms, then")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from services.router import wire
 from services.router.card import WorkerState
 from services.router.reading import Condition
 from services.router.request import Request
@@ -216,6 +217,28 @@ def test_a_decision_is_explained_in_one_line() -> None:
     bench.worker("w2")
     reason = bench.scheduler.pick(Request(model="demo", prompt_tokens=1000)).reason
     assert reason == "least predicted time of 2 (1 drained): first token in 120.0 ms, whole answer in 2.68 s"
+
+
+def test_a_decision_says_how_much_of_a_prediction_is_there_since_first_tokens_came_late() -> None:
+    bench = Bench()
+    bench.worker("w0")
+    assert "late" not in bench.scheduler.pick(Request(model="demo", prompt_tokens=1000)).reason
+    for _ in range(60):
+        ticket = bench.ask(prompt_tokens=1000)
+        bench.pass_time(0.45)  # 0.12 s are predicted
+        bench.admission.finish(ticket, Outcome.COMPLETED, output_tokens=1, first_token_seconds=0.45)
+    bench.ask(prompt_tokens=1000, request_id="r")
+    (record,) = bench.decisions.of("r")
+    ((_, _, prediction),) = record.looked_at
+    whole, late = prediction[0], prediction[5]
+    assert 0.15 < late < 0.34
+    assert whole - late == pytest.approx(0.12, abs=0.05)
+    said = (
+        f"first token in {1000 * whole:.1f} ms ({1000 * late:.1f} ms of it learnt: first tokens there came late), whole"
+    )
+    assert said in record.reason
+    (candidate,) = wire.decision(record, bench.clock).candidates
+    assert candidate.predicted_delay_duration.ToNanoseconds() / 1e9 == pytest.approx(late, abs=1e-6)
 
 
 def test_a_full_worker_is_not_picked_for_work_but_for_a_question() -> None:

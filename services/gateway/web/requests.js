@@ -142,12 +142,13 @@ function decision(one, at, count) {
   const cost = candidate => seconds(candidate.cost_duration);
   const looked = [...one.candidates ?? []].sort((a, b) => !!a.excluded_reason - !!b.excluded_reason || cost(a) - cost(b));
   fill(body, looked.map(candidate => {
-    const out = candidate.excluded_reason, chosen = candidate.worker_id === one.worker_id;
+    const out = candidate.excluded_reason, chosen = candidate.worker_id === one.worker_id, late = seconds(candidate.predicted_delay_duration);
+    const learnt = late ? `${time(late)} until the first token learnt: first tokens there came late` : "";
     const when = text => number(out ? "–" : time(seconds(text)));
     return {
       key: candidate.worker_id, className: chosen ? "chosen" : "",
       cells: [candidate.worker_id, when(candidate.predicted_time_to_first_token_duration), when(candidate.predicted_time_per_output_token_duration),
-        when(candidate.cost_duration), number(out ? "–" : round(candidate.predicted_cached_token_count)), out ? `out: ${out}` : chosen ? "chosen" : ""],
+        when(candidate.cost_duration), number(out ? "–" : round(candidate.predicted_cached_token_count)), out ? `out: ${out}` : [chosen && "chosen", learnt].filter(Boolean).join("; ")],
     };
   }));
   const head = h("thead", "", h("tr", "", names.map((name, place) => h("th", place && place < 5 ? "n" : "", name, { scope: "col" }))));

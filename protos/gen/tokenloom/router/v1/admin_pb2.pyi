@@ -627,6 +627,7 @@ class Candidate(_message.Message):
     COST_DURATION_FIELD_NUMBER: _builtins.int
     PREDICTED_CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREDICTED_SLOT_WAIT_DURATION_FIELD_NUMBER: _builtins.int
+    PREDICTED_DELAY_DURATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Which."""
     excluded_reason: _builtins.str
@@ -649,6 +650,12 @@ class Candidate(_message.Message):
     def predicted_slot_wait_duration(self) -> _duration_pb2.Duration:
         """Predicted wait for a slot, part of the time to first token."""
 
+    @_builtins.property
+    def predicted_delay_duration(self) -> _duration_pb2.Duration:
+        """Part of the predicted time to first token: what the worker's first tokens came later lately than they should have,
+        however much there was to prefill. Absent where that hardly moves it.
+        """
+
     def __init__(
         self,
         *,
@@ -659,10 +666,11 @@ class Candidate(_message.Message):
         cost_duration: _duration_pb2.Duration | None = ...,
         predicted_cached_token_count: _builtins.int = ...,
         predicted_slot_wait_duration: _duration_pb2.Duration | None = ...,
+        predicted_delay_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "predicted_slot_wait_duration", b"predicted_slot_wait_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "predicted_delay_duration", b"predicted_delay_duration", "predicted_slot_wait_duration", b"predicted_slot_wait_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "excluded_reason", b"excluded_reason", "predicted_cached_token_count", b"predicted_cached_token_count", "predicted_slot_wait_duration", b"predicted_slot_wait_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_duration", b"cost_duration", "excluded_reason", b"excluded_reason", "predicted_cached_token_count", b"predicted_cached_token_count", "predicted_delay_duration", b"predicted_delay_duration", "predicted_slot_wait_duration", b"predicted_slot_wait_duration", "predicted_time_per_output_token_duration", b"predicted_time_per_output_token_duration", "predicted_time_to_first_token_duration", b"predicted_time_to_first_token_duration", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
