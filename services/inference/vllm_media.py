@@ -1,9 +1,11 @@
-"""Images and sound of conversations: checked by their headers, then decoded, where neither holds anybody up."""
+"""Images and sounds of conversations: checked by their headers, then decoded, where neither holds anybody up."""
 
 import asyncio
 import time
+import wave
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any, Final
 
 from PIL import Image
@@ -22,6 +24,10 @@ _READ_SECONDS: Final = 30.0
 # Requests whose files are decoded at a time; each may take a few hundred megabytes meanwhile.
 _READERS: Final = 2
 _CAPABILITIES: Final = {"image": Capability.IMAGES, "audio": Capability.AUDIO}
+# What vLLM's ways to change the samples a second are made with; it brings the first one along where there is a GPU.
+_RESAMPLERS: Final = {"torchaudio": "torchaudio", "pyav": "av", "scipy": "scipy", "soxr": "soxr"}
+# Windows at the ends of a sound count as heard however little of it is in them.
+_UNHEARD_SECONDS: Final = 0.1
 _PLACEHOLDERS: Final = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 
 
@@ -56,13 +62,16 @@ class MediaReader:
         self._threads = ThreadPoolExecutor(_READERS, "media")
         configured = (renderer.model_config.multimodal_config.media_io_kwargs or {}).get("image", {})
         self._images = ImageMediaIO(**configured)
+        self._info = renderer.get_mm_processor().info
+        self._only_rate = _only_rate(self._info.data_parser.audio_resampler)
 
     async def prompt(self, tokens: Sequence[int], files: Sequence[File]) -> dict[str, Any]:
         """vLLM's engine input: the tokens with as many as each file takes in its place, and what the model sees there.
 
         Raises:
-            MeshError: INVALID_REQUEST, a file is not what it says, too large, or can't be decoded.
-            ValueError: vLLM's processor refuses a file.
+            MeshError: INVALID_REQUEST, a file is not what it says, too large, or can't be decoded; a sound has another
+                rate than the model and nothing here can change that, or is longer than the model hears.
+            ValueError: vLLM's processor refuses one of several files.
         """
         try:
             async with asyncio.timeout(_READ_SECONDS), self._turns:
@@ -77,6 +86,14 @@ class MediaReader:
         except TimeoutError as error:
             message = f"the images and sounds took more than {_READ_SECONDS:.0f} s to read"
             raise MeshError(Reason.NO_CAPACITY, message, field="chat.messages", retry_after_seconds=1.0) from error
+        except ValueError as error:
+            # It doesn't say which one.
+            if len(files) > 1 or getattr(error, "parameter", None):
+                raise
+            raise invalid(files[0].field, said(error)) from error
+        sounds = [(file, read) for file, read in zip(files, found, strict=True) if file.media.kind == "audio"]
+        for (file, read), item in zip(sounds, rendered["mm_kwargs"].get("audio", ()), strict=True):
+            self._check_heard(file, len(read[0]) / read[1], item)
         return dict(rendered)
 
     def close(self) -> None:
@@ -84,10 +101,27 @@ class MediaReader:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, files: Sequence[File]) -> list[Any]:
+        found = opened(files)
+        for file, each in zip(files, found, strict=True):
+            if isinstance(each, wave.Wave_read) and self._only_rate not in (None, each.getframerate()):
+                message = f"only sounds of {self._only_rate} samples a second are taken here, got {each.getframerate()}"
+                raise invalid(file.field, message)
         return [
-            self._image(file, found) if isinstance(found, Image.Image) else samples(file, found)
-            for file, found in zip(files, opened(files), strict=True)
+            self._image(file, each) if isinstance(each, Image.Image) else samples(file, each)
+            for file, each in zip(files, found, strict=True)
         ]
+
+    def _check_heard(self, file: File, seconds: float, item: Any) -> None:
+        """Refuses a sound whose end was cut off: the answer would be one about its beginning, and not say so."""
+        mask = item.get("feature_attention_mask")
+        if mask is None:
+            return
+        extractor = self._info.get_feature_extractor()
+        heard = float(mask.data.sum()) * extractor.hop_length / extractor.sampling_rate
+        if seconds > heard + _UNHEARD_SECONDS:
+            raise invalid(
+                file.field, f"this model hears {heard:.0f} seconds of a sound, and this one has {seconds:.1f}"
+            )
 
     def _image(self, file: File, image: Image.Image) -> MediaWithBytes[Image.Image]:
         # As vLLM's own reader does it, which would open more formats.
@@ -99,3 +133,10 @@ class MediaReader:
             raise invalid(file.field, f"the image can't be decoded: {said(error)}") from error
         changed = {"image_mode": self._images.image_mode, "rgba_background_color": self._images.rgba_background_color}
         return MediaWithBytes(converted, file.media.content, changed if converted is not image else None)
+
+
+def _only_rate(resampler: Any) -> int | None:
+    """The samples a second that sounds have to have; None: vLLM changes those of others, or the model takes them."""
+    if resampler.target_sr is None or find_spec(_RESAMPLERS[resampler.method]) is not None:
+        return None
+    return int(resampler.target_sr)

@@ -506,7 +506,8 @@ class Media(_message.Message):
     """
     content: _builtins.bytes
     """The file itself. A request has at most 16 files of at most 3 MiB together, with at most 50 million pixels in all
-    images and 600 seconds in all sounds; an image is at most 100 times as long as wide.
+    images and 600 seconds in all sounds; an image is at most 100 times as long as wide. A sound that is longer than the
+    model hears is refused, and one of another rate than the model's where the worker has nothing to change that with.
     """
     def __init__(
         self,
