@@ -37,7 +37,9 @@ async def client(lane: Lane) -> AsyncIterator[httpx.AsyncClient]:
 async def occupy(client: httpx.AsyncClient, *, until: asyncio.Event, begun: asyncio.Semaphore) -> None:
     body = {"model": "sim", "prompt": "busy", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     async with client.stream("POST", "/v1/completions", json=body) as answer:
-        await anext(answer.aiter_bytes())
+        # Held on to: an iterator that is dropped closes the answer.
+        chunks = answer.aiter_bytes()
+        await anext(chunks)
         begun.release()
         await until.wait()
 
