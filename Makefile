@@ -23,7 +23,7 @@ ifdef ARGS
 	$(BIN)/pytest $(ARGS)
 else
 	$(BIN)/pytest -n 3 --dist loadfile -m "not alone"
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone tests/contract tests/unit tests/integration tests/e2e
 endif
 
 # The clients that `make test` leaves out where they are not installed; they come from PyPI and npm.

@@ -16,6 +16,7 @@ from services.common.settings import SimSettings
 from services.common.status import error_from_call
 from services.inference import sim_text
 from services.inference.engine import ChatMessage
+from tests.support.measured import measured
 from tests.support.waiting import eventually
 from tests.support.workers import FAST, sim_worker
 
@@ -99,6 +100,7 @@ async def test_the_trailing_metadata_repeats_the_usage() -> None:
     assert trailing["x-tokenloom-usage-output-tokens"] == "3"
 
 
+@measured
 async def test_a_cancelled_call_stops_in_the_engine_within_100_ms() -> None:
     async with sim_worker(SLOW) as worker:
         call = worker.inference.Generate(generate(max_tokens=4000))

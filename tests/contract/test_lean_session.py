@@ -17,6 +17,7 @@ from services.common.tracing import tracer
 from services.router.app import RunningRouter
 from services.router.http2 import Open, serve_streams
 from services.router.servicer import SESSION_PATH, RouterServicer
+from tests.support.measured import measured
 from tests.support.router import GatewaySession, assert_stuck_alone, gateway_session, running_router, worker_link
 from tests.support.scheduling import Bench
 from tests.support.waiting import eventually
@@ -51,6 +52,7 @@ async def test_leases_are_granted_released_and_waited_for() -> None:
         assert len(router.fleet.workers[0].leases) == 2
 
 
+@measured
 async def test_a_lost_session_frees_its_leases_and_takes_its_requests_out_of_the_line() -> None:
     async with lean_router(max_running=1) as (router, gateway):
         await gateway.acquire(count=5)

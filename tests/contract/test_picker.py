@@ -22,6 +22,7 @@ from services.common.rpc import channel
 from services.router.app import RunningRouter
 from tests.support.ext_proc import BUFFERED, FULL_DUPLEX, framed, reply_headers
 from tests.support.ext_proc import Envoy as AnyEnvoy
+from tests.support.measured import measured
 from tests.support.router import running_router as any_running_router
 from tests.support.router import tracer_to, worker_link
 from tests.support.waiting import eventually
@@ -319,6 +320,7 @@ async def test_the_lease_is_held_until_the_trailers_of_the_answer() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "half-close"])
+@measured
 async def test_a_client_that_leaves_frees_its_lease(how: str) -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router):
         envoy = Envoy(to_router)

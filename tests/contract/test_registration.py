@@ -25,6 +25,7 @@ from services.inference.engine import Load
 from services.inference.gpus import gpu_uuids
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.sim_engine import SimEngine
+from tests.support.measured import measured
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 from tests.support.workers import SimWorker, sim_worker, worker_config, worker_process
@@ -134,6 +135,7 @@ async def test_a_worker_says_who_it_is_and_then_how_it_is() -> None:
     assert router.loads[0] == router_pb2.LoadReport(state=READY)
 
 
+@measured
 async def test_reports_keep_coming_while_nothing_happens() -> None:
     async with sim_worker() as worker, router_at() as (router, address), registered(worker, address):
         await eventually(lambda: len(router.loads) >= 6, within=2)
@@ -141,6 +143,7 @@ async def test_reports_keep_coming_while_nothing_happens() -> None:
     assert max(gaps) < 0.25
 
 
+@measured
 async def test_a_change_is_reported_soon_and_a_measurement_with_it() -> None:
     sim = SimSettings(decode_step_ms=5)
     async with sim_worker(sim) as worker, router_at() as (router, address), registered(worker, address):

@@ -15,6 +15,7 @@ from services.common.rpc import serve
 from services.gateway.placement import KnownWorker, Placement
 from services.gateway.router_client import RouterClient
 from services.router.app import RunningRouter
+from tests.support.measured import measured
 from tests.support.ports import free_port
 from tests.support.router import running_router, worker_link
 from tests.support.waiting import eventually
@@ -152,6 +153,7 @@ def known(*workers: str, max_running: int = 8) -> Placement:
     return placement
 
 
+@measured
 async def test_without_a_router_requests_go_at_once_to_workers_that_were_ready_last() -> None:
     address = f"127.0.0.1:{free_port()}"
     placement = known("worker-7")

@@ -12,6 +12,7 @@ from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 from services.common.errors import Reason
 from services.common.prefix import salt_of, token_block_hashes
 from services.common.status import error_from_call, error_from_status
+from tests.support.measured import measured
 from tests.support.router import duration, gateway_session, running_router, worker_link
 from tests.support.waiting import eventually
 
@@ -20,6 +21,7 @@ def error_of(rejection: router_pb2.Rejection) -> Reason:
     return error_from_status(rejection.status).reason
 
 
+@measured
 async def test_a_worker_is_known_as_long_as_its_stream_lives() -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router) as link:
         assert [worker.worker_id for worker in router.fleet.workers] == ["worker-0"]

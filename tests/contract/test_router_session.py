@@ -13,6 +13,7 @@ from services.common.rpc import channel, serve
 from services.common.status import error_from_status
 from services.common.tracing import tracer
 from services.router.servicer import RouterServicer
+from tests.support.measured import measured
 from tests.support.router import assert_stuck_alone, duration, gateway_session, running_router, tracer_to, worker_link
 from tests.support.scheduling import Bench
 from tests.support.waiting import eventually
@@ -41,6 +42,7 @@ async def test_a_release_frees_the_lease() -> None:
         await eventually(lambda: not router.fleet.workers[0].leases, within=1)
 
 
+@measured
 async def test_a_lost_session_frees_its_leases_and_takes_its_requests_out_of_the_line() -> None:
     async with (
         running_router() as (router, to_router),
@@ -98,6 +100,7 @@ async def test_a_full_line_refuses_with_no_capacity_and_when_to_come_back() -> N
         assert error.retry_after_seconds >= 1
 
 
+@measured
 async def test_a_deadline_that_can_not_be_met_is_told_at_once() -> None:
     async with (
         running_router() as (router, to_router),

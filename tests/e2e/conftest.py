@@ -26,9 +26,10 @@ pools:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A whole mesh needs the machine for itself."""
+    """A whole mesh needs the machine for itself, where its tests don't say otherwise."""
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
+        is_here = item.path.is_relative_to(Path(__file__).parent)
+        if is_here and item.get_closest_marker("beside_others") is None:
             item.add_marker(pytest.mark.alone)
 
 

@@ -24,6 +24,7 @@ from services.mesh.__main__ import main
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.beside_others
 SIM = ("--engine", "sim", "--workers", "1", "--sim", "decode_step_ms=10,max_num_seqs=64,max_model_len=4096")
 
 

@@ -14,6 +14,7 @@ from tokenloom.inference.v1 import inference_pb2_grpc
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.status import DETAILS_KEY, error_from_status
+from tests.support.measured import measured
 from tests.support.mesh import Mesh
 from tests.support.waiting import wait_until
 
@@ -156,6 +157,7 @@ def assert_stopped_within_100_ms(mesh: Mesh) -> None:
     assert time.monotonic() - left_at < 0.1
 
 
+@measured
 def test_a_client_that_leaves_a_stream_stops_its_generation(sim_mesh: Mesh) -> None:
     wait_until(lambda: running(sim_mesh) == 0, within=5)
     body = {"model": MODEL, "prompt": "long", "max_tokens": 1500, "stream": True}
@@ -166,6 +168,7 @@ def test_a_client_that_leaves_a_stream_stops_its_generation(sim_mesh: Mesh) -> N
     assert_stopped_within_100_ms(sim_mesh)
 
 
+@measured
 def test_a_client_that_leaves_before_its_answer_stops_its_generation(sim_mesh: Mesh) -> None:
     wait_until(lambda: running(sim_mesh) == 0, within=5)
     body = {"model": MODEL, "prompt": "long", "max_tokens": 1500}
@@ -174,6 +177,7 @@ def test_a_client_that_leaves_before_its_answer_stops_its_generation(sim_mesh: M
     assert_stopped_within_100_ms(sim_mesh)
 
 
+@measured
 def test_a_cancelled_grpc_call_stops_its_generation(
     sim_mesh: Mesh, stub: inference_pb2_grpc.InferenceServiceStub
 ) -> None:

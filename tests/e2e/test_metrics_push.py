@@ -9,6 +9,7 @@ from tests.support.mesh import Mesh, running_mesh
 from tests.support.otlp_metrics import MetricsReceiver, Series, metrics_receiver, scraped, series_of
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.beside_others
 CONFIG = """
 models: [{{name: sim}}]
 pools: [{{name: default, serves: [sim], workers: [{{name: worker-0, engine: sim}}]}}]

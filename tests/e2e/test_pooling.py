@@ -17,7 +17,7 @@ from tests.support.mesh import Mesh, running_mesh
 from tests.support.vllm_server import VllmServer, vllm_server
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.beside_others, pytest.mark.vllm, pytest.mark.timeout(240)]
 TEXTS = ["a quiet garden", "the engine of a large machine", "hello world"]
 CONFIG = """\
 models:

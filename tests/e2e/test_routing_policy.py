@@ -19,7 +19,7 @@ from tests.support.commands import tokenloom
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import eventually, wait_until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.beside_others, pytest.mark.timeout(180)]
 
 SIM = "{decode_step_ms: 5, max_num_seqs: 16, max_model_len: 4096}"
 MESH = f"""

@@ -21,6 +21,7 @@ from tests.support.bad_inputs import assert_harmless
 from tests.support.certificates import Authority, Signed
 from tests.support.mesh import Mesh, running_mesh
 
+pytestmark = pytest.mark.beside_others
 _CONFIG: Final = """
 models: [{name: sim}]
 pools:

@@ -12,7 +12,7 @@ from tests.support.llama_server import LlamaServer, llama_server
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.beside_others, pytest.mark.timeout(180)]
 CONFIG = """\
 models:
   - {{name: far}}

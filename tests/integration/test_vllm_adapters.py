@@ -38,7 +38,6 @@ from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.vllm,
     pytest.mark.asyncio(loop_scope="module"),
     # What they import and how is not ours; everything else is still an error.

@@ -25,6 +25,7 @@ from services.inference.vllm_engine import StartTimeoutError, VllmEngine, prepar
 from services.inference.vllm_environment import vllm_version
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
+from tests.support.measured import measured
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
@@ -210,20 +211,25 @@ async def test_seeded_sampling_repeats_itself(engine: VllmEngine) -> None:
     assert first.token_ids == again.token_ids != other.token_ids
 
 
+@measured
 async def test_an_aborted_generation_is_out_of_the_engine_within_100_ms(engine: VllmEngine) -> None:
     going, gone = Kept(), Kept()
     await engine.submit(generation("going", max_tokens=2000), going)
     await engine.submit(generation("gone", max_tokens=2000), gone)
-    await eventually(lambda: engine._stats.running == 2 and bool(gone.token_ids), within=2)
-    engine.abort("gone")
-    heard = len(gone.token_ids)
-    # Of the two, what vLLM itself says it runs.
-    await eventually(lambda: engine._stats.running == 1, within=0.1)
-    assert engine.load.running == 1
-    engine.abort("going")
-    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=0.1)
-    assert len(gone.token_ids) == heard
-    assert not gone.ended.is_set()
+    try:
+        await eventually(lambda: engine._stats.running == 2 and bool(gone.token_ids), within=2)
+        engine.abort("gone")
+        heard = len(gone.token_ids)
+        # Of the two, what vLLM itself says it runs.
+        await eventually(lambda: engine._stats.running == 1, within=0.1)
+        assert engine.load.running == 1
+        engine.abort("going")
+        await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=0.1)
+        assert len(gone.token_ids) == heard
+        assert not gone.ended.is_set()
+    finally:
+        engine.abort("going")
+        engine.abort("gone")
 
 
 @pytest.mark.parametrize("prompt", ["word " * 200, PROMPT], ids=["text", "tokens"])
@@ -245,13 +251,16 @@ async def test_a_submitter_that_is_cancelled_leaves_nothing(engine: VllmEngine) 
             await asyncio.sleep(0)
         submitting.cancel()
         await asyncio.wait([submitting])
-    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+        if not submitting.cancelled():
+            # It was through already.
+            engine.abort(f"cancelled-{turns}")
+    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
     assert engine._backend.llm.get_num_unfinished_requests() == 0
 
 
 async def test_an_idle_engine_reports_no_load(engine: VllmEngine) -> None:
     await generate(engine, generation("last"))
-    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
     load = engine.load
     assert (load.kv_usage, load.pending_prefill_tokens, load.alive) == (0.0, 0, True)
 
@@ -276,6 +285,7 @@ async def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(engine: Vl
     assert "2080" in error.message
 
 
+@measured
 async def test_megabytes_of_text_are_refused_at_once(engine: VllmEngine) -> None:
     huge = "never " * 700_000
     begun = time.monotonic()
@@ -420,7 +430,7 @@ async def test_when_too_many_wait_the_next_one_is_told_when_to_come_back(engine:
     await eventually(lambda: engine.load.pending_prefill_tokens == QUEUED * len(PROMPT), within=5)
     for i in range(RUNNING + QUEUED):
         engine.abort(f"full-{i}")
-    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
 
 
 async def test_a_queue_that_was_given_up_takes_no_room(engine: VllmEngine) -> None:
@@ -434,13 +444,13 @@ async def test_a_queue_that_was_given_up_takes_no_room(engine: VllmEngine) -> No
     try:
         for i in range(RUNNING + QUEUED):
             engine.abort(f"full-{i}")
-        await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+        await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
         await asyncio.gather(*[engine.submit(generation(name, max_tokens=1500), Kept()) for name in names])
     finally:
         os.kill(core, signal.SIGCONT)
     for name in names:
         engine.abort(name)
-    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
 
 
 async def test_the_more_urgent_generation_starts_first(engine: VllmEngine) -> None:
@@ -455,10 +465,12 @@ async def test_the_more_urgent_generation_starts_first(engine: VllmEngine) -> No
     assert not later.starts
     for name in ("later", "urgent", *(f"busy-{i}" for i in range(RUNNING))):
         engine.abort(name)
-    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=1)
+    await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
 
 
+@measured
 async def test_when_the_engine_process_dies_its_generations_fail_and_it_comes_back(engine: VllmEngine) -> None:
+    await eventually(lambda: engine.load.alive, within=10)
     before = await generate(engine, generation("before"))
     sinks = [Kept() for _ in range(4)]
     for i, sink in enumerate(sinks):

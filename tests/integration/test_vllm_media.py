@@ -11,7 +11,6 @@ from tests.support.pictures import about, picture
 from tests.support.sinks import Kept
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.vllm,
     pytest.mark.asyncio(loop_scope="session"),
     # The engine starts with the first of them, and its model is made once.

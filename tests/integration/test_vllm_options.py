@@ -15,7 +15,6 @@ from tests.support.vllm_options import installed_options
 
 pytestmark = [
     # It takes no long time where vLLM is imported already.
-    pytest.mark.alone,
     pytest.mark.vllm,
     *(pytest.mark.filterwarnings(f"ignore:::{package}") for package in ("torch", "vllm", "transformers", "importlib")),
 ]

@@ -21,7 +21,6 @@ from tests.support.sinks import Kept
 from tests.support.waiting import eventually
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.vllm,
     pytest.mark.timeout(240),
     pytest.mark.asyncio(loop_scope="module"),
