@@ -14,6 +14,8 @@ from typing import Any, Final, TextIO
 import msgspec
 from opentelemetry import trace
 
+from services.common.trace_spans import Recorded
+
 __all__ = ["JsonFormatter", "setup", "trace_id_of"]
 
 _LATER_SECONDS: Final = 0.05
@@ -24,6 +26,8 @@ def trace_id_of(span: trace.Span) -> str:
     """As lines have it; empty where there is none."""
     if span is trace.INVALID_SPAN:
         return ""
+    if type(span) is Recorded:
+        return span.trace.id_text
     context = span.get_span_context()
     return f"{context.trace_id:032x}" if context.is_valid else ""
 

@@ -20,6 +20,7 @@ from prometheus_client.samples import Exemplar
 from services.common.metrics_push import pushed
 from services.common.settings import ProcessSettings
 from services.common.trace_export import SpanCounts
+from services.common.trace_spans import Recorded
 
 __all__ = [
     "OTHER",
@@ -159,6 +160,8 @@ def exemplar_of(span: Span | None = None) -> dict[str, str] | None:
     span = trace.get_current_span() if span is None else span
     if span is trace.INVALID_SPAN:
         return None
+    if type(span) is Recorded:
+        return span.trace.exemplar if span.trace.is_sampled else None
     context = span.get_span_context()
     return {"trace_id": f"{context.trace_id:032x}"} if context.trace_flags.sampled else None
 

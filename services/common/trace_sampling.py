@@ -34,11 +34,11 @@ class Keeper:
 
     def on_end(self, span: Recorded) -> None:
         """A span is over."""
-        if span.is_sampled:
+        if span.trace.is_sampled:
             self._send(span)
             return
-        is_last = span.parent is None or span.parent.is_remote
-        for kept in self._judged(span.trace_id, span, is_last=is_last):
+        is_last = not span.parent_id or span.parent_is_remote
+        for kept in self._judged(span.trace.trace_id, span, is_last=is_last):
             self._send(kept)
 
     def _judged(self, trace_id: int, span: Recorded, *, is_last: bool) -> Iterable[Recorded]:

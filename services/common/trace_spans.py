@@ -13,11 +13,13 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 from opentelemetry.util.types import Attributes, AttributeValue
 
-__all__ = ["Event", "Provider", "Recorded", "Tracer", "Untraced"]
+__all__ = ["Event", "Provider", "Recorded", "Trace", "Tracer", "Untraced"]
 
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _UNSAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
 _NO_STATE: Final = TraceState()
+# Where the library keeps the current span. Asking it each time takes five calls, a third of what a span costs.
+(_SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, Context())
 # As the SDK's TraceIdRatioBased has it, so that whoever else samples by the same share takes the same traces.
 _RATIO_BITS: Final = 1 << 64
 
@@ -25,57 +27,91 @@ Event = tuple[int, str, Mapping[str, AttributeValue]]
 """When (ns since the epoch), what, and its attributes."""
 
 
+class Trace:
+    """What the spans of one trace have in common, put into words once."""
+
+    __slots__ = ("exemplar", "flags", "flags_text", "id_text", "is_sampled", "state", "trace_id")
+
+    def __init__(self, trace_id: int, flags: TraceFlags, state: TraceState) -> None:
+        self.trace_id = trace_id
+        self.flags = flags
+        self.state = state
+        self.is_sampled = bool(flags & TraceFlags.SAMPLED)
+        """Whether it is kept however it ends."""
+        self.id_text = f"{trace_id:032x}"
+        self.flags_text = f"{flags:02x}"
+        self.exemplar = {"trace_id": self.id_text}
+        """What leads to it from a measurement."""
+
+
 class Recorded(Span):
     """A span that is recorded, whether its trace is sampled or not. Once it has ended nothing changes it any more."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # several are made for every request, and names take time
         self,
-        *,
         name: str,
-        scope: str,
-        trace_id: int,
-        flags: TraceFlags,
-        state: TraceState,
-        parent: SpanContext | None,
         kind: SpanKind,
+        scope: str,
+        trace: Trace,
+        parent_id: int,
+        parent_is_remote: bool,
         attributes: dict[str, AttributeValue],
         start_time: int,
         on_end: "Callable[[Recorded], object]",
     ) -> None:
-        """Times are ns since the epoch; `on_end` gets the span when it is over."""
+        """`parent_id` is 0 where there is no parent. Times are ns since the epoch; `on_end` gets the span when it is
+        over.
+        """
         self.name = name
-        self.scope = scope
-        self.trace_id = trace_id
-        self.span_id = random.getrandbits(64) or 1
-        self.flags = flags
-        self.state = state
-        self.parent = parent
         self.kind = kind
-        self.attributes = attributes
+        self.scope = scope
+        self.trace = trace
+        self.span_id = random.getrandbits(64) or 1
+        self.parent_id = parent_id
+        self.parent_is_remote = parent_is_remote
+        self._attributes = attributes
+        self._later: tuple[Callable[..., Mapping[str, AttributeValue]], tuple[Any, ...]] | None = None
         self.events: Sequence[Event] = ()
         self.status: Status | None = None
         self.start_time = start_time
         self.end_time = 0
         """0 while it runs."""
         self._on_end = on_end
-        self._context: SpanContext | None = None
+
+    @property
+    def attributes(self) -> Mapping[str, AttributeValue]:
+        """What it says."""
+        if self._later is not None:
+            (make, facts), self._later = self._later, None
+            self._attributes = {**make(*facts), **self._attributes}
+        return self._attributes
+
+    def set_later(self, make: Callable[..., Mapping[str, AttributeValue]], *facts: Any) -> None:
+        """Sets what `make` makes of facts, once somebody looks: the export, where it is made for many spans at a time.
+
+        Once a span; what is set itself counts more.
+        """
+        if not self.end_time:
+            self._later = make, facts
+
+    @property
+    def parent(self) -> SpanContext | None:
+        """What it hangs on."""
+        if not self.parent_id:
+            return None
+        trace = self.trace
+        return SpanContext(trace.trace_id, self.parent_id, self.parent_is_remote, trace.flags, trace.state)
 
     @property
     def context(self) -> SpanContext:
-        """What its children hang on. Made when it is asked for, since most have none here."""
-        if self._context is None:
-            self._context = SpanContext(self.trace_id, self.span_id, False, self.flags, self.state)
-        return self._context
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether its trace is kept however it ends."""
-        return bool(self.flags & TraceFlags.SAMPLED)
+        """What its children hang on. Made when it is asked for, which is seldom: ours need less."""
+        trace = self.trace
+        return SpanContext(trace.trace_id, self.span_id, False, trace.flags, trace.state)
 
     @property
     def traceparent(self) -> str:
         """The `traceparent` header for its children elsewhere."""
-        return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.flags:02x}"
+        return f"00-{self.trace.id_text}-{self.span_id:016x}-{self.trace.flags_text}"
 
     def end(self, end_time: int | None = None) -> None:
         """It is over, now if no other time is told."""
@@ -94,12 +130,12 @@ class Recorded(Span):
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Sets many."""
         if not self.end_time:
-            self.attributes.update(attributes)
+            self._attributes.update(attributes)
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Sets one."""
         if not self.end_time:
-            self.attributes[key] = value
+            self._attributes[key] = value
 
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         """Something happened, now if no other time is told."""
@@ -163,36 +199,34 @@ class Tracer(trace.Tracer):
         set_status_on_exception: bool = True,  # noqa: ARG002
     ) -> Span:
         """Starts a span. Links are not kept; nothing here makes any."""
-        return self._start(name, trace.get_current_span(context).get_span_context(), kind, attributes, start_time)
+        parent = (otel_context.get_current() if context is None else context).get(_SPAN_KEY, trace.INVALID_SPAN)
+        assert isinstance(parent, Span)
+        return self._below(parent, name, kind, dict(attributes) if attributes else {}, start_time or time.time_ns())
 
     def start_child(self, parent: Span, name: str, kind: SpanKind) -> Span:
         """Starts a span below one that is at hand, which need not be looked for."""
-        return self._start(name, parent.get_span_context(), kind, None, None)
+        return self._below(parent, name, kind, {}, time.time_ns())
 
-    def _start(
-        self, name: str, parent: SpanContext | None, kind: SpanKind, attributes: Attributes, start_time: int | None
+    def _below(
+        self, parent: Span, name: str, kind: SpanKind, attributes: dict[str, AttributeValue], start_time: int
     ) -> Span:
-        assert parent is not None
         if not self._admits():
             # Its children are its parent's.
-            return trace.NonRecordingSpan(parent)
-        if parent.is_valid:
-            trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
+            return trace.NonRecordingSpan(parent.get_span_context())
+        if type(parent) is Recorded:
+            of, parent_id, is_remote = parent.trace, parent.span_id, False
         else:
-            parent, trace_id, state = None, random.getrandbits(128) or 1, _NO_STATE
-            flags = _SAMPLED if trace_id & (_RATIO_BITS - 1) < self._bound else _UNSAMPLED
-        return Recorded(
-            name=name,
-            scope=self._scope,
-            trace_id=trace_id,
-            flags=flags,
-            state=state,
-            parent=parent,
-            kind=kind,
-            attributes=dict(attributes) if attributes else {},
-            start_time=start_time or time.time_ns(),
-            on_end=self._on_end,
-        )
+            of, parent_id, is_remote = self._continued(parent.get_span_context())
+        return Recorded(name, kind, self._scope, of, parent_id, is_remote, attributes, start_time, self._on_end)
+
+    def _continued(self, context: SpanContext) -> tuple[Trace, int, bool]:
+        """The trace that a span belongs to whose parent is elsewhere, or nowhere; and that parent."""
+        if context.is_valid:
+            of = Trace(context.trace_id, context.trace_flags, context.trace_state)
+            return of, context.span_id, context.is_remote
+        trace_id = random.getrandbits(128) or 1
+        flags = _SAMPLED if trace_id & (_RATIO_BITS - 1) < self._bound else _UNSAMPLED
+        return Trace(trace_id, flags, _NO_STATE), 0, False
 
     def start_as_current_span(  # type: ignore[override]  # noqa: PLR0917  # the base class's makes decorators, too
         self,
@@ -223,7 +257,7 @@ class _Current(AbstractContextManager[Span]):
         self._ends = ends
 
     def __enter__(self) -> Span:
-        self._token = otel_context.attach(trace.set_span_in_context(self._span))
+        self._token = otel_context.attach(Context({**otel_context.get_current(), _SPAN_KEY: self._span}))
         return self._span
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:

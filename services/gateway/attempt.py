@@ -1,6 +1,7 @@
 """A generation's stay with one worker: the lease, the submission, and their spans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.util.types import AttributeValue
@@ -15,15 +16,18 @@ from services.gateway.worker_sessions import WorkerSessions
 
 __all__ = ["Attempt"]
 
+_NOTHING: Final[Mapping[str, AttributeValue]] = {}
+
 
 class Attempt:
     """One lease, from its grant until it is given back. Leave none open."""
 
-    __slots__ = ("_abort", "_parent", "_routers", "_span", "lease")
+    __slots__ = ("_abort", "_asked", "_parent", "_routers", "_span", "lease")
 
-    def __init__(self, routers: RouterClient, lease: Lease, parent: Span) -> None:
+    def __init__(self, routers: RouterClient, lease: Lease, parent: Span, asked: Mapping[str, AttributeValue]) -> None:
         self._routers: RouterClient | None = routers
         self._parent = parent
+        self._asked = asked
         self.lease = lease
         self._abort: Callable[[], None] | None = None
         self._span: Span | None = None
@@ -39,16 +43,18 @@ class Attempt:
     ) -> "Attempt":
         """Acquires a worker for a request; its spans are `parent`'s. Raises as `RouterClient.acquire` does."""
         with child_of(parent, "router.acquire", SpanKind.CLIENT) as span:
-            if span.is_recording():
-                span.set_attributes(_gen_ai(request))
+            asked = _gen_ai(request) if span.is_recording() else _NOTHING
+            span.set_attributes(asked)
             acquire.traceparent = traceparent_of(span)
-            attempt = cls(routers, await routers.acquire(acquire, on_queued), parent)
-            if span.is_recording():
-                lease = attempt.lease
-                span.set_attribute("tokenloom.worker", lease.worker_id)
-                span.set_attribute("tokenloom.reason", lease.reason)
-                span.set_attribute("tokenloom.queue_seconds", lease.queue_seconds)
-        return attempt
+            lease = await routers.acquire(acquire, on_queued)
+            if asked:
+                told: dict[str, AttributeValue] = {
+                    "tokenloom.worker": lease.worker_id,
+                    "tokenloom.reason": lease.reason,
+                    "tokenloom.queue_seconds": lease.queue_seconds,
+                }
+                span.set_attributes(told)
+        return cls(routers, lease, parent, asked)
 
     def submit(
         self, workers: WorkerSessions, submission: worker_pb2.Submission, stream: Stream, *, number: int
@@ -56,9 +62,10 @@ class Attempt:
         """Has the worker begin; `number` counts the attempts. Raises as `WorkerSessions.submit` does."""
         span = self._span = child_of(self._parent, "worker.generate", SpanKind.CLIENT)
         if span.is_recording():
-            span.set_attributes(_gen_ai(submission.request))
-            span.set_attribute("tokenloom.worker", self.lease.worker_id)
-            span.set_attribute("tokenloom.attempt", number)
+            told = dict(self._asked or _gen_ai(submission.request))
+            told["tokenloom.worker"] = self.lease.worker_id
+            told["tokenloom.attempt"] = number
+            span.set_attributes(told)
         submission.traceparent = traceparent_of(span)
         self._abort = workers.submit(self.lease.endpoint, submission, stream)
 

@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from time import monotonic
-from typing import Any
+from typing import Final
 
 from opentelemetry.trace import Span, SpanKind
+from opentelemetry.util.types import AttributeValue
 
 from services.common.logs import trace_id_of
+from services.common.trace_spans import Recorded
 from services.common.tracing import context_from, gen_ai, tracer
 from services.gateway.caller import Caller
 from services.gateway.generation import Generation
@@ -23,23 +26,36 @@ from services.gateway.schema_chat import ChatRequest
 __all__ = ["describe", "record", "request_ended", "request_span", "show_route"]
 
 _log = logging.getLogger(__name__)
+_NUMBERS: Final = (
+    "gen_ai.request.max_tokens",
+    "gen_ai.request.temperature",
+    "gen_ai.request.top_p",
+    "gen_ai.request.top_k",
+    "gen_ai.request.frequency_penalty",
+    "gen_ai.request.presence_penalty",
+    "gen_ai.request.seed",
+)
+_asked_of: Final = attrgetter(
+    *("model", "stream", "stop", "n"),
+    *("max_tokens", "temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed"),
+)
+_asked_of_chats: Final = attrgetter("reasoning_effort", "max_completion_tokens")
 
 
 def request_span(
     method: str, endpoint: str, request_id: str, traceparent: str | None, tracestate: str | None
 ) -> AbstractContextManager[Span]:
     """The span of a request, which is the current one in the block; its headers tell of the client's."""
+    told = {"tokenloom.request_id": request_id, "http.request.method": method}
+    if endpoint != UNKNOWN_PATH:
+        told["http.route"] = endpoint
     return tracer().start_as_current_span(
         f"{method} {endpoint}",
         context=context_from(traceparent, tracestate),
         kind=SpanKind.SERVER,
         record_exception=False,
         set_status_on_exception=False,
-        attributes={
-            "tokenloom.request_id": request_id,
-            "http.request.method": method,
-            **({} if endpoint == UNKNOWN_PATH else {"http.route": endpoint}),
-        },
+        attributes=told,
     )
 
 
@@ -75,32 +91,41 @@ def request_ended(
 def describe(operation: str, body: GenerationRequest, caller: Caller) -> None:
     """Says on the request's span what is asked for; `operation` is `gen_ai.operation.name`."""
     span = caller.span
-    if span.is_recording():
+    if type(span) is Recorded:
+        form = body.response_format
         span.update_name(f"{operation} {body.model}")
-        asked = {**_asked(body), "gen_ai.conversation.id": caller.session_id or None}
-        wanted = {key: value for key, value in asked.items() if value is not None}
-        span.set_attributes({**gen_ai(operation, body.model), **wanted})
+        # Not the body itself: prompts may be large, and spans wait for a while.
+        effort, completion = _asked_of_chats(body) if type(body) is ChatRequest else (None, None)
+        span.set_later(_asked, operation, caller.session_id, form and form.type, effort, completion, *_asked_of(body))
 
 
-def _asked(body: GenerationRequest) -> dict[str, Any]:
-    """What OpenTelemetry's GenAI conventions have names for; None: the client has not said, or what goes unsaid."""
-    stop, form = body.stop, body.response_format
-    asked = {
-        "gen_ai.request.stream": body.stream or None,
-        "gen_ai.request.max_tokens": body.max_tokens,
-        "gen_ai.request.temperature": body.temperature,
-        "gen_ai.request.top_p": body.top_p,
-        "gen_ai.request.top_k": body.top_k,
-        "gen_ai.request.frequency_penalty": body.frequency_penalty,
-        "gen_ai.request.presence_penalty": body.presence_penalty,
-        "gen_ai.request.seed": body.seed,
-        "gen_ai.request.stop_sequences": [stop] if isinstance(stop, str) else stop or None,
-        "gen_ai.request.choice.count": body.n if body.n != 1 else None,
-        "gen_ai.output.type": None if form is None else "text" if form.type == "text" else "json",
+def _asked(  # noqa: PLR0917  # as they are taken from requests
+    operation: str,
+    session_id: str,
+    form: str | None,
+    effort: str | None,
+    completion: int | None,
+    model: str,
+    stream: bool | None,
+    stop: str | list[str] | None,
+    n: int | None,
+    *numbers: float | None,
+) -> dict[str, AttributeValue]:
+    """What OpenTelemetry's GenAI conventions have names for, as far as the client has said it and it matters."""
+    asked = gen_ai(operation, model)
+    for name, number in zip(_NUMBERS, numbers, strict=True):
+        if number is not None:
+            asked[name] = number
+    more: dict[str, AttributeValue | None] = {
+        "gen_ai.request.stream": stream or None,
+        "gen_ai.request.stop_sequences": (stop,) if isinstance(stop, str) else stop or None,
+        "gen_ai.request.choice.count": n if n != 1 else None,
+        "gen_ai.output.type": None if form is None else "text" if form == "text" else "json",
+        "gen_ai.request.reasoning.level": effort,
+        "gen_ai.request.max_tokens": completion or None,
+        "gen_ai.conversation.id": session_id or None,
     }
-    if isinstance(body, ChatRequest):
-        asked["gen_ai.request.reasoning.level"] = body.reasoning_effort
-        asked["gen_ai.request.max_tokens"] = body.max_completion_tokens or body.max_tokens
+    asked.update((name, value) for name, value in more.items() if value is not None)
     return asked
 
 
@@ -164,7 +189,7 @@ def _tell_of_answer(span: Span, generation: Generation, totals: Totals, answer_i
         {
             "gen_ai.response.id": answer_id,
             "gen_ai.response.model": generation.model,
-            "gen_ai.response.finish_reasons": list(totals.finish_reasons),
+            "gen_ai.response.finish_reasons": (*totals.finish_reasons,),
             "gen_ai.usage.input_tokens": totals.prompt_tokens,
             "gen_ai.usage.output_tokens": totals.output_tokens,
             "gen_ai.usage.cache_read.input_tokens": totals.cached_tokens,

@@ -276,6 +276,15 @@ def test_what_a_backend_refuses_for_good_is_counted_and_not_offered_again() -> N
     assert lost_since(before) == {"exported": 0, "failed": 1, "dropped": 0}
 
 
+def test_spans_that_cannot_be_written_are_counted_and_harm_nobody(receiver: Receiver) -> None:
+    before, odd = counts(), {1: "no name"}
+    with tracing(receiver.endpoint) as tracer:
+        tracer.start_span("broken", attributes=odd).end()  # type: ignore[arg-type]
+        for _ in range(63 + 10):
+            tracer.start_span("request").end()
+    assert lost_since(before) == {"exported": 10, "failed": 0, "dropped": 64}
+
+
 def test_what_a_backend_took_is_counted(receiver: Receiver) -> None:
     before = counts()
     with tracing(receiver.endpoint) as tracer:
