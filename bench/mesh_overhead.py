@@ -1,15 +1,17 @@
 """The whole mesh beside vLLM's own server, on the same model: tokens a second, CPU a token, time to first token.
 
-    python -m bench.mesh_overhead [--streams 64] [--tokens 256] [--rounds 3] [--beside OTHER_CHECKOUT]
+    python -m bench.mesh_overhead [--streams 64] [--tokens 256] [--rounds 3] [--beside OTHER_CHECKOUT ...]
 
 Real vLLM on the CPU behind both, with the same engine arguments, and the same client. All are up all the time and take
-turns, in one order and then in the other. Counted is the CPU of everything outside the engine core: of `vllm serve` its
+turns, in an order that is drawn for each. Counted is the CPU of everything outside the engine core: of `vllm serve` its
 API server, of the mesh Envoy, gateway, router, telemetry and worker. The engine core itself takes most of this machine,
-so tokens a second say how much the rest takes away from it.
+so tokens a second say how much the rest takes away from it. The last lines are the middle of this mesh's figures over
+each other's within a turn, and its bounds.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from bench.processes import code_of, environment, program, wait_for_http
+from bench.turns import ratios
 from tests.support.demo_model import demo_model
 from tests.support.mesh import running_mesh
 from tests.support.ports import free_port
@@ -114,12 +117,13 @@ def measure(server: Server, streams: int, tokens: int) -> Round:
 def compare(servers: Sequence[Server], *, streams: int, tokens: int, rounds: int) -> dict[str, list[Round]]:
     """What each server gives in that many rounds, by its name."""
     for server in servers:
-        for _ in range(2):
+        for _ in range(3):
             measure(server, streams, 32)  # warms connections and code
             time.sleep(1)
     found: dict[str, list[Round]] = {server.name: [] for server in servers}
     for number in range(rounds):
-        for server in servers if number % 2 == 0 else servers[::-1]:
+        # At random, but the same each time: who comes before matters.
+        for server in random.Random(number).sample(servers, len(servers)):
             found[server.name].append(measure(server, streams, tokens))
     return found
 
@@ -130,19 +134,30 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--beside", type=Path, help="another checkout of this repository, whose mesh is measured, too")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        help="another checkout of this repository, whose mesh is measured, too; more than once: several",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        places = [Path(folder) / str(number) for number in range(3)]
+        places = [Path(folder) / str(number) for number in range(2 + len(options.beside))]
         for place in places:
             place.mkdir()
         servers = [stack.enter_context(vllm_serve(places[0])), stack.enter_context(mesh(places[1]))]
-        if options.beside is not None:
-            servers.append(stack.enter_context(mesh(places[2], options.beside.resolve())))
+        for place, checkout in zip(places[2:], options.beside, strict=True):
+            servers.append(stack.enter_context(mesh(place, checkout.resolve())))
         found = compare(servers, streams=options.streams, tokens=options.tokens, rounds=options.rounds)
     for server, rounds in found.items():
         line = {name: round(statistics.median(getattr(one, name) for one in rounds), 1) for name in Round.__slots__}
         print(f"{server:<12}{json.dumps(line)}", flush=True)
+    mine = found.pop(servers[1].name)
+    for server, rounds in found.items():
+        for name in Round.__slots__:
+            told = ratios([getattr(one, name) for one in mine], [getattr(one, name) for one in rounds])
+            print(f"{name} over that of {server}, median of {len(rounds)} turns and its bounds (95 %): {told}")
 
 
 if __name__ == "__main__":
