@@ -69,6 +69,7 @@ BARS: Final = {
     **{f"{factor} x: p99 of the admitted over that at capacity": Bar(1.5) for factor in (2, 5, 10)},
     **{f"{factor} x: ms until refused, p99": Bar(50.0) for factor in (2, 5, 10)},
     "s until nobody is refused and first tokens come as before": Bar(5.0),
+    "s until they come as they would have without the overload": Bar(5.0),
     "attempts over requests": Bar(1.1),
     "share of requests served": Bar(0.999, least=True),
     "its reports stand still for 30 s: busiest worker over the mean": Bar(1.3),

@@ -32,10 +32,14 @@ _TOLL: Final = 2.0
 Whoever looks at their own time alone crowds the fast card, where everybody behind them then waits, too (Pigou).
 Counting the line more than once leaves the fast card to those who gain most by it: bench/routing shows how much.
 """
-
-
 _TWICE: Final = 1.5
 """What a second of prefill counts beyond itself where another worker would not need it: others wait for it."""
+_SCARCE_SHARE: Final = 1 / 8
+"""Of a worker's KV cache, what is not given away without counting it.
+
+Who takes the last of it keeps everybody out until it is given back. Those with short prompts lose most by that: they
+would be served at once here, and wait for long prompts where they go instead.
+"""
 
 
 class Rates(NamedTuple):
@@ -121,8 +125,10 @@ class Outlook(NamedTuple):
     """One decode step with the request in the batch: its TPOT."""
     kv_free_tokens: float
     """KV cache that nobody uses."""
+    kv_spare_tokens: float
+    """Of this, what can be taken without making it scarce."""
     kv_token_seconds: float
-    """Wait for each token of KV cache beyond that."""
+    """Time until a token of KV cache is given back, and so the wait for each that is not free."""
     attempts: float
     """How often a request is tried here until it succeeds, on average."""
     delay_seconds: float = 0.0
@@ -170,12 +176,14 @@ def outlook(gauges: Gauges, hope: Rates = PRIOR, now: float = 0.0) -> Outlook:
     rate = gauges.prefill_tokens_per_second or hope.prefill_tokens_per_second
     prefill_token = gauges.slowdown * gauges.prefill_factor / rate
     service = gauges.service_seconds or PRIOR_OUTPUT_TOKENS * token
+    kv_free = gauges.kv_tokens - gauges.kv_used_tokens if gauges.kv_tokens else _ENDLESS
     return Outlook(
         prefill_token,
         now + gauges.backlog_tokens * prefill_token,
         _slot_seconds(gauges, service),
         token,
-        max(0.0, gauges.kv_tokens - gauges.kv_used_tokens) if gauges.kv_tokens else _ENDLESS,
+        max(0.0, kv_free),
+        max(0.0, kv_free - _SCARCE_SHARE * gauges.kv_tokens),
         # Sequences give back what they use within the time that they hold a slot.
         service / max(gauges.kv_used_tokens, 1.0),
         1.0 / (1.0 - min(gauges.failure_share, _MOST_FAILURES)),
@@ -203,9 +211,10 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
 
     wait = backlog + wait for a slot + wait for KV cache
     TTFT = wait + uncached / prefill rate + one decode step + delay
-    cost = (TTFT + toll x wait + twice x prefill of what another worker knows + weight x output x TPOT) x attempts
+    cost = (TTFT + toll x wait + time until scarce KV cache is given back + twice x prefill of what another worker knows
+            + weight x output x TPOT) x attempts
     """
-    prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts, delay = ahead
+    prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay = ahead
     wait = slot
     if clear_at > now:
         wait += clear_at - now
@@ -214,7 +223,8 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
         wait += (total - kv_free) * kv_token
     ttft = wait + (demand.prompt - cached) * prefill_token + tpot + delay
     again = (demand.known - cached) * prefill_token
-    cost = (ttft + _TOLL * wait + _TWICE * again + demand.output_weight * demand.output * tpot) * attempts
+    scarce = (total - kv_spare) * kv_token if total > kv_spare else 0.0
+    cost = (ttft + _TOLL * wait + scarce + _TWICE * again + demand.output_weight * demand.output * tpot) * attempts
     return ttft, tpot, cost, slot, cached, delay
 
 
@@ -231,14 +241,14 @@ def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float
             prefill * prefill_token
             + delay
             + steps * tpot
-            + waits
-            * (
-                slot
-                + (clear_at - now if clear_at > now else 0.0)
-                + ((total - kv_free) * kv_token if total > kv_free else 0.0)
+            + waits * (slot + (clear_at - now if clear_at > now else 0.0))
+            + (
+                (waits * (total - kv_free if total > kv_free else 0.0) + total - kv_spare) * kv_token
+                if total > kv_spare
+                else 0.0
             )
         )
-        for prefill_token, clear_at, slot, tpot, kv_free, kv_token, attempts, delay in outlooks
+        for prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay in outlooks
     ]
 
 

@@ -41,20 +41,25 @@ def test_a_worker_costs_the_seconds_that_it_takes(
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "wait"),
+    ("name", "change", "wait", "scarce"),
     [
-        ("idle", {}, 0.0),
-        ("prefill is pending", {"backlog_tokens": 2000.0}, 2.0),
-        ("no slot", {"occupied": 4, "service_seconds": 2.0}, 0.5),
-        ("it is known when a slot is free", {"occupied": 4, "service_seconds": 2.0, "slot_seconds": 0.1}, 0.1),
-        ("no KV cache", {"kv_tokens": 1000, "kv_used_tokens": 600.0, "service_seconds": 3.0}, 1.0),
+        ("idle", {}, 0.0, 0.0),
+        ("prefill is pending", {"backlog_tokens": 2000.0}, 2.0, 0.0),
+        ("no slot", {"occupied": 4, "service_seconds": 2.0}, 0.5, 0.0),
+        ("it is known when a slot is free", {"occupied": 4, "service_seconds": 2.0, "slot_seconds": 0.1}, 0.1, 0.0),
+        ("much KV cache", {"kv_tokens": 8000, "kv_used_tokens": 6400.0, "service_seconds": 3.0}, 0.0, 0.0),
+        ("just so much", {"kv_tokens": 8000, "kv_used_tokens": 6600.0, "service_seconds": 6.6}, 0.0, 0.2),
+        ("the last of it", {"kv_tokens": 8000, "kv_used_tokens": 7300.0, "service_seconds": 7.3}, 0.0, 0.6),
+        ("no KV cache", {"kv_tokens": 8000, "kv_used_tokens": 7500.0, "service_seconds": 7.5}, 0.1, 0.6),
     ],
 )
-def test_waiting_costs_more_than_it_takes_since_others_wait_behind(
-    name: str, change: dict[str, float], wait: float
+def test_waiting_and_taking_the_last_kv_cache_cost_more_than_they_take_since_others_wait_behind(
+    name: str, change: dict[str, float], wait: float, scarce: float
 ) -> None:
-    ttft, tpot, cost, *_ = predict(outlook(Gauges(**{**GAUGES, **change})), DEMAND, 0.0)  # type: ignore[arg-type]  # of a table
-    assert cost == pytest.approx(ttft + 2 * wait + 100 * tpot), name
+    ahead = outlook(Gauges(**{**GAUGES, **change}))  # type: ignore[arg-type]  # of a table
+    ttft, tpot, cost, *_ = predict(ahead, DEMAND, 0.0)
+    assert cost == pytest.approx(ttft + 2 * wait + scarce + 100 * tpot), name
+    assert costs([ahead], DEMAND, 0.0) == pytest.approx([cost]), name
 
 
 def test_what_is_cached_is_not_prefilled() -> None:
