@@ -1,5 +1,7 @@
 """Envoy's access log service: how each call of the typed lane went, without anybody standing in its way.
 
+Of a call that the edge let in without asking, since it remembered the key, it also tells that it has begun.
+
 The worker ends a call with what it took in trailing metadata, and the edge sends that on when the call is over. A call
 that its client left has no such end: what it took is told by the messages that passed, one for the start and then one a
 token.
@@ -15,8 +17,9 @@ from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 
 from services.common.errors import TABLE, Reason
 from services.common.status import REASON_OF_CODE
+from services.common.typed_calls import ACCOUNT_HEADER
 from services.gateway.pieces import Spent
-from services.gateway.typed_lane import ACCOUNT_HEADER, Call, TypedAccounts
+from services.gateway.typed_lane import Begun, Call, TypedAccounts
 
 __all__ = ["AccessLogServicer"]
 
@@ -29,7 +32,7 @@ _OF_HTTP: Final = {row.http: reason for reason, row in reversed(TABLE.items())}
 
 
 class AccessLogServicer(als_pb2_grpc.AccessLogServiceServicer):
-    """Settles the accounts of calls that are over."""
+    """Opens the accounts of calls that the edge has let in itself, and settles those of calls that are over."""
 
     def __init__(self, accounts: TypedAccounts) -> None:
         self._accounts = accounts
@@ -42,23 +45,34 @@ class AccessLogServicer(als_pb2_grpc.AccessLogServiceServicer):
         """Reads the edge's log for as long as it sends it."""
         async for message in request_iterator:
             for entry in message.http_logs.log_entry:
-                if ACCOUNT_HEADER in entry.request.request_headers:
+                if ACCOUNT_HEADER not in entry.request.request_headers:
+                    continue
+                if entry.common_properties.access_log_type == accesslog_pb2.UpstreamPoolReady:
+                    self._accounts.begun(Begun(**_begun(entry)))
+                else:
                     self._accounts.settle(_call(entry))
         return als_pb2.StreamAccessLogsResponse()
 
 
-def _call(entry: accesslog_pb2.HTTPAccessLogEntry) -> Call:
+def _begun(entry: accesslog_pb2.HTTPAccessLogEntry) -> dict[str, Any]:
     common, headers = entry.common_properties, entry.request.request_headers
+    return {
+        "account_id": headers[ACCOUNT_HEADER],
+        "request_id": entry.request.request_id,
+        "time": common.start_time.ToNanoseconds() / 1e9,
+        "path": entry.request.original_path or entry.request.path,
+        "tenant": headers.get("x-tokenloom-tenant", ""),
+        "key_id": headers.get("x-tokenloom-key", ""),
+    }
+
+
+def _call(entry: accesslog_pb2.HTTPAccessLogEntry) -> Call:
+    common = entry.common_properties
     first = common.time_to_first_downstream_tx_byte
     duration = common.duration.ToNanoseconds() / 1e9
     has_first = common.HasField("time_to_first_downstream_tx_byte")
     return Call(
-        account_id=headers[ACCOUNT_HEADER],
-        request_id=entry.request.request_id,
-        time=common.start_time.ToNanoseconds() / 1e9,
-        path=entry.request.original_path or entry.request.path,
-        tenant=headers.get("x-tokenloom-tenant", ""),
-        key_id=headers.get("x-tokenloom-key", ""),
+        **_begun(entry),
         outcome=_outcome(entry),
         duration_seconds=duration,
         ttft_seconds=first.ToNanoseconds() / 1e9 if has_first else None,

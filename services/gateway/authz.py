@@ -16,12 +16,13 @@ from services.common.allowed_models import MODELS_HEADER
 from services.common.errors import MeshError, Reason
 from services.common.quota import NO_LIMITS
 from services.common.status import DETAILS_KEY, status_from_error
+from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER
 from services.gateway.checks import KnownAnswer
 from services.gateway.guardrails import Guardrails
 from services.gateway.http import Headers, Receive, Send, error_headers
 from services.gateway.identity import Authenticator, Identity
 from services.gateway.request import Request
-from services.gateway.typed_lane import ACCOUNT_HEADER, TypedAccounts
+from services.gateway.typed_lane import TypedAccounts
 
 __all__ = ["AUTHORIZATION_PATH", "AuthorizationServicer", "HttpAuthorization", "Trail"]
 
@@ -35,6 +36,11 @@ _ACCOUNT: Final = ACCOUNT_HEADER.encode()
 _REMOVED: Final = (b"x-envoy-auth-headers-to-remove", b"authorization")
 _INFERENCE: Final = "inference"
 """The right that the routes to workers need."""
+_REMEMBER_SECONDS: Final = 0.5
+# A key that is revoked stops within a second: it takes a quarter of one until this process hears of it.
+_REMEMBER: Final = f"{REMEMBER_HEADER}: {1000 * _REMEMBER_SECONDS:.0f}\r\n".encode()
+# The edge has room for so many answers; a longer one is asked for each time.
+_LONGEST_REMEMBERED: Final = 2048
 _EMPTY: Final = (b"content-length", b"0")
 _Headers = list[tuple[bytes, bytes]]
 Trail = Callable[[str, str], Awaitable[None]]
@@ -105,7 +111,8 @@ class HttpAuthorization:
         rights = [value for name, value in headers if name == _RIGHT]
         if len(keys) != 1 or len(rights) != 1:
             return None
-        identity = self._authenticator.known(keys[0].decode("latin-1"))
+        key = keys[0].decode("latin-1")
+        identity = self._authenticator.known(key)
         if identity is None:
             return None
         if rights[0] == b"admin":
@@ -113,9 +120,10 @@ class HttpAuthorization:
             return None
         if rights[0] != _INFERENCE.encode():
             return _passed_bytes(identity), _nothing
-        return self._entered_at_once(identity, url, headers)
+        return self._entered_at_once(key, identity, url, headers)
 
-    def _entered_at_once(self, identity: Identity, url: bytes, headers: Headers) -> KnownAnswer | None:
+    def _entered_at_once(self, key: str, identity: Identity, url: bytes, headers: Headers) -> KnownAnswer | None:
+        """Also lets the edge remember the answer for a moment: it is the same for whatever such a key asks for."""
         if _is_filtered(self._guardrails, identity) or identity.limits != NO_LIMITS or identity.endpoints is not None:
             return None
         if self._accounts is None:
@@ -123,7 +131,10 @@ class HttpAuthorization:
         ids = [value for name, value in headers if name == _REQUEST_ID]
         path, request_id = url.decode("latin-1"), ids[0].decode("latin-1") if ids else ""
         account = self._accounts.begin(identity, path, request_id)
-        answer = b"%s%s: %s\r\n\r\n" % (_passed_bytes(identity)[:-2], _ACCOUNT, account.id.encode())
+        passed = _passed_bytes(identity)[:-2]
+        stays = len(passed) <= _LONGEST_REMEMBERED and self._authenticator.stays(key, _REMEMBER_SECONDS)
+        remember = _REMEMBER if stays else b""
+        answer = b"%s%s%s: %s\r\n\r\n" % (passed, remember, _ACCOUNT, account.id.encode())
         return answer, partial(self._accounts.enter_soon, account)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

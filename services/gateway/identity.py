@@ -83,6 +83,11 @@ class KeyDirectory:
         identity, until = found
         return identity if until is None or self._clock() < until else None
 
+    def stays(self, key: str, seconds: float) -> bool:
+        """Whether a key will still be one of ours after so long, if nobody changes it meanwhile."""
+        found = self._known.get(hash_of(key))
+        return found is not None and (found[1] is None or self._clock() + seconds < found[1])
+
     def by_id(self, key_id: str) -> Identity | None:
         """The owner of a key that is known by its id; None when it is not, or no longer, one of ours."""
         now = self._clock()
@@ -174,6 +179,10 @@ class Authenticator:
         if scheme.lower() != "bearer" or not key.isascii() or len(key) > _MAX_KEY_LENGTH:
             return None
         return self._keys.find(key)
+
+    def stays(self, authorization: str, seconds: float) -> bool:
+        """Whether who is `known` by this header will be so after so long, if nobody changes the key meanwhile."""
+        return self._keys.stays(authorization.partition(" ")[2], seconds)
 
 
 def _identity(record: KeyRecord) -> Identity:

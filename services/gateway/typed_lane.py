@@ -1,30 +1,37 @@
-"""Accounts of the typed lane: opened when the edge asks who calls, settled when it tells how the call went."""
+"""Accounts of the typed lane: opened when the edge asks who calls, settled when it tells how the call went.
+
+Where the edge remembers who calls it does not ask, and tells that the call has begun.
+"""
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar
 
 from services.common.endpoints import endpoint_of
-from services.common.ledger import UsageRow, month_of
+from services.common.ledger import LOST, UsageRow, month_of
+from services.common.typed_calls import EDGE_ACCOUNT
 from services.gateway.accounts import Account, Accounts, Show
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Spent
 
-__all__ = ["ACCOUNT_HEADER", "Call", "TypedAccounts"]
+__all__ = ["Begun", "Call", "TypedAccounts"]
 
-ACCOUNT_HEADER: Final = "x-tokenloom-account"
+_T = TypeVar("_T")
 # An account that nobody has settled for so long never will be: the edge was killed.
 _LOST_AFTER_SECONDS: Final = 3600.0
 _SWEEP_EACH: Final = 1024
 # By then a worker has the call, and whoever was asked for one meanwhile had the processor to itself.
 _SOON_SECONDS: Final = 0.004
+# Ends that were told before their beginnings: these are some milliseconds late, and lost when this process was killed.
+_MOST_ENDED_FIRST: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """How a call went, as the edge tells."""
+class Begun:
+    """A call, as the edge tells of it."""
 
     account_id: str
     request_id: str
@@ -33,6 +40,12 @@ class Call:
     path: str
     tenant: str
     key_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Begun):
+    """How a call went, as the edge tells."""
+
     outcome: str
     duration_seconds: float
     ttft_seconds: float | None
@@ -46,6 +59,8 @@ class TypedAccounts:
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         self._open: dict[str, tuple[float, Account]] = {}
+        self._begun: dict[str, tuple[float, UsageRow]] = {}
+        self._ended_first: dict[str, None] = {}
         self._entering: list[Account] = []
 
     def begin(self, identity: Identity, path: str, request_id: str, show: Show | None = None) -> Account:
@@ -77,14 +92,30 @@ class TypedAccounts:
             account.enter_now()
             self.keep(account)
 
+    def begun(self, call: Begun) -> None:
+        """The edge has let a call in itself, whose key it remembers. Its end may have been told first."""
+        if call.account_id in self._ended_first:
+            del self._ended_first[call.account_id]
+            return
+        row, now = _row(call), monotonic()
+        self._accounts.journal.open(row)
+        self._begun[call.account_id] = (now, row)
+        if len(self._begun) % _SWEEP_EACH == 0:
+            self._sweep(now)
+
     def settle(self, call: Call) -> None:
         """The edge has told."""
         self.enter_now()
-        _, account = self._open.pop(call.account_id, (0.0, None))
         _measure(call, self._accounts.metrics)
+        _, account = self._open.pop(call.account_id, (0.0, None))
         if account is None:
-            # Another gateway let it in, or this one before it was started again; the edge knows enough for its row.
-            row = _row(call, self._accounts)
+            # The edge let it in itself, or another gateway, or this one before it was started again: it knows enough.
+            if self._begun.pop(call.account_id, None) is None and _is_the_edges(call.account_id):
+                self._note_end(call.account_id)
+            spent = [] if call.spent is None else [call.spent]
+            row = self._accounts.charged(
+                _row(call), spent, outcome=call.outcome, duration_seconds=call.duration_seconds
+            )
             self._accounts.write(row)
             self._accounts.close(row, None)
             return
@@ -92,13 +123,30 @@ class TypedAccounts:
             account.add(call.spent, is_complete=False)
         account.settle(call.outcome)
 
+    def _note_end(self, account_id: str) -> None:
+        if len(self._ended_first) >= _MOST_ENDED_FIRST:
+            del self._ended_first[next(iter(self._ended_first))]
+        self._ended_first[account_id] = None
+
     def _sweep(self, now: float) -> None:
-        for account_id, (since, account) in tuple(self._open.items()):
-            if now - since < _LOST_AFTER_SECONDS:
-                # In the order in which they came.
-                break
-            del self._open[account_id]
-            account.settle("lost")
+        for account in _overdue(self._open, now):
+            account.settle(LOST)
+        for row in _overdue(self._begun, now):
+            self._accounts.write(row)
+            self._accounts.close(row, None)
+
+
+def _overdue(waiting: dict[str, tuple[float, _T]], now: float) -> Iterator[_T]:
+    """Takes out those whose end nobody will tell any more; they are in the order in which they came."""
+    for account_id, (since, account) in tuple(waiting.items()):
+        if now - since < _LOST_AFTER_SECONDS:
+            break
+        del waiting[account_id]
+        yield account
+
+
+def _is_the_edges(account_id: str) -> bool:
+    return account_id.rpartition(".")[2].startswith(EDGE_ACCOUNT)
 
 
 def _measure(call: Call, metrics: GatewayMetrics) -> None:
@@ -113,8 +161,8 @@ def _measure(call: Call, metrics: GatewayMetrics) -> None:
         metrics.time_per_token(spent.tpot_seconds, spent.model, lane="typed")
 
 
-def _row(call: Call, accounts: Accounts) -> UsageRow:
-    row = UsageRow(
+def _row(call: Begun) -> UsageRow:
+    return UsageRow(
         id=call.account_id,
         request_id=call.request_id,
         time=call.time,
@@ -123,11 +171,4 @@ def _row(call: Call, accounts: Accounts) -> UsageRow:
         endpoint=endpoint_of(call.path),
         tenant=call.tenant,
         key_id=call.key_id,
-        duration_seconds=call.duration_seconds,
-        outcome=call.outcome,
-    )
-    return (
-        row
-        if call.spent is None
-        else accounts.charged(row, [call.spent], outcome=row.outcome, duration_seconds=row.duration_seconds)
     )

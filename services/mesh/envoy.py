@@ -201,7 +201,7 @@ def _connection_manager(edge: Edge) -> dict[str, Any]:
         access_log=[_access_log(edge.access_log), *(usage_log(name) for name, _ in edge.accounting)],
         local_reply_config=local_replies(),
         route_config=route_config(),
-        http_filters=http_filters(edge.fallback),
+        http_filters=http_filters(edge.fallback, [name for name, _ in edge.accounting]),
     )
 
 

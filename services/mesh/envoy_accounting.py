@@ -1,14 +1,21 @@
-"""What the edge tells the gateway of each call of the typed lane once it is over, for limits and the usage ledger."""
+"""What the edge tells the gateway of each call of the typed lane once it is over, for limits and the usage ledger.
+
+And that it has begun, where the gateway was not asked."""
 
 from typing import Any, Final
 
+from services.common.typed_calls import ACCOUNT_HEADER, EDGE_ACCOUNT
 from services.mesh.envoy_types import any_of
 
-__all__ = ["MESSAGE_COUNTER", "accounting_cluster_name", "message_counter", "usage_log"]
+__all__ = [
+    "MESSAGE_COUNTER",
+    "accounting_cluster_name",
+    "message_counter",
+    "start_log",
+    "usage_log",
+]
 
 MESSAGE_COUNTER: Final = "envoy.filters.http.grpc_stats"
-# The gateway puts it on every call that it lets in; it begins with the gateway's name and a dot.
-_ACCOUNT: Final = "x-tokenloom-account"
 _USAGE: Final = (
     "prompt-tokens",
     "cached-tokens",
@@ -22,6 +29,10 @@ _USAGE: Final = (
 # Soon, so that what was reserved and not used is there for the next request.
 _FLUSH: Final = "0.1s"
 _BUFFER_BYTES: Final = 16 << 10
+# Not at once, as the gateway's reading it would want the processor while the worker makes the first token.
+_START_FLUSH: Final = "0.01s"
+# While the gateway is away the edge goes on for as long as it remembers, and these are kept for when it is back.
+_START_BUFFER_BYTES: Final = 256 << 10
 # A gateway that is started again is back before these are used up.
 _RETRIES: Final = 100
 
@@ -32,27 +43,44 @@ def accounting_cluster_name(gateway: str) -> str:
 
 
 def usage_log(gateway: str) -> dict[str, Any]:
-    """The access log that goes to the gateway of this name: of the calls that it has let in."""
-    is_its_own = {"name": _ACCOUNT, "string_match": {"prefix": f"{gateway}."}}
+    """The access log that goes to the gateway of this name: of the calls that it has let in, once they are over."""
     return {
         "name": "envoy.access_loggers.http_grpc",
-        "filter": {"header_filter": {"header": is_its_own}},
-        "typed_config": any_of(
-            "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
-            common_config={
-                "log_name": f"usage-{gateway}",
-                "transport_api_version": "V3",
-                "grpc_service": {"envoy_grpc": {"cluster_name": accounting_cluster_name(gateway)}},
-                "buffer_flush_interval": _FLUSH,
-                "buffer_size_bytes": _BUFFER_BYTES,
-                "filter_state_objects_to_log": [MESSAGE_COUNTER],
-                "grpc_stream_retry_policy": {"num_retries": _RETRIES},
-            },
-            additional_request_headers_to_log=[_ACCOUNT, "x-tokenloom-tenant", "x-tokenloom-key"],
-            additional_response_headers_to_log=["grpc-status"],
-            additional_response_trailers_to_log=["grpc-status", *(f"x-tokenloom-usage-{name}" for name in _USAGE)],
-        ),
+        "filter": _with_account(f"{gateway}."),
+        "typed_config": _to(gateway, _FLUSH, _BUFFER_BYTES),
     }
+
+
+def start_log(gateway: str) -> dict[str, Any]:
+    """The log of calls that the edge has let in itself for the gateway of this name, when their worker gets them."""
+    has_begun = {"log_type_filter": {"types": ["UpstreamPoolReady"]}}
+    return {
+        "name": "envoy.access_loggers.http_grpc",
+        "filter": {"and_filter": {"filters": [has_begun, _with_account(f"{gateway}.{EDGE_ACCOUNT}")]}},
+        "typed_config": _to(gateway, _START_FLUSH, _START_BUFFER_BYTES),
+    }
+
+
+def _with_account(prefix: str) -> dict[str, Any]:
+    return {"header_filter": {"header": {"name": ACCOUNT_HEADER, "string_match": {"prefix": prefix}}}}
+
+
+def _to(gateway: str, flush: str, buffer_bytes: int) -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
+        common_config={
+            "log_name": f"usage-{gateway}",
+            "transport_api_version": "V3",
+            "grpc_service": {"envoy_grpc": {"cluster_name": accounting_cluster_name(gateway)}},
+            "buffer_flush_interval": flush,
+            "buffer_size_bytes": buffer_bytes,
+            "filter_state_objects_to_log": [MESSAGE_COUNTER],
+            "grpc_stream_retry_policy": {"num_retries": _RETRIES},
+        },
+        additional_request_headers_to_log=[ACCOUNT_HEADER, "x-tokenloom-tenant", "x-tokenloom-key"],
+        additional_response_headers_to_log=["grpc-status"],
+        additional_response_trailers_to_log=["grpc-status", *(f"x-tokenloom-usage-{name}" for name in _USAGE)],
+    )
 
 
 def message_counter() -> dict[str, Any]:

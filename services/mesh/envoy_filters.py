@@ -1,13 +1,16 @@
 """What happens to a request on its way through the edge, and which routes want it."""
 
 from base64 import b64encode
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Final, Literal
 
 from services.common.allowed_models import MODELS_HEADER
 from services.common.status import DETAILS_KEY
-from services.mesh.envoy_accounting import MESSAGE_COUNTER, message_counter
+from services.common.typed_calls import REMEMBER_HEADER
+from services.mesh.envoy_accounting import MESSAGE_COUNTER, message_counter, start_log
 from services.mesh.envoy_fallback import destination_filter
+from services.mesh.envoy_memory import IS_UNKNOWN, KEY_MEMORY, key_memory
 from services.mesh.envoy_replies import error_body_script
 from services.mesh.envoy_types import any_of
 from services.mesh.rest import PUBLIC_SERVICES, descriptor_set
@@ -65,15 +68,17 @@ class Right(StrEnum):
         return {"filter_metadata": {_NAMESPACE: {"right": self.value, "form": form}}}
 
 
-def http_filters(fallback: str | None) -> list[dict[str, Any]]:
+def http_filters(fallback: str | None, gateways: Sequence[str]) -> list[dict[str, Any]]:
     """The filter chain. What is disabled here is enabled by the routes that want it.
 
-    `fallback`: where requests go that the picker can't be asked about; None: nowhere.
+    `fallback`: where requests go that the picker can't be asked about; None: nowhere. `gateways`: the names of those
+    that are told how calls went.
     """
     preset = [] if fallback is None else [{"name": "tokenloom.fallback", "typed_config": destination_filter(fallback)}]
     return [
         {"name": _ERROR_BODY, "disabled": True, "typed_config": _error_body()},
         {"name": _GRPC_WEB, "typed_config": any_of("envoy.extensions.filters.http.grpc_web.v3.GrpcWeb")},
+        {"name": KEY_MEMORY, "disabled": True, "typed_config": key_memory(gateways)},
         {"name": _AUTHORIZATION, "disabled": True, "typed_config": _authorization()},
         {"name": _TRANSCODER, "disabled": True, "typed_config": _transcoder()},
         *preset,
@@ -84,10 +89,7 @@ def http_filters(fallback: str | None) -> list[dict[str, Any]]:
             "typed_config": _picker(_ONLY_PICK_TIMEOUT if fallback is None else _PICK_TIMEOUT),
         },
         {"name": _BUFFER, "disabled": True, "typed_config": _buffer()},
-        {
-            "name": "envoy.filters.http.router",
-            "typed_config": any_of("envoy.extensions.filters.http.router.v3.Router", suppress_envoy_headers=True),
-        },
+        {"name": "envoy.filters.http.router", "typed_config": _router(gateways)},
     ]
 
 
@@ -95,7 +97,7 @@ def for_grpc(*, picked: bool) -> dict[str, Any]:
     """The filters of a gRPC route."""
     return {
         _AUTHORIZATION: _ENABLED,
-        **({MESSAGE_COUNTER: _ENABLED, _PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {}),
+        **({KEY_MEMORY: _ENABLED, MESSAGE_COUNTER: _ENABLED, _PICKER: _ENABLED, _BUFFER: _ENABLED} if picked else {}),
     }
 
 
@@ -125,8 +127,11 @@ def _authorization() -> dict[str, Any]:
                 "allowed_upstream_headers": {"patterns": [{"prefix": "x-tokenloom-"}]},
                 "allowed_client_headers": {"patterns": [{"exact": name} for name in _REFUSAL_HEADERS] + _ABOUT_LIMITS},
                 "allowed_client_headers_on_success": {"patterns": _ABOUT_LIMITS},
+                # What the memory before this filter learns from.
+                "dynamic_metadata_from_headers": {"patterns": [{"prefix": "x-tokenloom-"}, {"exact": REMEMBER_HEADER}]},
             },
         },
+        filter_enabled_metadata=IS_UNKNOWN,
         # Never the content type: to a check of type application/grpc Envoy itself would answer that the gateway is away
         # with HTTP 200 and a gRPC status, and take that for a yes.
         allowed_headers={"patterns": [{"exact": "authorization"}, {"exact": "x-request-id"}]},
@@ -170,6 +175,15 @@ def _picker(timeout: str) -> dict[str, Any]:
         request_attributes=[f"request.headers['{name}']" for name in _PICKER_READS],
         metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb"]}},
         failure_mode_allow=True,
+    )
+
+
+def _router(gateways: Sequence[str]) -> dict[str, Any]:
+    return any_of(
+        "envoy.extensions.filters.http.router.v3.Router",
+        suppress_envoy_headers=True,
+        upstream_log=[start_log(name) for name in gateways],
+        upstream_log_options={"flush_upstream_log_on_upstream_stream": True},
     )
 
 

@@ -1,6 +1,7 @@
 """Envoy's external authorization, over real gRPC."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,15 +11,21 @@ import grpc.aio
 import httpx
 import pytest
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from services.common.keystore import KeyStore
+from services.common.quota import KeyLimits
 from services.common.rpc import channel, serve
-from services.common.settings import GuardrailSettings
+from services.common.settings import GatewaySettings, GuardrailSettings
 from services.common.status import DETAILS_KEY
+from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
+from services.gateway.bookkeeping import bookkeeping
 from services.gateway.guardrails import Guardrails
 from services.gateway.identity import Authenticator, KeyDirectory
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import serve_http
+from services.gateway.typed_lane import TypedAccounts
 
 
 @pytest.fixture
@@ -166,3 +173,57 @@ async def test_checks_and_other_requests_share_a_connection(store: KeyStore) -> 
             closing = {**good, **right, "connection": "close"}
             assert (await client.post("/authz/x", headers=closing)).status_code == 200
     store.close()
+
+
+def answered(tmp_path: Path, store: KeyStore, key: str, right: str = "inference") -> dict[str, str]:
+    """The headers of what a gateway with accounts answers at once; none where it has to look closer."""
+    settings = GatewaySettings(
+        name="gateway",
+        metrics="127.0.0.1:0",
+        listen="127.0.0.1:0",
+        http="127.0.0.1:0",
+        routers=["127.0.0.1:1"],
+        database=str(tmp_path / "mesh.db"),
+        journal=str(tmp_path / "journal"),
+    )
+    asked = [(b"authorization", f"Bearer {key}".encode()), (b"x-tokenloom-right", right.encode())]
+    with bookkeeping(settings, GatewayMetrics(CollectorRegistry())) as books:
+        accounts = TypedAccounts(books.accounts)
+        checks = HttpAuthorization(authenticator(store), Guardrails(GuardrailSettings()), accounts)
+        known = checks.known_answer(b"POST", b"/authz/api/v1/generate", asked)
+    store.close()
+    lines = [] if known is None else known[0].decode().split("\r\n")[1:]
+    return dict(line.split(": ", 1) for line in lines if line)
+
+
+def test_the_edge_may_remember_a_key_for_which_the_answer_is_always_the_same(tmp_path: Path, store: KeyStore) -> None:
+    _, key = store.create("team", models=["a"], priority=1, debug=True, expires_at=time.time() + 60)
+    headers = answered(tmp_path, store, key)
+    assert headers[REMEMBER_HEADER] == "500"
+    assert headers[ACCOUNT_HEADER].startswith("gateway.")
+
+
+@pytest.mark.parametrize(
+    "rights",
+    [
+        {"limits": KeyLimits(rpm=1000)},
+        {"limits": KeyLimits(budget=1e9)},
+        {"endpoints": ["generate"]},
+        {"expires_at": 0.4},
+        {"models": [f"model-{number:04}" for number in range(300)]},
+    ],
+    ids=["limited", "on a budget", "for some endpoints", "about to expire", "with very many models"],
+)
+def test_the_edge_may_not_remember_a_key(tmp_path: Path, store: KeyStore, rights: dict[str, Any]) -> None:
+    if "expires_at" in rights:
+        rights = {"expires_at": time.time() + rights["expires_at"]}
+    _, key = store.create("team", **rights)
+    assert REMEMBER_HEADER not in answered(tmp_path, store, key)
+
+
+@pytest.mark.parametrize("right", ["admin", "telemetry"])
+def test_the_edge_may_not_remember_what_was_asked_for_another_right(
+    tmp_path: Path, store: KeyStore, right: str
+) -> None:
+    _, key = store.create("root", admin=True)
+    assert REMEMBER_HEADER not in answered(tmp_path, store, key, right)

@@ -14,6 +14,8 @@ import grpc.aio
 import httpx
 import uvicorn
 from envoy.config.core.v3 import base_pb2
+from envoy.data.accesslog.v3 import accesslog_pb2
+from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc
 from envoy.type.v3 import http_status_pb2
@@ -25,16 +27,19 @@ from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
 from services.common.errors import MeshError, Reason
 from services.common.rpc import metadata_of, serve
 from services.common.status import DETAILS_KEY, grpc_code, status_from_error
+from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
-__all__ = ["ADMIN_KEY", "LIMITED_KEY", "USER_KEY", "FarEnds", "RunningEdge", "running_edge"]
+__all__ = ["ADMIN_KEY", "KNOWN_KEYS", "LIMITED_KEY", "USER_KEY", "FarEnds", "RunningEdge", "running_edge"]
 
 USER_KEY: Final = "tl-user"
 LIMITED_KEY = "limited"
 ADMIN_KEY: Final = "tl-admin"
+KNOWN_KEYS: Final = "tl-known-"
+"""Keys that begin so may be remembered, and have a tenant of their own name; with "debug" in it also that right."""
 _STEP_SECONDS: Final = 0.03
 # Longer than the edge waits for a router that says nothing.
 _WAIT_SECONDS = 1.3
@@ -55,6 +60,10 @@ class FarEnds:
     """How each pick's stream ended: "completed" or "cancelled"."""
     worker_calls: list[dict[str, str | bytes]] = field(default_factory=list)
     worker_cancels: int = 0
+    remember_ms: int = 500
+    """For how long the gateway says that keys may be remembered that may be at all."""
+    told: list[accesslog_pb2.HTTPAccessLogEntry] = field(default_factory=list)
+    """What the edge told of calls."""
 
 
 class Gateway:
@@ -86,7 +95,11 @@ class Gateway:
         right = headers["x-tokenloom-right"]
         self._seen.checks.append({"right": right, **headers})
         is_grpc = headers["x-tokenloom-form"] == "grpc"
-        models = b'["demo"]' if headers.get("authorization") == f"Bearer {LIMITED_KEY}" else b""
+        key = headers.get("authorization", "").removeprefix("Bearer ")
+        if key.startswith(KNOWN_KEYS) and "," not in key:
+            await _send_known(send, key, self._seen)
+            return
+        models = b'["demo"]' if key == LIMITED_KEY else b""
         await _send_check(send, _check(right, headers), is_grpc=is_grpc, models=models)
 
     async def _stream(self, receive: Any, send: Any) -> None:
@@ -129,6 +142,34 @@ async def _send_check(send: Any, error: MeshError | None, *, is_grpc: bool, mode
     status = 200 if error is None else error.row.http
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _send_known(send: Any, key: str, seen: FarEnds) -> None:
+    added = {
+        "x-tokenloom-tenant": key,
+        "x-tokenloom-key": f"id-of-{key}",
+        ACCOUNT_HEADER: f"gateway.{len(seen.checks)}",
+        REMEMBER_HEADER: str(seen.remember_ms),
+        "x-envoy-auth-headers-to-remove": "authorization",
+        "content-length": "0",
+        **({"x-tokenloom-debug": "1"} if "debug" in key else {}),
+    }
+    headers = [(name.encode(), value.encode()) for name, value in added.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+class Accounting(als_pb2_grpc.AccessLogServiceServicer):
+    """The gateway's gRPC side."""
+
+    def __init__(self, seen: FarEnds) -> None:
+        self._seen = seen
+
+    async def StreamAccessLogs(self, request_iterator: AsyncIterator[Any], context: _Context) -> Any:  # noqa: ARG002
+        """Listens."""
+        async for message in request_iterator:
+            self._seen.told += message.http_logs.log_entry
+        return als_pb2.StreamAccessLogsResponse()
 
 
 class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
@@ -336,6 +377,7 @@ class RunningEdge:
     admin: str
     seen: FarEnds
     access_log: Path
+    stop_gateway: Callable[[], Awaitable[None]]
     stop_router: Callable[[], Awaitable[None]]
 
     def log_lines(self) -> list[dict[str, Any]]:
@@ -367,7 +409,10 @@ async def running_edge(folder: Path, *, fallback: bool = False, **changes: Any) 
     """
     seen = FarEnds()
     async with AsyncExitStack() as stack:
-        gateway = await stack.enter_async_context(_http(Gateway(seen)))
+        gateways = await stack.enter_async_context(AsyncExitStack())
+        gateway = await gateways.enter_async_context(_http(Gateway(seen)))
+        add_log = als_pb2_grpc.add_AccessLogServiceServicer_to_server
+        accounting = await stack.enter_async_context(_grpc(add_log, Accounting(seen), "accounting"))
         router = await stack.enter_async_context(AsyncExitStack())
         seen.worker_endpoint = await stack.enter_async_context(
             _grpc(inference_pb2_grpc.add_InferenceServiceServicer_to_server, Worker(seen), "worker")
@@ -376,6 +421,7 @@ async def running_edge(folder: Path, *, fallback: bool = False, **changes: Any) 
             "listen": f"127.0.0.1:{free_port()}",
             "admin": f"127.0.0.1:{free_port()}",
             "gateway": f"127.0.0.1:{gateway}",
+            "accounting": (("gateway", accounting),),
             "router": (
                 routed := await router.enter_async_context(_grpc(_add_router, (Picker(seen), Admin()), "router"))
             ),
@@ -399,6 +445,7 @@ async def running_edge(folder: Path, *, fallback: bool = False, **changes: Any) 
             admin=f"http://{edge.admin}",
             seen=seen,
             access_log=Path(edge.access_log),
+            stop_gateway=gateways.aclose,
             stop_router=router.aclose,
         )
 

@@ -8,11 +8,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.common.settings import GatewaySettings
+from services.common.typed_calls import EDGE_ACCOUNT
+from services.gateway import typed_lane
 from services.gateway.bookkeeping import bookkeeping
 from services.gateway.identity import Identity
 from services.gateway.journal import read_entries, segments_of
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.typed_lane import Call, TypedAccounts
+from services.gateway.typed_lane import Begun, Call, TypedAccounts
 
 WHO = Identity(key_id="key", tenant="team", models=None, priority=0, admin=False, debug=False)
 PATH = "/tokenloom.inference.v1.InferenceService/Generate"
@@ -36,6 +38,12 @@ class Lane:
         account = self.accounts.begin(WHO, PATH, "request")
         self.accounts.enter_soon(account)
         return account.id
+
+    def hear_of(self, account_id: str) -> None:
+        """The edge tells that it has let a call in itself."""
+        self.accounts.begun(
+            Begun(account_id=account_id, request_id="request", time=1.0, path=PATH, tenant="team", key_id="key")
+        )
 
     def settle(self, account_id: str) -> None:
         """The edge tells its end."""
@@ -91,3 +99,38 @@ async def test_no_call_is_forgotten_at_the_end(lane: Lane) -> None:
     lane.accounts.enter_now()
     await asyncio.sleep(0.05)
     assert [kind for kind, _ in lane.lines] == ["open", "open"]
+
+
+async def test_a_call_that_the_edge_let_in_itself_has_one_row(lane: Lane) -> None:
+    lane.hear_of(f"gateway.{EDGE_ACCOUNT}1")
+    await asyncio.sleep(0)
+    assert lane.lines == [("open", "lost")]
+    lane.settle(f"gateway.{EDGE_ACCOUNT}1")
+    await asyncio.sleep(0)
+    assert lane.lines == [("open", "lost"), ("close", "ok")]
+
+
+async def test_a_call_whose_end_is_told_before_its_beginning_has_one_row_too(lane: Lane) -> None:
+    lane.settle(f"gateway.{EDGE_ACCOUNT}1")
+    lane.hear_of(f"gateway.{EDGE_ACCOUNT}1")
+    await asyncio.sleep(0)
+    assert lane.lines == [("close", "ok")]
+
+
+async def test_ends_without_a_beginning_do_not_add_up(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typed_lane, "_MOST_ENDED_FIRST", 3)
+    for number in range(10):
+        lane.settle(f"gateway.{EDGE_ACCOUNT}{number}")
+    for number in range(10):
+        lane.hear_of(f"gateway.{EDGE_ACCOUNT}{number}")
+    await asyncio.sleep(0)
+    assert lane.lines[10:] == [("open", "lost")] * 7
+
+
+async def test_what_the_edge_let_in_and_tells_no_more_of_is_lost(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(typed_lane, "_LOST_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(typed_lane, "_SWEEP_EACH", 3)
+    for number in range(3):
+        lane.hear_of(f"gateway.{EDGE_ACCOUNT}{number}")
+    await asyncio.sleep(0)
+    assert lane.lines == [("open", "lost")] * 3 + [("close", "lost")] * 3
