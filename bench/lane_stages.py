@@ -45,8 +45,7 @@ _LANES: Final[dict[str, tuple[_Hop, ...]]] = {
     "direct": (("client", "", "worker"), ("worker", "worker", "")),
     "typed": (
         ("client", "", "edge"),
-        ("edge: route", "", "gateway"),
-        ("gateway: who is it", "gateway", ""),
+        # Who calls it remembers; twice a second it asks the gateway first.
         ("edge: ask for a worker", "", "picker"),
         ("router: pick", "picker", ""),
         ("edge: forward", "", "worker"),

@@ -1,12 +1,14 @@
--- Remembers for a moment what the gateway said of a key, so that the next calls with it need not wait to be told again.
+-- Remembers for a moment what the gateway said of a key, so that the next calls with it need not ask again.
 --
--- A call of a key that is remembered gets the headers that the gateway's answer had, and an account of its own, and is not
--- asked about (REMEMBERED in its metadata, which clients can't set). Any other call is asked about as ever; what the
--- gateway says of it comes as metadata, and is learnt here if the gateway says for how long it holds.
+-- A call of a key that is remembered gets the headers that the gateway's answer had, and an account of its own, and is
+-- not asked about: it has REMEMBERED in its metadata, which clients can't set. Any other call is asked about as ever;
+-- what the gateway says of it comes as metadata, and is learnt here if the gateway says for how long it holds.
 --
--- NAMESPACE, ASKED, ANSWER (namespaces of metadata), REMEMBERED, REMEMBER, ACCOUNT, HEADERS (what the answer adds begins so),
--- GATEWAYS (how the accounts begin of gateways that can be told of a call), MARK (how the rest begins of accounts that are
--- made here) and MOST come before this text. Each of Envoy's threads has a memory of its own.
+-- Before this text come the namespaces of metadata NAMESPACE (what this filter says), ASKED (what it keeps of a call
+-- until its answer) and ANSWER (what the gateway says); the names REMEMBERED, REMEMBER (for how many milliseconds) and
+-- ACCOUNT; HEADERS, as what the answer adds begins; GATEWAYS, as the accounts of those begin that can be told of a call;
+-- MARK, as the rest of an account's id begins that is made here; MOST (keys) and MOST_MS. Each of Envoy's threads has a
+-- memory of its own.
 
 -- Two generations, so that nothing need be looked for to be forgotten: when the young one is full or has become old, it
 -- takes the place of the old one.
