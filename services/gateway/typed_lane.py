@@ -25,7 +25,7 @@ _LOST_AFTER_SECONDS: Final = 3600.0
 _SWEEP_EACH: Final = 1024
 # By then a worker has the call, and whoever was asked for one meanwhile had the processor to itself.
 _SOON_SECONDS: Final = 0.004
-# Ends that were told before their beginnings: these are some milliseconds late, and lost when this process was killed.
+# Ends that were told before their beginnings, which are some milliseconds late, and lost where this process was killed.
 _MOST_ENDED_FIRST: Final = 4096
 
 

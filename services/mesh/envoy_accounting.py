@@ -29,8 +29,9 @@ _USAGE: Final = (
 # Soon, so that what was reserved and not used is there for the next request.
 _FLUSH: Final = "0.1s"
 _BUFFER_BYTES: Final = 16 << 10
-# Not at once, as the gateway's reading it would want the processor while the worker makes the first token.
-_START_FLUSH: Final = "0.01s"
+# Not at once, as the gateway's reading it would want the processor while the worker makes the first token; a killed edge
+# takes those with it that it has not told of yet.
+_START_FLUSH: Final = "0.025s"
 # While the gateway is away the edge goes on for as long as it remembers, and these are kept for when it is back.
 _START_BUFFER_BYTES: Final = 256 << 10
 # A gateway that is started again is back before these are used up.
