@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from services.mesh.envoy_accounting import usage_log
-from services.mesh.envoy_clusters import accounting_cluster, clusters, otlp_cluster
+from services.mesh.envoy_accounting import accounting_listener, usage_log
+from services.mesh.envoy_clusters import accounting_clusters, clusters, otlp_cluster
 from services.mesh.envoy_fallback import fallback_cluster, fallback_listener
 from services.mesh.envoy_filters import http_filters
 from services.mesh.envoy_replies import local_replies
@@ -68,6 +68,12 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
         "node": {"id": "edge", "cluster": "tokenloom-edge"},
         "admin": {"address": socket_address(edge.admin), "ignore_global_conn_limit": True},
         "application_log_config": {"log_format": {"json_format": _LOG_LINE}},
+        "bootstrap_extensions": [
+            {
+                "name": "envoy.bootstrap.internal_listener",
+                "typed_config": any_of("envoy.extensions.bootstrap.internal_listener.v3.InternalListener"),
+            }
+        ],
         "overload_manager": _overload_manager(),
         "layered_runtime": {
             "layers": [{"name": "ours", "static_layer": _RUNTIME}, {"name": "admin", "admin_layer": {}}]
@@ -77,6 +83,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
                 _listener("edge", edge.listen, edge, edge.tls),
                 *([] if edge.operators is None else [_listener("operators", edge.operators, edge)]),
                 *([] if edge.fallback is None else [fallback_listener(edge.fallback)]),
+                *(accounting_listener(name) for name, _ in edge.accounting),
             ],
             "clusters": [
                 *clusters(
@@ -86,7 +93,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
                     telemetry=edge.telemetry,
                     has_fallback=edge.fallback is not None,
                 ),
-                *(accounting_cluster(name, address) for name, address in edge.accounting),
+                *(each for name, address in edge.accounting for each in accounting_clusters(name, address)),
                 *([] if edge.fallback is None else [fallback_cluster(edge.workers)]),
                 *collector,
             ],

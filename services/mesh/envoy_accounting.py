@@ -10,6 +10,8 @@ from services.mesh.envoy_types import any_of
 __all__ = [
     "MESSAGE_COUNTER",
     "accounting_cluster_name",
+    "accounting_listener",
+    "gateway_cluster_name",
     "message_counter",
     "start_log",
     "usage_log",
@@ -36,11 +38,19 @@ _START_FLUSH: Final = "0.025s"
 _START_BUFFER_BYTES: Final = 256 << 10
 # A gateway that is started again is back before these are used up.
 _RETRIES: Final = 100
+# What connects to a gateway tries for minutes, more and more seldom up to this.
+_ATTEMPTS: Final = 1000
+_BACK_OFF: Final = {"base_interval": "0.05s", "max_interval": "0.2s"}
 
 
 def accounting_cluster_name(gateway: str) -> str:
-    """The cluster that is a gateway's gRPC side."""
+    """The cluster that is a gateway's gRPC side, and the listener inside the edge that stands before it."""
     return f"accounting-{gateway}"
+
+
+def gateway_cluster_name(gateway: str) -> str:
+    """The cluster that a connection ends in which the listener inside the edge has taken."""
+    return f"{accounting_cluster_name(gateway)}-itself"
 
 
 def usage_log(gateway: str) -> dict[str, Any]:
@@ -82,6 +92,24 @@ def _to(gateway: str, flush: str, buffer_bytes: int) -> dict[str, Any]:
         additional_response_headers_to_log=["grpc-status"],
         additional_response_trailers_to_log=["grpc-status", *(f"x-tokenloom-usage-{name}" for name in _USAGE)],
     )
+
+
+def accounting_listener(gateway: str) -> dict[str, Any]:
+    """A listener inside the edge, which holds what is told to a gateway until that is there."""
+    proxy = any_of(
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        stat_prefix=accounting_cluster_name(gateway),
+        cluster=gateway_cluster_name(gateway),
+        max_connect_attempts=_ATTEMPTS,
+        backoff_options=_BACK_OFF,
+        idle_timeout="0s",
+    )
+    return {
+        "name": accounting_cluster_name(gateway),
+        "internal_listener": {},
+        "ignore_global_conn_limit": True,
+        "filter_chains": [{"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]}],
+    }
 
 
 def message_counter() -> dict[str, Any]:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any, Final
 
-from services.mesh.envoy_accounting import accounting_cluster_name
+from services.mesh.envoy_accounting import accounting_cluster_name, gateway_cluster_name
 from services.mesh.envoy_types import any_of, socket_address
 
-__all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "accounting_cluster", "balanced", "clusters", "otlp_cluster"]
+__all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "accounting_clusters", "balanced", "clusters", "otlp_cluster"]
 
 # Where the router says which worker gets a request: dynamic metadata, which no client can set.
 DESTINATION_NAMESPACE: Final = "envoy.lb"
@@ -50,9 +50,18 @@ def otlp_cluster(address: str) -> dict[str, Any]:
     return _fixed("otlp", address, _HTTP2)
 
 
-def accounting_cluster(gateway: str, address: str) -> dict[str, Any]:
-    """A gateway's gRPC side, by the gateway's name."""
-    return _fixed(accounting_cluster_name(gateway), address, _HTTP2)
+def accounting_clusters(gateway: str, address: str) -> list[dict[str, Any]]:
+    """A gateway's gRPC side, by the gateway's name: past a listener inside the edge, which waits for it."""
+    name = accounting_cluster_name(gateway)
+    itself = _fixed(gateway_cluster_name(gateway), address, _HTTP2)
+    del itself["typed_extension_protocol_options"]
+    inside = {"address": {"envoy_internal_address": {"server_listener_name": name, "endpoint_id": name}}}
+    waiting = {
+        **_cluster(name, _HTTP2),
+        "type": "STATIC",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [{"endpoint": inside}]}]},
+    }
+    return [waiting, itself]
 
 
 def balanced(name: str, addresses: Sequence[str]) -> dict[str, Any]:
