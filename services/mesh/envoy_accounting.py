@@ -31,8 +31,8 @@ _USAGE: Final = (
 # Soon, so that what was reserved and not used is there for the next request.
 _FLUSH: Final = "0.1s"
 _BUFFER_BYTES: Final = 16 << 10
-# Not at once, as the gateway's reading it would want the processor while the worker makes the first token; a killed edge
-# takes those with it that it has not told of yet.
+# Not at once: the gateway's reading it would want the processor while the worker makes the first token. A killed edge
+# takes with it what it has not told of yet.
 _START_FLUSH: Final = "0.025s"
 # While the gateway is away the edge goes on for as long as it remembers, and these are kept for when it is back.
 _START_BUFFER_BYTES: Final = 256 << 10
