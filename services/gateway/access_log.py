@@ -7,6 +7,7 @@ that its client left has no such end: what it took is told by the messages that 
 token.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ __all__ = ["AccessLogServicer"]
 _STATS: Final = "envoy.filters.http.grpc_stats"
 _USAGE: Final = "x-tokenloom-usage-"
 _BYTES_A_TOKEN: Final = 4
+_AT_A_TIME: Final = 16
 _CODES: Final = {str(code.value[0]): code.name for code in grpc.StatusCode}
 _REASONS: Final = frozenset(reason.value.lower() for reason in Reason)
 _OF_HTTP: Final = {row.http: reason for reason, row in reversed(TABLE.items())}
@@ -44,7 +46,10 @@ class AccessLogServicer(als_pb2_grpc.AccessLogServiceServicer):
     ) -> als_pb2.StreamAccessLogsResponse:
         """Reads the edge's log for as long as it sends it."""
         async for message in request_iterator:
-            for entry in message.http_logs.log_entry:
+            for number, entry in enumerate(message.http_logs.log_entry, 1):
+                if number % _AT_A_TIME == 0:
+                    # Many come at once after this process was away.
+                    await asyncio.sleep(0)
                 if ACCOUNT_HEADER not in entry.request.request_headers:
                     continue
                 if entry.common_properties.access_log_type == accesslog_pb2.UpstreamPoolReady:

@@ -30,12 +30,11 @@ _USAGE: Final = (
 )
 # Soon, so that what was reserved and not used is there for the next request.
 _FLUSH: Final = "0.1s"
-_BUFFER_BYTES: Final = 16 << 10
+# So much is kept for a gateway that is away, of either log, besides what waits in the connection.
+_BUFFER_BYTES: Final = 256 << 10
 # Not at once: the gateway's reading it would want the processor while the worker makes the first token. A killed edge
 # takes with it what it has not told of yet.
 _START_FLUSH: Final = "0.025s"
-# While the gateway is away the edge goes on for as long as it remembers, and these are kept for when it is back.
-_START_BUFFER_BYTES: Final = 256 << 10
 # A gateway that is started again is back before these are used up.
 _RETRIES: Final = 100
 # What connects to a gateway tries for minutes, more and more seldom up to this.
@@ -58,7 +57,7 @@ def usage_log(gateway: str) -> dict[str, Any]:
     return {
         "name": "envoy.access_loggers.http_grpc",
         "filter": _with_account(f"{gateway}."),
-        "typed_config": _to(gateway, _FLUSH, _BUFFER_BYTES),
+        "typed_config": _to(gateway, _FLUSH),
     }
 
 
@@ -68,7 +67,7 @@ def start_log(gateway: str) -> dict[str, Any]:
     return {
         "name": "envoy.access_loggers.http_grpc",
         "filter": {"and_filter": {"filters": [has_begun, _with_account(f"{gateway}.{EDGE_ACCOUNT}")]}},
-        "typed_config": _to(gateway, _START_FLUSH, _START_BUFFER_BYTES),
+        "typed_config": _to(gateway, _START_FLUSH),
     }
 
 
@@ -76,7 +75,7 @@ def _with_account(prefix: str) -> dict[str, Any]:
     return {"header_filter": {"header": {"name": ACCOUNT_HEADER, "string_match": {"prefix": prefix}}}}
 
 
-def _to(gateway: str, flush: str, buffer_bytes: int) -> dict[str, Any]:
+def _to(gateway: str, flush: str) -> dict[str, Any]:
     return any_of(
         "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig",
         common_config={
@@ -84,7 +83,7 @@ def _to(gateway: str, flush: str, buffer_bytes: int) -> dict[str, Any]:
             "transport_api_version": "V3",
             "grpc_service": {"envoy_grpc": {"cluster_name": accounting_cluster_name(gateway)}},
             "buffer_flush_interval": flush,
-            "buffer_size_bytes": buffer_bytes,
+            "buffer_size_bytes": _BUFFER_BYTES,
             "filter_state_objects_to_log": [MESSAGE_COUNTER],
             "grpc_stream_retry_policy": {"num_retries": _RETRIES},
         },
