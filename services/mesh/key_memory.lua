@@ -49,10 +49,13 @@ end
 
 function envoy_on_response(handle)
   local metadata = handle:streamInfo():dynamicMetadata()
+  local asked = metadata:get(ASKED)
+  if not asked then return end
+  -- What is logged of a call has its metadata, too: the key itself is nobody's business there.
+  metadata:set(ASKED, "key", "")
   local said = metadata:get(ANSWER)
   local span = said and tonumber(said[REMEMBER])
-  local asked = span and metadata:get(ASKED)
-  if not asked then return end
+  if not span then return end
   local gateway = (said[ACCOUNT] or ""):match("^(.*%.)[^.]*$")
   -- The time counts from when it was asked: the gateway can't have known anything later.
   local from, till = asked.at, asked.at + math.min(span, MOST_MS)

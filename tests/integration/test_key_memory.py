@@ -200,6 +200,14 @@ async def test_the_gateway_is_told_that_a_call_has_begun_that_it_was_not_asked_a
     assert account in {each.request.request_headers[ACCOUNT_HEADER] for each in told(kinds[1])}
 
 
+async def test_what_the_edge_tells_of_calls_has_no_key_in_it(edge: RunningEdge, client: httpx.AsyncClient) -> None:
+    del edge.seen.told[:]
+    for _ in range(2):
+        assert (await rest(client, known("secret"))).status_code == 200
+    await eventually(lambda: len(edge.seen.told) == 3, within=5)
+    assert not [entry for entry in edge.seen.told if f"Bearer {KNOWN_KEYS}secret" in str(entry)]
+
+
 async def test_a_remembered_call_that_no_worker_gets_is_told_of_at_its_end(
     edge: RunningEdge, client: httpx.AsyncClient, stub: inference_pb2_grpc.InferenceServiceAsyncStub
 ) -> None:
