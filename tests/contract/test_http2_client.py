@@ -116,7 +116,7 @@ async def test_leaving_the_block_cancels_the_call_at_once() -> None:
     got: list[bytes] = []
     async with server(wait) as target, calling(target, PATH, got.append, connect_seconds=2) as call:
         call.send(b"a")
-        await eventually(lambda: bool(got), within=2)
+        await eventually(lambda: bool(got), within=5)
         call.cancel()
         await asyncio.wait_for(over.wait(), 0.1)
         assert await status_of(call.ended()) is grpc.StatusCode.CANCELLED
@@ -147,12 +147,12 @@ async def test_a_call_goes_on_while_the_server_lets_running_calls_end() -> None:
     running = asyncio.create_task(run(target))
     async with calling(await target, PATH, got.append, connect_seconds=2) as call:
         call.send(b"before")
-        await eventually(lambda: len(got) == 1, within=2)
+        await eventually(lambda: len(got) == 1, within=5)
         ready.set()
         # The goodbye is on its way; nobody else is let in.
         await asyncio.sleep(0.2)
         call.send(b"after")
-        await eventually(lambda: len(got) == 2, within=2)
+        await eventually(lambda: len(got) == 2, within=5)
         assert not gone.is_set()
         call.finish()
         await asyncio.wait_for(call.ended(), 2)
@@ -165,7 +165,7 @@ async def test_a_server_that_stops_without_grace_ends_the_call() -> None:
         target = await running.enter_async_context(server(echo))
         async with calling(target, PATH, got.append, connect_seconds=2) as call:
             call.send(b"a")
-            await eventually(lambda: bool(got), within=2)
+            await eventually(lambda: bool(got), within=5)
             waiting = asyncio.create_task(status_of(call.ended()))
             await running.aclose()
             assert await waiting in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
@@ -179,7 +179,7 @@ async def test_a_connection_that_is_cut_ends_the_call_at_once() -> None:
         calling(between.address, PATH, got.append, connect_seconds=2) as call,
     ):
         call.send(b"a")
-        await eventually(lambda: bool(got), within=2)
+        await eventually(lambda: bool(got), within=5)
         between.cut()
         async with asyncio.timeout(0.5):
             assert await status_of(call.ended()) is grpc.StatusCode.UNAVAILABLE

@@ -144,7 +144,7 @@ async def test_a_body_that_comes_first_brings_what_there_is_to_know_of_the_heade
         assert await envoy.picked() == "127.0.0.1:5001"
         (lease,) = router.fleet.workers[0].leases
         await envoy.send_response(grpc_status="0")
-        await eventually(lambda: leases(router) == 0, within=1)
+        await eventually(lambda: leases(router) == 0, within=5)
     request = lease.request
     assert (request.request_id, request.tenant, request.session, request.timeout_seconds) == ("r1", "acme", "s", 5)
 
@@ -269,14 +269,14 @@ async def test_of_two_workers_the_idle_one_is_picked() -> None:
         worker_link(router, to_router, "worker-1", endpoint="127.0.0.1:5002"),
     ):
         await busy.report(running_count=4, pending_prefill_token_count=5000)
-        await eventually(lambda: router.fleet.workers[0].load.running == 4, within=1)
+        await eventually(lambda: router.fleet.workers[0].load.running == 4, within=5)
         for _ in range(3):
             envoy = Envoy(to_router)
             await envoy.headers()
             await envoy.body(framed(HELLO))
             assert await envoy.picked() == "127.0.0.1:5002"
             envoy.call.cancel()
-            await eventually(lambda: leases(router) == 0, within=1)
+            await eventually(lambda: leases(router) == 0, within=5)
 
 
 @pytest.mark.parametrize("subset", [["127.0.0.1:5002"], "127.0.0.1:5002, 127.0.0.1:5003"])
@@ -333,7 +333,7 @@ async def test_a_client_that_leaves_frees_its_lease(how: str) -> None:
             envoy.call.cancel()
         else:
             await envoy.call.done_writing()
-        await eventually(lambda: leases(router) == 0, within=1)
+        await eventually(lambda: leases(router) == 0, within=5)
         assert time.monotonic() - left < 0.05
 
 
@@ -367,12 +367,12 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_line(how: str) -> 
         envoy = Envoy(to_router)
         await envoy.headers()
         await envoy.body(framed(HELLO))
-        await eventually(lambda: router.admission.waiting_count == 1, within=1)
+        await eventually(lambda: router.admission.waiting_count == 1, within=5)
         if how == "cancel":
             envoy.call.cancel()
         else:
             await envoy.call.done_writing()
-        await eventually(lambda: router.admission.waiting_count == 0, within=1)
+        await eventually(lambda: router.admission.waiting_count == 0, within=5)
 
 
 async def test_a_request_waits_for_room_and_loses_nothing_that_comes_meanwhile() -> None:
@@ -381,20 +381,20 @@ async def test_a_request_waits_for_room_and_loses_nothing_that_comes_meanwhile()
         envoy, body = Envoy(to_router), framed(HELLO)
         await envoy.headers()
         await envoy.body(body, ended=False)
-        await eventually(lambda: router.admission.waiting_count == 1, within=1)
+        await eventually(lambda: router.admission.waiting_count == 1, within=5)
         await envoy.body(b"")
         await link.report(running_count=0)
         await envoy.picked()
         pieces = [(await envoy.answer()).request_body.response.body_mutation.streamed_response for _ in range(2)]
         assert [(piece.body, piece.end_of_stream) for piece in pieces] == [(body, False), (b"", True)]
         envoy.call.cancel()
-        await eventually(lambda: leases(router) == 0, within=1)
+        await eventually(lambda: leases(router) == 0, within=5)
 
 
 async def full(router: RunningRouter, link: Any) -> None:
     """The one worker reports that it has no room."""
     await link.report(running_count=20)
-    await eventually(lambda: router.fleet.workers[0].full, within=1)
+    await eventually(lambda: router.fleet.workers[0].full, within=5)
 
 
 async def test_the_deadline_of_the_call_bounds_the_wait() -> None:

@@ -44,7 +44,7 @@ async def test_fallbacks_are_named_in_their_order_after_the_one_picked() -> None
     ):
         await busiest.report(running_count=6, pending_prefill_token_count=50_000)
         await busy.report(running_count=3, pending_prefill_token_count=5000)
-        await eventually(lambda: [worker.load.running for worker in router.fleet.workers] == [6, 3, 0], within=1)
+        await eventually(lambda: [worker.load.running for worker in router.fleet.workers] == [6, 3, 0], within=5)
         envoy = Envoy(to_router)
         await envoy.headers()
         await envoy.body(framed(HELLO))
@@ -72,7 +72,7 @@ async def test_the_lease_goes_to_whoever_served(served: str, holds: list[str]) -
         worker_link(router, to_router, "worker-1", endpoint="127.0.0.1:5002") as busy,
     ):
         await busy.report(running_count=4, pending_prefill_token_count=50_000)
-        await eventually(lambda: router.fleet.workers[1].load.running == 4, within=1)
+        await eventually(lambda: router.fleet.workers[1].load.running == 4, within=5)
         envoy = Envoy(to_router)
         await envoy.headers()
         await envoy.body(framed(HELLO))
@@ -145,7 +145,7 @@ async def test_a_json_answer_settles_its_lease_where_its_body_ends() -> None:
         await envoy.answer()
         assert len(leased(router)) == 1
         await envoy.send(response_body=ext_proc.HttpBody(body=b"", end_of_stream=True))
-        await eventually(lambda: leased(router) == [], within=1)
+        await eventually(lambda: leased(router) == [], within=5)
 
 
 @pytest.mark.parametrize("mode", [BUFFERED, FULL_DUPLEX])

@@ -167,7 +167,7 @@ async def test_a_model_says_what_it_can_and_refuses_the_rest() -> None:
 async def test_a_cancelled_call_and_a_deadline_stop_the_work() -> None:
     async with pooling_worker(SLOW) as worker:
         call = worker.inference.Embed(embed("x"))
-        await eventually(lambda: worker.engine.load.running == 1, within=2)
+        await eventually(lambda: worker.engine.load.running == 1, within=5)
         call.cancel()
         await eventually(lambda: worker.engine.load.running == 0, within=0.5)
         error = await failure(worker.inference.Embed(embed("x"), timeout=0.1))
@@ -182,7 +182,7 @@ async def test_a_cancelled_call_and_a_deadline_stop_the_work() -> None:
 async def test_more_jobs_than_may_wait_are_turned_away() -> None:
     async with pooling_worker(SLOW, max_queued=1) as worker:
         calls = [worker.inference.Embed(embed("x")) for _ in range(3)]
-        await eventually(lambda: worker.engine.load.running == 2 and worker.engine.load.waiting == 1, within=2)
+        await eventually(lambda: worker.engine.load.running == 2 and worker.engine.load.waiting == 1, within=5)
         error = await failure(worker.inference.Embed(embed("x")))
         assert error.reason == Reason.NO_CAPACITY
         assert error.retry_after_seconds
@@ -193,7 +193,7 @@ async def test_more_jobs_than_may_wait_are_turned_away() -> None:
 async def test_what_runs_when_the_worker_stops_is_told_why() -> None:
     async with pooling_worker(SLOW) as worker:
         call = worker.inference.Embed(embed("x"))
-        await eventually(lambda: worker.engine.load.running == 1, within=2)
+        await eventually(lambda: worker.engine.load.running == 1, within=5)
         worker.pooling.fail_all(MeshError(Reason.NO_READY_WORKER, "this worker is stopping"))
         assert (await failure(call)).reason == Reason.NO_READY_WORKER
         await worker.pooling.wait_idle()

@@ -25,10 +25,10 @@ def error_of(rejection: router_pb2.Rejection) -> Reason:
 async def test_a_worker_is_known_as_long_as_its_stream_lives() -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router) as link:
         assert [worker.worker_id for worker in router.fleet.workers] == ["worker-0"]
-        await eventually(lambda: link.commands == ["registered"], within=1)
+        await eventually(lambda: link.commands == ["registered"], within=5)
         link.lose()
         lost = time.monotonic()
-        await eventually(lambda: not router.fleet.workers, within=1)
+        await eventually(lambda: not router.fleet.workers, within=5)
         assert time.monotonic() - lost < 0.05
 
 
@@ -39,9 +39,9 @@ async def test_a_worker_takes_no_work_before_its_first_report() -> None:
         gateway_session(to_router) as gateway,
     ):
         (handle,) = await gateway.acquire()
-        await eventually(lambda: handle in gateway.queued, within=1)
+        await eventually(lambda: handle in gateway.queued, within=5)
         await link.report()
-        await eventually(lambda: handle in gateway.grants, within=1)
+        await eventually(lambda: handle in gateway.grants, within=5)
 
 
 async def test_a_second_registration_of_a_name_replaces_the_first_and_ends_its_stream() -> None:
@@ -85,7 +85,7 @@ async def test_measured_speeds_and_load_reach_the_scheduler() -> None:
             decode_step_per_sequence_duration=duration(0.0005),
         )
         worker = router.fleet.workers[0]
-        await eventually(lambda: worker.load.running == 3, within=1)
+        await eventually(lambda: worker.load.running == 3, within=5)
         assert worker.load.decode_step_seconds == pytest.approx(0.012)
         assert worker.outlook.clear_at - worker.reported_at == pytest.approx(0.2)
         assert worker.outlook.token_seconds == pytest.approx(0.0135)
@@ -102,13 +102,13 @@ async def test_a_model_that_a_worker_gains_or_drops_while_it_is_registered_is_se
         assert error_of(await gateway.rejected(model="poet")) is Reason.MODEL_NOT_FOUND
         await link.report(models=[base, adapter])
         worker = router.fleet.workers[0]
-        await eventually(lambda: "poet" in worker.card.models, within=1)
+        await eventually(lambda: "poet" in worker.card.models, within=5)
         assert (await gateway.granted(model="poet")).worker_id == "worker-0"
         await link.report(running_count=1)
         assert (await gateway.granted(model="poet")).worker_id == "worker-0"
         assert [card.name for card in worker.card.said.models] == ["demo", "poet"]
         await link.report(models=[base])
-        await eventually(lambda: "poet" not in worker.card.models, within=1)
+        await eventually(lambda: "poet" not in worker.card.models, within=5)
         assert error_of(await gateway.rejected(model="poet")) is Reason.MODEL_NOT_FOUND
         assert (await gateway.granted(model="demo")).worker_id == "worker-0"
 
@@ -133,7 +133,7 @@ async def test_reported_nonsense_is_not_believed() -> None:
             decode_step_duration=duration(-1),
         )
         worker = router.fleet.workers[0]
-        await eventually(lambda: worker.load.said.running_count > 0, within=1)
+        await eventually(lambda: worker.load.said.running_count > 0, within=5)
         assert worker.occupied == 0
         assert (await gateway.granted()).worker_id == "worker-0"
 
@@ -168,7 +168,7 @@ async def test_only_the_first_message_registers(second: dict[str, Any]) -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router) as link:
         await link.send(router_pb2.RegisterRequest(**second))
         assert await link.code() is grpc.StatusCode.INVALID_ARGUMENT
-        await eventually(lambda: not router.fleet.workers, within=1)
+        await eventually(lambda: not router.fleet.workers, within=5)
 
 
 async def test_a_stream_that_begins_with_a_report_is_refused() -> None:
@@ -211,7 +211,7 @@ async def test_a_prompt_of_tokens_goes_to_the_worker_that_tells_it_has_them_cach
         assert before is not None
         seen = before.reported_at
         await knowing.report(running_count=0)
-        await eventually(lambda: before.reported_at > seen, within=1)
+        await eventually(lambda: before.reported_at > seen, within=5)
         for _ in range(5):
             grant = await gateway.granted(prompt_token_ids=tokens, prompt_token_count=len(tokens))
             assert grant.worker_id == "worker-1"

@@ -39,7 +39,7 @@ async def test_a_release_frees_the_lease() -> None:
     ):
         grant = await gateway.granted()
         await gateway.release(grant.handle)
-        await eventually(lambda: not router.fleet.workers[0].leases, within=1)
+        await eventually(lambda: not router.fleet.workers[0].leases, within=5)
 
 
 @measured
@@ -50,25 +50,26 @@ async def test_a_lost_session_frees_its_leases_and_takes_its_requests_out_of_the
         gateway_session(to_router) as gateway,
     ):
         await gateway.acquire(count=5)
-        await eventually(lambda: len(gateway.grants) == 2 and len(gateway.queued) == 3, within=1)
+        await eventually(lambda: len(gateway.grants) == 2 and len(gateway.queued) == 3, within=5)
         gateway.lose()
         lost = time.monotonic()
-        await eventually(lambda: not router.fleet.workers[0].leases and not router.admission.waiting_count, within=1)
+        await eventually(lambda: not router.fleet.workers[0].leases and not router.admission.waiting_count, within=5)
         assert time.monotonic() - lost < 0.05
 
 
 async def test_a_request_that_finds_no_room_is_queued_and_granted_on_the_next_release() -> None:
     async with (
         running_router() as (router, to_router),
-        worker_link(router, to_router, max_running=1),
+        worker_link(router, to_router, max_running=16),
         gateway_session(to_router) as gateway,
     ):
-        first, second, third, fourth = await gateway.acquire(count=4)
-        await eventually(lambda: fourth in gateway.queued, within=1)
-        assert {first, second} == set(gateway.grants)
+        # With so many slots one of them is soon free, and one request may wait for it in the engine.
+        *granted, third, fourth = await gateway.acquire(count=19)
+        await eventually(lambda: fourth in gateway.queued, within=5)
+        assert set(granted) == set(gateway.grants)
         assert [gateway.queued[handle].position for handle in (third, fourth)] == [0, 1]
-        await gateway.release(first)
-        await eventually(lambda: third in gateway.grants, within=1)
+        await gateway.release(granted[0])
+        await eventually(lambda: third in gateway.grants, within=5)
         assert gateway.grants[third].queue_duration.ToNanoseconds() > 0
         assert fourth not in gateway.grants
 
@@ -80,9 +81,9 @@ async def test_a_request_that_is_given_up_leaves_the_line_without_an_answer() ->
         gateway_session(to_router) as gateway,
     ):
         _, _, third = await gateway.acquire(count=3)
-        await eventually(lambda: third in gateway.queued, within=1)
+        await eventually(lambda: third in gateway.queued, within=5)
         await gateway.release(third, outcome=router_pb2.OUTCOME_CANCELLED)
-        await eventually(lambda: router.admission.waiting_count == 0, within=1)
+        await eventually(lambda: router.admission.waiting_count == 0, within=5)
         assert third not in gateway.grants
         assert third not in gateway.rejections
 
@@ -117,9 +118,9 @@ async def test_a_deadline_that_can_not_be_met_is_told_at_once() -> None:
 async def test_without_any_worker_a_request_waits_for_one_to_register() -> None:
     async with running_router() as (router, to_router), gateway_session(to_router) as gateway:
         (handle,) = await gateway.acquire()
-        await eventually(lambda: handle in gateway.queued, within=1)
+        await eventually(lambda: handle in gateway.queued, within=5)
         async with worker_link(router, to_router):
-            await eventually(lambda: handle in gateway.grants, within=1)
+            await eventually(lambda: handle in gateway.grants, within=5)
 
 
 async def test_without_any_worker_a_request_is_refused_after_the_grace() -> None:
@@ -146,9 +147,9 @@ async def test_an_excluded_worker_that_comes_back_as_a_new_process_serves_the_re
     async with running_router() as (router, to_router), gateway_session(to_router) as gateway:
         async with worker_link(router, to_router):
             (handle,) = await gateway.acquire(excluded_worker_ids=["worker-0"])
-            await eventually(lambda: handle in gateway.queued, within=1)
+            await eventually(lambda: handle in gateway.queued, within=5)
         async with worker_link(router, to_router):
-            await eventually(lambda: handle in gateway.grants, within=1)
+            await eventually(lambda: handle in gateway.grants, within=5)
 
 
 async def test_a_handle_that_is_in_use_ends_the_session() -> None:
@@ -160,7 +161,7 @@ async def test_a_handle_that_is_in_use_ends_the_session() -> None:
         grant = await gateway.granted()
         await gateway.acquire(handle=grant.handle)
         assert await gateway.code() is grpc.StatusCode.INVALID_ARGUMENT
-        await eventually(lambda: not router.fleet.workers[0].leases, within=1)
+        await eventually(lambda: not router.fleet.workers[0].leases, within=5)
 
 
 @pytest.mark.parametrize("model", ["", "x" * 300])
@@ -176,7 +177,7 @@ async def test_a_router_that_stops_refuses_those_who_wait_and_ends_its_sessions_
         to_router = await after.enter_async_context(channel(f"127.0.0.1:{router.port}"))
         gateway = await after.enter_async_context(gateway_session(to_router))
         (handle,) = await gateway.acquire()
-        await eventually(lambda: handle in gateway.queued, within=1)
+        await eventually(lambda: handle in gateway.queued, within=5)
         started = time.monotonic()
         await router_lives.aclose()
         assert time.monotonic() - started < 0.5
@@ -252,8 +253,8 @@ async def test_the_span_of_a_request_that_is_given_up_ends_all_the_same() -> Non
         gateway_session(to_router) as gateway,
     ):
         given_up, left = await gateway.acquire(count=2)
-        await eventually(lambda: left in gateway.queued, within=1)
+        await eventually(lambda: left in gateway.queued, within=5)
         await gateway.release(given_up, outcome=router_pb2.OUTCOME_CANCELLED)
-        await eventually(lambda: len(spans.get_finished_spans()) == 1, within=1)
+        await eventually(lambda: len(spans.get_finished_spans()) == 1, within=5)
         gateway.lose()
-        await eventually(lambda: len(spans.get_finished_spans()) == 2, within=1)
+        await eventually(lambda: len(spans.get_finished_spans()) == 2, within=5)
