@@ -11,21 +11,18 @@ import grpc.aio
 import httpx
 import pytest
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
-from prometheus_client import CollectorRegistry
 
 from services.common.keystore import KeyStore
 from services.common.quota import KeyLimits
 from services.common.rpc import channel, serve
-from services.common.settings import GatewaySettings, GuardrailSettings
+from services.common.settings import GuardrailSettings
 from services.common.status import DETAILS_KEY
 from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization
-from services.gateway.bookkeeping import bookkeeping
 from services.gateway.guardrails import Guardrails
 from services.gateway.identity import Authenticator, KeyDirectory
-from services.gateway.metrics import GatewayMetrics
 from services.gateway.server import serve_http
-from services.gateway.typed_lane import TypedAccounts
+from tests.support.books import typed_accounts
 
 
 @pytest.fixture
@@ -177,18 +174,8 @@ async def test_checks_and_other_requests_share_a_connection(store: KeyStore) -> 
 
 def answered(tmp_path: Path, store: KeyStore, key: str, right: str = "inference") -> dict[str, str]:
     """The headers of what a gateway with accounts answers at once; none where it has to look closer."""
-    settings = GatewaySettings(
-        name="gateway",
-        metrics="127.0.0.1:0",
-        listen="127.0.0.1:0",
-        http="127.0.0.1:0",
-        routers=["127.0.0.1:1"],
-        database=str(tmp_path / "mesh.db"),
-        journal=str(tmp_path / "journal"),
-    )
     asked = [(b"authorization", f"Bearer {key}".encode()), (b"x-tokenloom-right", right.encode())]
-    with bookkeeping(settings, GatewayMetrics(CollectorRegistry())) as books:
-        accounts = TypedAccounts(books.accounts)
+    with typed_accounts(tmp_path) as accounts:
         checks = HttpAuthorization(authenticator(store), Guardrails(GuardrailSettings()), accounts)
         known = checks.known_answer(b"POST", b"/authz/api/v1/generate", asked)
     store.close()

@@ -589,6 +589,7 @@ async def test_the_pick_span_is_a_child_of_envoys(where: str) -> None:
     assert dict(span.attributes or {})["tokenloom.worker"] == "worker-0"
 
 
+@measured
 async def test_a_pick_is_fast() -> None:
     async with running_router() as (router, to_router), worker_link(router, to_router, max_running=1000):
         seconds = []
@@ -600,6 +601,6 @@ async def test_a_pick_is_fast() -> None:
             await envoy.picked()
             seconds.append(time.perf_counter() - started)
             envoy.call.cancel()
-    # Both ends run in this process; by far the most of it is gRPC's own. The fastest had the processor to itself.
-    assert min(seconds) < 0.005
+    # Both ends run in this process; by far the most of it is gRPC's own.
+    assert statistics.median(seconds) < 0.005
     print(f"pick p50 {1e3 * statistics.median(seconds):.2f} ms")  # noqa: T201  # shown with -s

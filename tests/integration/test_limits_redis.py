@@ -113,8 +113,8 @@ async def test_redis_going_away_under_load_costs_milliseconds_and_at_most_a_fift
         await _break(redis, how)
         try:
             slowest = [max([(await timed(limiter))[0] for limiter in limiters]) for _ in range(20)]
-            # The first may wait for the deadline; nobody after it, but for the processor.
-            assert sorted(slowest)[-3] < 0.02
+            # The first may wait for the deadline; nobody after it.
+            assert max(slowest) < 0.02
             assert sorted(slowest)[10] < 0.005
             passed += await admitted(limiters, 300)
             assert 90 <= passed <= 120

@@ -24,7 +24,7 @@ from services.inference.engine import Capability, ChatMessage, Engine, FinishRea
 from services.inference.vllm_engine import StartTimeoutError, VllmEngine, prepare_process
 from services.inference.vllm_environment import vllm_version
 from tests.support.demo_model import demo_model
-from tests.support.engine_process import generate, worker_settings
+from tests.support.engine_process import generate, refusal, worker_settings
 from tests.support.measured import measured
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually
@@ -73,13 +73,6 @@ def generation(name: str, *, emitted: list[int] | None = None, prompt: Any = PRO
         sampling=Sampling(**values),
         emitted_token_ids=emitted or (),
     )
-
-
-async def refusal(engine: VllmEngine, asked: Generation) -> MeshError:
-    """What submitting it raises."""
-    with pytest.raises(MeshError) as caught:
-        await engine.submit(asked, Kept())
-    return caught.value
 
 
 async def test_the_installed_vllm_is_one_that_the_adapter_was_written_for() -> None:

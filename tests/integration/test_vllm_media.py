@@ -2,13 +2,12 @@
 
 import pytest
 
-from services.common.errors import MeshError, Reason
+from services.common.errors import Reason
 from services.inference.engine import Capability, ChatMessage, Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
-from tests.support.engine_process import generate
+from tests.support.engine_process import generate, refusal
 from tests.support.media_models import IMAGE_TOKENS, IMAGES_AT_MOST
 from tests.support.pictures import about, picture
-from tests.support.sinks import Kept
 
 pytestmark = [
     pytest.mark.vllm,
@@ -26,13 +25,6 @@ FIELD = "chat.messages[0].parts[1].image"
 def engine(seeing_engine: VllmEngine) -> VllmEngine:
     """One engine for all the tests."""
     return seeing_engine
-
-
-async def refusal(engine: VllmEngine, generation: Generation) -> MeshError:
-    """What submitting it raises."""
-    with pytest.raises(MeshError) as caught:
-        await engine.submit(generation, Kept())
-    return caught.value
 
 
 async def test_the_card_says_that_it_takes_images_and_no_sound(engine: VllmEngine) -> None:

@@ -14,7 +14,7 @@ import pytest
 from services.common.errors import MeshError, Reason
 from services.inference.engine import FinishReason, Generation, Sampling, StructuredOutput
 from services.inference.vllm_engine import VllmEngine
-from tests.support.engine_process import generate
+from tests.support.engine_process import generate, refusal
 from tests.support.resume import resume_everywhere
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually
@@ -52,13 +52,6 @@ def form(kind: Any, value: str = "", **sampling: Any) -> Generation:
     structured = StructuredOutput(kind=kind, value=value)
     values = {"ignore_eos": False, "max_tokens": 300, "temperature": 1.0, "seed": 1} | sampling
     return asked(f"form-{kind}", sampling=values, structured_output=structured)
-
-
-async def refusal(engine: VllmEngine, request: Generation) -> MeshError:
-    """What submitting it raises."""
-    with pytest.raises(MeshError) as caught:
-        await engine.submit(request, Kept())
-    return caught.value
 
 
 def by_choice(sink: Kept) -> dict[int, list[int]]:

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import MeshError, Reason
+from services.common.errors import Reason
 from services.inference.engine import Capability, ChatMessage, Generation, Sampling
 from services.inference.media_files import File, opened, samples
 from services.inference.vllm_engine import VllmEngine
-from tests.support.engine_process import generate
+from tests.support.engine_process import generate, refusal
 from tests.support.media_models import SOUND_SECONDS, SOUNDS_AT_MOST
 from tests.support.pictures import QUESTION, about_sounds, sound
-from tests.support.sinks import Kept
 
 pytestmark = [
     pytest.mark.alone,
@@ -33,13 +32,6 @@ HALF_A_SECOND_TOKENS = 12
 def engine(hearing_engine: VllmEngine) -> VllmEngine:
     """One engine for all the tests."""
     return hearing_engine
-
-
-async def refusal(engine: VllmEngine, generation: Generation) -> MeshError:
-    """What submitting it raises."""
-    with pytest.raises(MeshError) as caught:
-        await engine.submit(generation, Kept())
-    return caught.value
 
 
 async def of_vllm_itself(engine: VllmEngine, name: str, *sounds: bytes) -> Any:

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pytest
+
+from services.common.errors import MeshError
 from services.common.settings import ModelSettings, WorkerSettings
 from services.inference.engine import Generation
 from services.inference.vllm_engine import VllmEngine
 from tests.support.sinks import Kept
 
-__all__ = ["generate", "worker_settings"]
+__all__ = ["generate", "refusal", "worker_settings"]
 
 
 def worker_settings(model: str, *, model_settings: ModelSettings | None = None, **others: Any) -> WorkerSettings:
@@ -30,3 +33,10 @@ async def generate(engine: VllmEngine, generation: Generation) -> Kept:
     await engine.submit(generation, sink)
     await sink.ended.wait()
     return sink
+
+
+async def refusal(engine: VllmEngine, generation: Generation) -> MeshError:
+    """What submitting it raises."""
+    with pytest.raises(MeshError) as caught:
+        await engine.submit(generation, Kept())
+    return caught.value

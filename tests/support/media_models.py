@@ -131,8 +131,6 @@ def _text_config(marks: dict[str, int]) -> dict[str, Any]:
 
 def _write_eyes(folder: Path, marks: dict[str, int]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch  # noqa: PLC0415  # it takes seconds, and only where the model is not there yet
-    from safetensors.torch import load_file  # noqa: PLC0415
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration  # noqa: PLC0415
 
     text = _text_config(marks)
@@ -155,31 +153,32 @@ def _write_eyes(folder: Path, marks: dict[str, int]) -> None:
         pad_token_id=0,
     )
     model = Idefics3ForConditionalGeneration(config)
-    _draw(model)
-    with torch.no_grad():
-        # Of text it says what the demo model says, and never a mark.
-        model.lm_head.weight[text["vocab_size"] - len(marks) :] = 0.0
-        named = dict(model.named_parameters())
-        for name, values in load_file(demo_model() / "model.safetensors").items():
-            own = name if name.startswith("lm_head") else name.replace("model.", "model.text_model.", 1)
-            named[own][: len(values)] = values
+    _draw(model, "text_model", marks=len(marks))
     model.save_pretrained(folder)
 
 
-def _draw(model: Any) -> None:
+def _draw(model: Any, text_part: str, *, marks: int) -> None:
+    """Draws the weights of a model; those of the part that reads text are the demo model's."""
     import torch  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
 
     draw = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.3, generator=draw)
+        # Of text it says what the demo model says, and never a mark.
+        model.lm_head.weight[-marks:] = 0.0
+        named = dict(model.named_parameters())
+        for name, values in load_file(demo_model() / "model.safetensors").items():
+            own = name if name.startswith("lm_head") else name.replace("model.", f"model.{text_part}.", 1)
+            named[own][: len(values)] = values
 
 
 def _write_ears(folder: Path, marks: dict[str, int]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch  # noqa: PLC0415  # as above
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+    from safetensors.torch import save_file  # noqa: PLC0415
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration  # noqa: PLC0415
 
     # A Qwen2 whose attention has no bias is a Llama, which the demo model is.
@@ -198,14 +197,9 @@ def _write_ears(folder: Path, marks: dict[str, int]) -> None:
     )
     config.architectures = ["Qwen2AudioForConditionalGeneration"]
     model = Qwen2AudioForConditionalGeneration(config)
-    _draw(model)
+    _draw(model, "language_model", marks=len(marks))
     with torch.no_grad():
-        model.lm_head.weight[text["vocab_size"] - len(marks) :] = 0.0
-        named = dict(model.named_parameters())
-        for name, values in load_file(demo_model() / "model.safetensors").items():
-            own = name if name.startswith("lm_head") else name.replace("model.", "model.language_model.", 1)
-            named[own][: len(values)] = values
-        for name, values in named.items():
+        for name, values in model.named_parameters():
             if "language_model" in name and name.endswith("_proj.bias"):
                 values.zero_()
     # Under the names of the checkpoints that there are, which are the only ones that vLLM reads.

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from services.common.settings import GatewaySettings
 from services.common.typed_calls import EDGE_ACCOUNT
 from services.gateway import typed_lane
-from services.gateway.bookkeeping import bookkeeping
 from services.gateway.identity import Identity
 from services.gateway.journal import read_entries, segments_of
-from services.gateway.metrics import GatewayMetrics
 from services.gateway.typed_lane import Begun, Call, TypedAccounts
+from tests.support.books import typed_accounts
 
 WHO = Identity(key_id="key", tenant="team", models=None, priority=0, admin=False, debug=False)
 PATH = "/tokenloom.inference.v1.InferenceService/Generate"
@@ -65,17 +62,8 @@ class Lane:
 
 @pytest.fixture
 def lane(tmp_path: Path) -> Iterator[Lane]:
-    settings = GatewaySettings(
-        name="gateway",
-        metrics="127.0.0.1:0",
-        listen="127.0.0.1:0",
-        http="127.0.0.1:0",
-        routers=["127.0.0.1:1"],
-        database=str(tmp_path / "mesh.db"),
-        journal=str(tmp_path / "journal"),
-    )
-    with bookkeeping(settings, GatewayMetrics(CollectorRegistry())) as books:
-        yield Lane(TypedAccounts(books.accounts), tmp_path / "journal")
+    with typed_accounts(tmp_path) as accounts:
+        yield Lane(accounts, tmp_path / "journal")
 
 
 async def test_a_call_is_let_in_a_moment_after_its_answer(lane: Lane) -> None:
