@@ -136,7 +136,7 @@ class Admission:
     def _check_budget(self, request: Request) -> None:
         if request.attempt <= 1:
             self._budget.earn()
-        elif not self._budget.draw() and not request.emitted_tokens:
+        elif not request.emitted_tokens and not self._budget.draw():
             raise MeshError(
                 Reason.NO_CAPACITY,
                 "too many requests fail to try this one again",

@@ -333,6 +333,13 @@ def test_retries_beyond_a_tenth_of_the_requests_are_refused_and_begun_streams_ar
     assert bench.ask(attempt=2, emitted_tokens=7).lease is not None
 
 
+def test_begun_streams_that_move_leave_the_retries_of_others_alone() -> None:
+    bench = Bench()
+    bench.worker("w0", max_running=4096)
+    assert all(bench.ask(attempt=2, emitted_tokens=7).lease is not None for _ in range(200))
+    assert bench.ask(attempt=2).lease is not None
+
+
 def test_one_of_two_workers_that_fails_everything_is_left_alone_and_comes_back_slowly() -> None:
     bench = Bench()
     bad, good = bench.worker("bad", max_running=64), bench.worker("good", max_running=64)
