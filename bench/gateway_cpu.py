@@ -26,7 +26,9 @@ from pathlib import Path
 from bench.processes import code_of, exact_cpu_seconds, program, service, wait_for_http
 from bench.turns import ratios
 from services.common.keystore import KeyStore
-from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
+from services.common.settings import RouterSettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import ModelSettings, SimSettings, WorkerSettings
 from tests.support.ports import free_port
 
 

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import UpstreamSettings, WorkerSettings
+from services.common.settings_worker import UpstreamSettings, WorkerSettings
 from services.inference.engine import (
     Capability,
     ChatMessage,

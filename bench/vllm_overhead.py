@@ -16,7 +16,7 @@ from typing import Any
 import uvloop
 
 from services.common.errors import MeshError
-from services.common.settings import ModelSettings, WorkerSettings
+from services.common.settings_worker import ModelSettings, WorkerSettings
 from services.inference.demo_model import make_demo_model
 from services.inference.engine import (
     Delta,

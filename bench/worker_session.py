@@ -19,7 +19,7 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2, worker_pb2_grpc
 
 from services.common import rpc
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from tests.support.workers import worker_config, worker_process
 
 _STEP_MS = 10.0

@@ -12,7 +12,9 @@ import msgspec
 from bench.processes import program, service, wait_for_http
 from bench.routing.engine import BLOCK_TOKENS, EngineSpec
 from services.common.keystore import KeyStore
-from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
+from services.common.settings import RouterSettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import ModelSettings, SimSettings, WorkerSettings
 from services.mesh.envoy_binary import find_envoy
 from tests.support.ports import free_port
 

@@ -14,7 +14,7 @@ from services.common.keystore import KeyStore
 from services.common.metrics import serve_metrics
 from services.common.process import collect_rarely
 from services.common.rpc import serve
-from services.common.settings import GatewaySettings
+from services.common.settings_gateway import GatewaySettings
 from services.gateway.access_log import AccessLogServicer
 from services.gateway.admin_api import AdminApi
 from services.gateway.answers import ChatCompletion, Completion

@@ -13,7 +13,7 @@ from services.common.errors import MeshError, Reason
 from services.common.ids import random_hex
 from services.common.ledger import UsageRow, month_of
 from services.common.quota import NO_LIMITS, KeyLimits
-from services.common.settings import LedgerSettings
+from services.common.settings_gateway import LedgerSettings
 from services.gateway.http import ClientLeftError
 from services.gateway.identity import Identity
 from services.gateway.journal import Journal

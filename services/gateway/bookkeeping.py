@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from services.common.database import Database
-from services.common.settings import GatewaySettings
+from services.common.settings_gateway import GatewaySettings
 from services.gateway.accounts import Accounts, Prices
 from services.gateway.journal import Journal
 from services.gateway.ledger import Ledger, Spending

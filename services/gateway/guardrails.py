@@ -8,7 +8,7 @@ from typing import Any
 from tokenloom.inference.v1 import generation_pb2, inference_pb2
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import (
+from services.common.settings_guardrails import (
     FilterSettings,
     GuardrailSettings,
     GuardSettings,

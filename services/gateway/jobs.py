@@ -2,7 +2,7 @@
 
 import msgspec
 
-from services.common.settings import BatchSettings
+from services.common.settings_gateway import BatchSettings
 from services.gateway.batch_runner import BatchRunner
 from services.gateway.batch_store import BatchRecord, BatchStore
 from services.gateway.batches import Batches

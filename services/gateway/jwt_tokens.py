@@ -15,7 +15,7 @@ import jwt
 
 from services.common.errors import MeshError, Reason
 from services.common.quota import KeyLimits
-from services.common.settings import GrantSettings, JwtSettings
+from services.common.settings_gateway import GrantSettings, JwtSettings
 from services.gateway.identity import Identity
 
 __all__ = ["JwtTokens"]

@@ -6,7 +6,7 @@ import httpx
 import msgspec
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import ModerationFilter
+from services.common.settings_guardrails import ModerationFilter
 
 __all__ = ["Moderator"]
 

@@ -7,7 +7,7 @@ import sys
 
 from services.common.engine_args import parallel_size
 from services.common.entry import start
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.gpus import gpu_names, wait_for_room
 from services.inference.vllm_environment import has_cuda, vllm_version
 from services.inference.worker import Worker

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import UpstreamSettings, WorkerSettings
+from services.common.settings_worker import UpstreamSettings, WorkerSettings
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import MovingMean, PrefillMeter
 from services.inference.engine import (

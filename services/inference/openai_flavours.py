@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
-from services.common.settings import UpstreamSettings
+from services.common.settings_worker import UpstreamSettings
 from services.inference.engine import Capability
 
 __all__ = ["Flavour", "flavour_of"]

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.engine import Capability, EngineCard
 from services.inference.openai_flavours import Flavour
 from services.inference.openai_tokens import decoded

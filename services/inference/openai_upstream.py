@@ -11,7 +11,7 @@ import msgspec
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import UpstreamSettings
+from services.common.settings_worker import UpstreamSettings
 from services.inference.engine import EngineLostError
 from services.inference.openai_answer import ChunkError
 

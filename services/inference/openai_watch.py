@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import WatchdogSettings
+from services.common.settings_worker import WatchdogSettings
 from services.inference.openai_health import Health
 from services.inference.watchdog import Signs, Watchdog
 

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from services.common.errors import MeshError, Reason
 from services.common.prefix import salt_of
-from services.common.settings import SimSettings, WatchdogSettings
+from services.common.settings_worker import SimSettings, WatchdogSettings
 from services.inference import sim_text
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import DecodeModel, PrefillMeter, TokenRate

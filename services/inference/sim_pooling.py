@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.inference import sim_text
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import PrefillMeter

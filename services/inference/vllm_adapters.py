@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import ModelSettings
+from services.common.settings_worker import ModelSettings
 from services.inference.adapters import BaseModel, check_adapter, check_adapter_name, read_base_model
 from services.inference.engine import Capability, EngineCard
 from services.inference.safetensors_header import HeaderError

@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from services.common.config import ConfigError
 from services.common.engine_args import check_engine_args
 from services.common.errors import MeshError, Reason
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Generation, StructuredOutput
 from services.inference.pooling import Jobs

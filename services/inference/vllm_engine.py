@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import msgspec
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import MovingMean, PrefillMeter
 from services.inference.engine import (

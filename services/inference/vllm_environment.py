@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from services.common.config import ConfigError
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.vllm_plugin import WORKER_PID_VARIABLE
 
 __all__ = ["has_cuda", "ignore_warnings", "prepare_environment", "vllm_version"]

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from vllm.sampling_params import StructuredOutputsParams
 
 from services.common.config import ConfigError
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.engine import StructuredOutput
 from services.inference.vllm_forms import Forms
 

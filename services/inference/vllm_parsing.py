@@ -20,7 +20,7 @@ from vllm.utils.mistral import is_mistral_tokenizer, is_mistral_tool_parser
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import ModelSettings
+from services.common.settings_worker import ModelSettings
 from services.inference.engine import Capability, ChatMessage, Delta, Generation, StructuredOutput, ToolCallDelta
 from services.inference.vllm_conversation import tool_to_openai
 from services.inference.vllm_params import Plan

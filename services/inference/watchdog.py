@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from services.common.settings import WatchdogSettings
+from services.common.settings_worker import WatchdogSettings
 
 __all__ = ["Signs", "Watchdog", "Watched"]
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from services.common import rpc, tracing
 from services.common.errors import MeshError, Reason
 from services.common.metrics import serve_metrics
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.inference.engine import Engine, Load
 from services.inference.gate import Gate, State
 from services.inference.generations import Generations

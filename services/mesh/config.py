@@ -12,20 +12,10 @@ from services.common import config
 from services.common.config import ConfigError
 from services.common.engine_args import check_engine_args, parallel_size
 from services.common.policy import Policy, policy_from
-from services.common.settings import (
-    Address,
-    BatchSettings,
-    GuardrailSettings,
-    JwtSettings,
-    LedgerSettings,
-    MetricsPushSettings,
-    ModelSettings,
-    Name,
-    SimSettings,
-    TracingSettings,
-    UpstreamSettings,
-    WatchdogSettings,
-)
+from services.common.settings import Address, MetricsPushSettings, Name, TracingSettings
+from services.common.settings_gateway import BatchSettings, JwtSettings, LedgerSettings
+from services.common.settings_guardrails import GuardrailSettings
+from services.common.settings_worker import ModelSettings, SimSettings, UpstreamSettings, WatchdogSettings
 
 __all__ = [
     "DEMO_MODEL",

@@ -5,14 +5,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Final
 
-from services.common.settings import (
-    GatewaySettings,
-    ProcessSettings,
-    RouterSettings,
-    SimSettings,
-    TelemetrySettings,
-    WorkerSettings,
-)
+from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import SimSettings, WorkerSettings
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge
 from services.mesh.envoy_tls import EdgeTls

@@ -6,7 +6,7 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
-from services.common.settings import ModelSettings, SimSettings
+from services.common.settings_worker import ModelSettings, SimSettings
 from services.mesh.config import DEMO_MODEL, MeshConfig, PoolConfig, WorkerConfig
 
 __all__ = ["count_gpus", "default_mesh", "otlp_endpoint_of"]

@@ -9,15 +9,9 @@ from typing import Any, Final
 
 import msgspec
 
-from services.common.settings import (
-    GatewaySettings,
-    ModelSettings,
-    ProcessSettings,
-    RouterSettings,
-    SimSettings,
-    TelemetrySettings,
-    WorkerSettings,
-)
+from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import ModelSettings, SimSettings, WorkerSettings
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy

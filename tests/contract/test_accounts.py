@@ -13,7 +13,8 @@ import pytest_asyncio
 from services.common import ledger
 from services.common.database import USAGE, Database
 from services.common.quota import KeyLimits
-from services.common.settings import LedgerSettings, SimSettings
+from services.common.settings_gateway import LedgerSettings
+from services.common.settings_worker import SimSettings
 from tests.support.openai_lane import Lane, openai_lane
 from tests.support.waiting import eventually
 

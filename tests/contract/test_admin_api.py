@@ -12,7 +12,7 @@ import pytest_asyncio
 from services.common import audit
 from services.common.database import Database
 from services.common.keystore import KeyStore
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from tests.support.openai_lane import Lane, openai_lane
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

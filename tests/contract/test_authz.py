@@ -15,7 +15,7 @@ from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from services.common.keystore import KeyStore
 from services.common.quota import KeyLimits
 from services.common.rpc import channel, serve
-from services.common.settings import GuardrailSettings
+from services.common.settings_guardrails import GuardrailSettings
 from services.common.status import DETAILS_KEY
 from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER
 from services.gateway.authz import AuthorizationServicer, HttpAuthorization

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.gateway import answers, answers_admin, answers_responses
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.openai_lane import Lane, openai_lane

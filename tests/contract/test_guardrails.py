@@ -12,15 +12,15 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from services.common.settings import (
+from services.common.settings_guardrails import (
     GuardrailSettings,
     GuardSettings,
     ModerationFilter,
     PatternsFilter,
     PersonalDataFilter,
-    SimSettings,
     SizeFilter,
 )
+from services.common.settings_worker import SimSettings
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.openai_lane import Lane, openai_lane
 

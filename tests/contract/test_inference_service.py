@@ -12,7 +12,7 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2, worker_pb2
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call
 from services.inference import sim_text
 from services.inference.engine import ChatMessage

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.inference import sim_text
 from services.inference.engine import ChatMessage
 from services.inference.sim_embedding import cosine, expected_embedding

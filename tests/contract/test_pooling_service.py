@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tokenloom.inference.v1 import generation_pb2, inference_pb2
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call
 from services.inference import sim_text
 from services.inference.pooling import Embedded, EmbedJob, Scored, ScoreJob

@@ -12,7 +12,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.openai_lane import Lane, openai_lane
 

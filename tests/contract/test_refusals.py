@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from services.common.quota import KeyLimits
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from tests.support.openai_lane import Lane, openai_lane
 
 BODY = json.dumps({"model": "sim", "prompt": "hi", "max_tokens": 1}).encode()

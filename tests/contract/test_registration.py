@@ -19,7 +19,7 @@ from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 from services.common import rpc
 from services.common.errors import Reason
 from services.common.prefix import salt_of, token_block_hashes
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call
 from services.inference.engine import Load
 from services.inference.gpus import gpu_uuids

@@ -13,7 +13,7 @@ from openai.types.responses import ResponseInputParam
 
 from services.common.errors import MeshError
 from services.common.keystore import KeyStore
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.gateway.conversations import Conversations, MemoryShelf, RedisShelf, Turn, connect
 from tests.support.openai_lane import Lane, openai_lane
 from tests.support.redis import redis_server

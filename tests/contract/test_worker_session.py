@@ -21,7 +21,7 @@ from tokenloom.inference.v1 import worker_pb2
 
 from services.common import rpc
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call, error_from_status
 from services.inference import sim_text
 from services.inference.engine import Generation, Sink

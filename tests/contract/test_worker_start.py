@@ -13,7 +13,7 @@ from tokenloom.inference.v1 import inference_pb2_grpc
 
 from services.common import rpc
 from services.common.errors import Reason
-from services.common.settings import WorkerSettings
+from services.common.settings_worker import WorkerSettings
 from services.common.status import error_from_call
 from services.inference.engine import Engine
 from services.inference.worker import Worker

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from services.common.quota import KeyLimits
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from tests.support.openai_lane import Lane, openai_lane
 from tests.support.postgres import PostgresServer, postgres_server
 from tests.support.redis import RedisServer, redis_server

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import UpstreamSettings
+from services.common.settings_worker import UpstreamSettings
 from services.inference.engine import ChatMessage, FinishReason, Generation, Sampling, StructuredOutput
 from services.inference.openai_engine import OpenAIEngine
 from tests.support.llama_server import LlamaServer, llama_server

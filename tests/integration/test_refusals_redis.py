@@ -7,7 +7,7 @@ import httpx
 from redis import Redis
 
 from services.common.quota import KeyLimits
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from tests.support.openai_lane import openai_lane
 from tests.support.redis import redis_server
 

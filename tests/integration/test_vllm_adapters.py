@@ -19,7 +19,7 @@ from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_
 from services.common import rpc
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import AdapterSettings, ModelSettings
+from services.common.settings_worker import AdapterSettings, ModelSettings
 from services.common.status import error_from_call
 from services.inference.engine import Engine, FinishReason, Generation, Sampling, cards_of
 from services.inference.gate import Gate

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.prefix import salt_of, token_block_hashes
-from services.common.settings import WatchdogSettings
+from services.common.settings_worker import WatchdogSettings
 from services.inference.engine import Capability, ChatMessage, Engine, FinishReason, Generation, Sampling
 from services.inference.vllm_engine import StartTimeoutError, VllmEngine, prepare_process
 from services.inference.vllm_environment import vllm_version

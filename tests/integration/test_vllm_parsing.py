@@ -17,7 +17,7 @@ from tokenloom.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import ModelSettings
+from services.common.settings_worker import ModelSettings
 from services.inference.engine import (
     Capability,
     ChatMessage,

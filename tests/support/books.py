@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from services.common.settings import GatewaySettings
+from services.common.settings_gateway import GatewaySettings
 from services.gateway.bookkeeping import bookkeeping
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.typed_lane import TypedAccounts

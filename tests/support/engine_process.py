@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import MeshError
-from services.common.settings import ModelSettings, WorkerSettings
+from services.common.settings_worker import ModelSettings, WorkerSettings
 from services.inference.engine import Generation
 from services.inference.vllm_engine import VllmEngine
 from tests.support.sinks import Kept

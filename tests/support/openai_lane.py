@@ -9,7 +9,9 @@ from typing import Any
 import httpx
 
 from services.common.keystore import KeyStore
-from services.common.settings import GatewaySettings, ModelSettings, RouterSettings, SimSettings, WorkerSettings
+from services.common.settings import RouterSettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import ModelSettings, SimSettings, WorkerSettings
 from services.gateway.__main__ import main as gateway_main
 from services.inference.worker import Worker
 from services.router.__main__ import main as router_main

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from services.common.settings import ModelSettings, UpstreamSettings, WatchdogSettings, WorkerSettings
+from services.common.settings_worker import ModelSettings, UpstreamSettings, WatchdogSettings, WorkerSettings
 from services.inference.engine import ChatMessage, Generation, Sampling
 from services.inference.openai_engine import OpenAIEngine
 from tests.support.sinks import Kept

@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from services.common.settings import ModelSettings
+from services.common.settings_worker import ModelSettings
 from services.inference.engine import ChatMessage, Generation
 from services.inference.vllm_conversation import tool_to_openai
 from services.inference.vllm_engine import VllmEngine

@@ -21,7 +21,7 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from services.common import rpc
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.inference.gate import Gate
 from services.inference.generations import Generations
 from services.inference.lifecycle import Lifecycle

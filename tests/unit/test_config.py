@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from services.common.config import ConfigError, convert, load
-from services.common.settings import GatewaySettings, TelemetrySettings, WorkerSettings
+from services.common.settings import TelemetrySettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import WorkerSettings
 
 PROCESS = {"name": "it", "listen": "127.0.0.1:0", "metrics": "127.0.0.1:0"}
 WORKER = {

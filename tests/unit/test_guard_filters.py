@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from services.common.settings import PatternsFilter
+from services.common.settings_guardrails import PatternsFilter
 from services.gateway.guard_filters import PII_KINDS, PatternFilter, PiiFilter
 from services.gateway.guard_text import BlockedError, Rule, TextStream, filtered
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import GrantSettings, JwtSettings
+from services.common.settings_gateway import GrantSettings, JwtSettings
 from services.gateway import jwt_tokens
 from services.gateway.jwt_tokens import JwtTokens
 

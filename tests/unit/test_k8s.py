@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from services.common.config import ConfigError, load
-from services.common.settings import GatewaySettings, ProcessSettings, RouterSettings, TelemetrySettings, WorkerSettings
+from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
+from services.common.settings_gateway import GatewaySettings
+from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.config import load_mesh
 from services.mesh.k8s import Growth, manifests

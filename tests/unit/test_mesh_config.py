@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from services.common.config import ConfigError
-from services.common.settings import RouterSettings, WorkerSettings
+from services.common.settings import RouterSettings
+from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
 from services.mesh.compose_observed import observed_compose_file

@@ -7,7 +7,7 @@ import pytest
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import UpstreamSettings
+from services.common.settings_worker import UpstreamSettings
 from services.inference.engine import (
     ChatMessage,
     ChatOptions,

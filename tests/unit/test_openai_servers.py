@@ -10,7 +10,7 @@ import pytest
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
-from services.common.settings import UpstreamSettings, WatchdogSettings
+from services.common.settings_worker import UpstreamSettings, WatchdogSettings
 from services.inference.engine import Capability, ChatMessage, EngineLostError, FinishReason, Sampling
 from services.inference.openai_engine import OpenAIEngine
 from services.inference.pooling import EmbedJob

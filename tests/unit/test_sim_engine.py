@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.inference import sim_text
 from services.inference.engine import FinishReason, Generation, Sampling, Usage
 from services.inference.sim_engine import SimEngine

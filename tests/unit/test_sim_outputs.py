@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.common.settings import SimSettings
+from services.common.settings_worker import SimSettings
 from services.inference import sim_text
 from services.inference.engine import (
     ChatMessage,

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.common.settings import WatchdogSettings
+from services.common.settings_worker import WatchdogSettings
 from services.inference.signs import signs_of
 from services.inference.watchdog import Signs, Watchdog
 from tests.support.waiting import eventually, wait_until
