@@ -1,4 +1,4 @@
-"""A simulated engine in virtual time, with the rules and formulas of services/inference/sim_engine.py.
+"""A simulated engine in virtual time, with the rules and formulas of services/inference/sim_scheduler.py.
 
 Continuous batching: a step decodes one token of every running sequence and prefills up to 512 tokens of those whose
 prompt is not done. A step with `b` sequences decoding takes `decode_step + (b - 1) * per_sequence`, plus the prefilled

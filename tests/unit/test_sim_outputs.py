@@ -171,4 +171,4 @@ async def test_a_thousand_generations_cancelled_leave_an_idle_engine(cut_after: 
         for start in range(0, 1000, 250):
             await asyncio.gather(*[cancelled(start + number) for number in range(250)])
         assert (sim.load.running, sim.load.waiting, sim.load.kv_usage, sim.load.pending_prefill_tokens) == (0, 0, 0, 0)
-        assert (sim._sequences, sim._generations, sim._waiting) == ({}, {}, [])
+        assert (sim._scheduler._sequences, sim._scheduler._generations, sim._scheduler._waiting) == ({}, {}, [])
