@@ -504,6 +504,6 @@ class _Core:
 
 def _start_backend(settings: WorkerSettings, stats: EngineStats, nursery: Nursery, kv_events: str) -> "Backend":
     # Importing vLLM takes seconds, and reads the environment.
-    from services.inference.vllm_backend import start_backend  # noqa: PLC0415
+    from services.inference.vllm_start import start_backend  # noqa: PLC0415
 
     return start_backend(settings, stats, nursery, kv_events)

@@ -28,7 +28,7 @@ __all__ = ["Nursery", "import_vllm", "plant"]
 _log = logging.getLogger(__name__)
 _PRELOAD: Final = "services.inference.vllm_preload"
 _MODULES: Final = (
-    "services.inference.vllm_backend",
+    "services.inference.vllm_start",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",

@@ -31,7 +31,7 @@ def environment() -> Iterator[None]:
 
 
 def config(**arguments: Any) -> Any:
-    from services.inference.vllm_backend import _vllm_config  # noqa: PLC0415  # once the environment is prepared
+    from services.inference.vllm_start import _vllm_config  # noqa: PLC0415  # once the environment is prepared
 
     return _vllm_config(worker_settings(str(demo_model()), engine_args=arguments), str(demo_model()), cuda=False)
 
