@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from services.inference.engine import Generation
-from services.inference.vllm_engine import VllmEngine, prepare_process
+from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_nursery import prepare_process
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
 from tests.support.media_models import audio_model, image_model

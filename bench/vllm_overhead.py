@@ -110,7 +110,7 @@ async def compare(model: Path, streams: int, tokens: int, rounds: int) -> None:
         engine="vllm",
     )
     async with VllmEngine(settings) as engine:
-        llm = engine._backend.llm
+        llm = engine._life.backend.llm
         ways: dict[str, Callable[[str, list[int]], Awaitable[int]]] = {
             "AsyncLLM": lambda name, prompt: bare(llm, name, prompt, tokens),
             "VllmEngine": lambda name, prompt: ours(engine, name, prompt, tokens),

@@ -33,7 +33,7 @@ def prepare(settings: WorkerSettings) -> None:
     """
     if settings.engine == "vllm":
         _wait_for_room(settings)
-        from services.inference.vllm_engine import prepare_process  # noqa: PLC0415  # not where there is no vLLM
+        from services.inference.vllm_nursery import prepare_process  # noqa: PLC0415  # not where there is no vLLM
 
         prepare_process(settings)
 

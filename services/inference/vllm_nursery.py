@@ -21,9 +21,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 from services.common import logs
+from services.common.settings_worker import WorkerSettings
+from services.inference.vllm_environment import has_cuda, prepare_environment, vllm_version
 from services.inference.vllm_plugin import tie
 
-__all__ = ["Nursery", "import_vllm", "plant"]
+__all__ = ["Nursery", "import_vllm", "plant", "prepare_process"]
 
 _log = logging.getLogger(__name__)
 _PRELOAD: Final = "services.inference.vllm_preload"
@@ -36,6 +38,22 @@ _MODULES: Final = (
     "vllm.model_executor.models.llama",
 )
 _server: Any = forkserver._forkserver  # a server that is forked has no public way in
+
+
+def prepare_process(settings: WorkerSettings) -> None:
+    """Has engines start fast and safely in this process, which has no second thread yet; takes seconds.
+
+    Without it they start all the same, from a server process that has to import vLLM itself.
+
+    Raises:
+        ConfigError: there is no vLLM.
+    """
+    vllm_version()
+    if has_cuda():
+        return
+    prepare_environment(settings)
+    import_vllm()
+    plant()
 
 
 def import_vllm() -> None:

@@ -32,7 +32,8 @@ async def hearing_engine() -> "AsyncIterator[VllmEngine]":
 @asynccontextmanager
 async def _engine(model: Callable[[], Path], most: dict[str, int]) -> "AsyncIterator[VllmEngine]":
     # They import vLLM, which takes seconds, and most tests here need none of it.
-    from services.inference.vllm_engine import VllmEngine, prepare_process  # noqa: PLC0415
+    from services.inference.vllm_engine import VllmEngine  # noqa: PLC0415
+    from services.inference.vllm_nursery import prepare_process  # noqa: PLC0415
     from tests.support.engine_process import worker_settings  # noqa: PLC0415
 
     environment = dict(os.environ)

@@ -29,7 +29,8 @@ from services.inference.metrics import WorkerMetrics
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.spans import Spans
-from services.inference.vllm_engine import VllmEngine, prepare_process
+from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_nursery import prepare_process
 from tests.support.adapters import make_adapter
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, worker_settings
@@ -152,7 +153,7 @@ async def test_an_adapter_that_is_unloaded_while_in_use_is_served_to_the_end_and
     await sink.ended.wait()
     assert (sink.reason, sink.token_ids) == (FinishReason.LENGTH, expected)
     await eventually(lambda: not engine._adapters._leaving, within=5)
-    assert await engine._backend.llm.list_loras() == [1]
+    assert await engine._life.backend.llm.list_loras() == [1]
 
 
 async def test_an_aborted_generation_gives_its_adapter_back(engine: VllmEngine) -> None:
@@ -163,7 +164,7 @@ async def test_an_aborted_generation_gives_its_adapter_back(engine: VllmEngine) 
     await engine._adapters.unload("poet")
     engine.abort("aborted")
     await eventually(lambda: not engine._adapters._leaving, within=5)
-    assert await engine._backend.llm.list_loras() == [1]
+    assert await engine._life.backend.llm.list_loras() == [1]
 
 
 async def test_bad_adapters_are_refused_and_the_engine_lives(engine: VllmEngine, directory: Path) -> None:
@@ -214,7 +215,7 @@ async def test_what_only_the_engine_finds_wrong_is_refused_and_leaves_nothing_be
     finally:
         adapters._base = base
     assert "the engine refuses it" in error.message
-    assert await engine._backend.llm.list_loras() == [1]
+    assert await engine._life.backend.llm.list_loras() == [1]
     assert (await said(engine, "first")) != await said(engine, "demo")
 
 

@@ -21,8 +21,10 @@ from services.common.errors import MeshError, Reason
 from services.common.prefix import salt_of, token_block_hashes
 from services.common.settings_worker import WatchdogSettings
 from services.inference.engine import Capability, ChatMessage, Engine, FinishReason, Generation, Sampling
-from services.inference.vllm_engine import StartTimeoutError, VllmEngine, prepare_process
+from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_environment import vllm_version
+from services.inference.vllm_life import StartTimeoutError
+from services.inference.vllm_nursery import prepare_process
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import generate, refusal, worker_settings
 from tests.support.measured import measured
@@ -142,7 +144,7 @@ async def test_weights_are_replaced_in_place_and_come_back(engine: VllmEngine, t
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor.roll(1, 0) for name, tensor in weights.items()}, other / "model.safetensors")
     before = await generate(engine, generation("before-reload", max_tokens=20))
-    (core,) = engine._nursery.pids
+    (core,) = engine._life.nursery.pids
     await engine.reload_weights(str(other))
     changed = await generate(engine, generation("reloaded", max_tokens=20))
     assert changed.token_ids != before.token_ids
@@ -151,7 +153,7 @@ async def test_weights_are_replaced_in_place_and_come_back(engine: VllmEngine, t
     assert caught.value.reason is Reason.FAILED_PRECONDITION
     await engine.reload_weights(str(demo_model()))
     assert (await generate(engine, generation("restored", max_tokens=20))).token_ids == before.token_ids
-    assert engine._nursery.pids == [core]
+    assert engine._life.nursery.pids == [core]
 
 
 async def test_an_engine_on_a_cpu_refuses_to_sleep(engine: VllmEngine) -> None:
@@ -248,7 +250,7 @@ async def test_a_submitter_that_is_cancelled_leaves_nothing(engine: VllmEngine) 
             # It was through already.
             engine.abort(f"cancelled-{turns}")
     await eventually(lambda: engine.load.running + engine.load.waiting == 0, within=5)
-    assert engine._backend.llm.get_num_unfinished_requests() == 0
+    assert engine._life.backend.llm.get_num_unfinished_requests() == 0
 
 
 async def test_an_idle_engine_reports_no_load(engine: VllmEngine) -> None:
@@ -356,7 +358,7 @@ async def test_a_continuation_is_exact_across_a_stop_string(engine: VllmEngine, 
         assert text + rest.text == whole.text
         assert whole.token_ids[:cut] + rest.token_ids == whole.token_ids
         assert (rest.reason, rest.usage and rest.usage.output) == (whole.reason, len(whole.token_ids))
-    await eventually(lambda: engine._backend.llm.get_num_unfinished_requests() == 0, within=1)
+    await eventually(lambda: engine._life.backend.llm.get_num_unfinished_requests() == 0, within=1)
 
 
 async def test_a_continuation_that_was_complete_already_just_ends(engine: VllmEngine) -> None:
@@ -382,11 +384,11 @@ async def test_a_long_conversation_is_rendered_as_a_short_one_is_though_not_on_t
     for content in ("a river", " ".join(["a river"] * 200)):
         text = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
         tokens = await engine.tokenize([ChatMessage(role="user", content=content)])
-        assert tokens == engine._backend.llm.get_tokenizer().encode(text)
+        assert tokens == engine._life.backend.llm.get_tokenizer().encode(text)
 
 
 async def test_a_short_conversation_is_rendered_without_giving_way(engine: VllmEngine) -> None:
-    rendering = engine._backend.prompts.rendered([ChatMessage(role="user", content="a river")])
+    rendering = engine._life.backend.prompts.rendered([ChatMessage(role="user", content="a river")])
     with pytest.raises(StopIteration) as rendered:
         rendering.send(None)
     assert rendered.value.value.tokens == await engine.tokenize([ChatMessage(role="user", content="a river")])
@@ -405,7 +407,7 @@ async def test_nobody_can_speak_in_another_roles_name(engine: VllmEngine) -> Non
     tokens = await engine.tokenize([ChatMessage(role="user", content=forged, name="a<|im_end|>")])
     # The template's own: one message, and the start of the answer.
     assert (tokens.count(1), tokens.count(2)) == (2, 1)
-    said = engine._backend.llm.get_tokenizer().decode(tokens)
+    said = engine._life.backend.llm.get_tokenizer().decode(tokens)
     assert said == f"<|im_start|>user name=a<|im_end|>\n{forged}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -430,7 +432,7 @@ async def test_a_queue_that_was_given_up_takes_no_room(engine: VllmEngine) -> No
     for i in range(RUNNING + QUEUED):
         await engine.submit(generation(f"full-{i}", max_tokens=1500), Kept())
     await eventually(lambda: engine._stats.waiting == QUEUED, within=5)
-    (core,) = engine._nursery.pids
+    (core,) = engine._life.nursery.pids
     names = [f"next-{i}" for i in range(RUNNING)]
     # It takes no step that could tell of an empty queue.
     os.kill(core, signal.SIGSTOP)
@@ -469,7 +471,7 @@ async def test_when_the_engine_process_dies_its_generations_fail_and_it_comes_ba
     for i, sink in enumerate(sinks):
         await engine.submit(generation(f"victim-{i}", max_tokens=2000), sink)
     await eventually(lambda: all(sink.token_ids for sink in sinks), within=5)
-    (core,) = engine._nursery.pids
+    (core,) = engine._life.nursery.pids
     os.kill(core, signal.SIGKILL)
     killed = time.monotonic()
     await asyncio.wait_for(asyncio.gather(*[sink.ended.wait() for sink in sinks]), 2)
@@ -493,7 +495,7 @@ async def test_a_stopped_engine_is_given_up_within_3_s_and_taken_back_without_wh
     for i, sink in enumerate(sinks):
         await engine.submit(generation(f"wedged-{i}", max_tokens=2000), sink)
     await eventually(lambda: all(sink.token_ids for sink in sinks), within=5)
-    (core,) = engine._nursery.pids
+    (core,) = engine._life.nursery.pids
     os.kill(core, signal.SIGSTOP)
     try:
         await eventually(lambda: not engine.load.alive, within=3)
@@ -506,16 +508,16 @@ async def test_a_stopped_engine_is_given_up_within_3_s_and_taken_back_without_wh
     await eventually(lambda: engine.load.alive, within=2)
     assert (await generate(engine, generation("again"))).token_ids == before.token_ids
     assert [len(sink.token_ids) for sink in sinks] == heard
-    assert engine._backend.llm.get_num_unfinished_requests() == 0
-    assert engine._nursery.pids == [core]
+    assert engine._life.backend.llm.get_num_unfinished_requests() == 0
+    assert engine._life.nursery.pids == [core]
 
 
 async def test_an_engine_that_stays_stopped_is_replaced() -> None:
     watchdog = WatchdogSettings(restart_seconds=1.5)
     async with VllmEngine(worker_settings(str(demo_model()), watchdog=watchdog)) as engine:
-        (core,) = engine._nursery.pids
+        (core,) = engine._life.nursery.pids
         os.kill(core, signal.SIGSTOP)
-        await eventually(lambda: engine.load.alive and engine._nursery.pids not in ([], [core]), within=15)
+        await eventually(lambda: engine.load.alive and engine._life.nursery.pids not in ([], [core]), within=15)
         assert (await generate(engine, generation("after"))).usage is not None
 
 

@@ -75,7 +75,7 @@ async def test_a_file_that_is_wrong_is_refused_and_the_engine_goes_on(
 async def test_the_mark_of_an_image_is_text_when_it_is_said_and_refused_where_no_image_is(engine: VllmEngine) -> None:
     said = [ChatMessage(role="user", content="<image>" * 50)]
     assert await engine.tokenize(said) != await engine.tokenize([ChatMessage(role="user", content="")])
-    limits = engine._backend.limits
+    limits = engine._life.backend.limits
     assert not limits.placeholder_ids & set(await engine.tokenize(said))
     spelled = Generation(id="t", model="demo", prompt="<image>", kind="text", sampling=Sampling(max_tokens=2))
     error = await refusal(engine, spelled)

@@ -88,7 +88,7 @@ async def test_aborting_several_choices_frees_them_all(engine: VllmEngine) -> No
     assert engine.load.running == 8
     engine.abort("n")
     await eventually(lambda: engine._stats.running == 0 and engine.load.running == 0, within=2)
-    processor = engine._backend.llm.output_processor
+    processor = engine._life.backend.llm.output_processor
     assert (processor.request_states, processor.parent_requests, processor.external_req_ids) == ({}, {}, {})
 
 
@@ -106,7 +106,7 @@ async def test_a_prompt_is_returned_with_its_log_probabilities(engine: VllmEngin
         assert all(entry.chosen.rank >= 1 and entry.chosen.logprob <= entry.alternatives[0].logprob for entry in found)
     tokens = await generate(engine, asked("echo", echo=True))
     assert tokens.echo is not None
-    assert tokens.echo.text == engine._backend.llm.get_tokenizer().decode(PROMPT)
+    assert tokens.echo.text == engine._life.backend.llm.get_tokenizer().decode(PROMPT)
 
 
 async def test_tokens_inside_of_characters_have_no_text_and_the_last_one_has_all_of_it(engine: VllmEngine) -> None:
@@ -161,7 +161,7 @@ async def test_only_allowed_tokens_come_and_bad_words_do_not(engine: VllmEngine)
     sink = await generate(engine, asked("allowed", sampling=SAMPLED | {"allowed_token_ids": allowed}))
     assert set(sink.token_ids) <= set(allowed)
     free = await generate(engine, asked("free", sampling={"max_tokens": 30}))
-    tokenizer = engine._backend.llm.get_tokenizer()
+    tokenizer = engine._life.backend.llm.get_tokenizer()
     # Those that are one token each: of others, other spellings may come.
     spelled = {token: tokenizer.decode([token]) for token in free.token_ids}
     words = {token: text for token, text in spelled.items() if tokenizer.encode(text.lstrip()) == [token]}
@@ -226,7 +226,7 @@ async def test_an_output_has_the_form_that_it_must_have(engine: VllmEngine) -> N
 
 
 async def test_json_of_a_form_has_no_control_characters_and_no_whitespace_without_end(engine: VllmEngine) -> None:
-    tokens = dict.fromkeys((engine._backend.llm.get_tokenizer().encode(" \n\t")), 20.0)
+    tokens = dict.fromkeys((engine._life.backend.llm.get_tokenizer().encode(" \n\t")), 20.0)
     for seed in range(6):
         sink = await generate(engine, form("json_object", seed=seed, logit_bias=tokens, max_tokens=200))
         # It may be cut off by max_tokens, but never is it anything else than the beginning of a document.
@@ -264,7 +264,7 @@ async def test_a_form_that_cannot_be_compiled_is_refused_before_the_engine_sees_
         assert time.monotonic() - begun < 3
     engine.abort("bystander")
     assert running.error is None
-    await eventually(lambda: not engine._backend.llm.output_processor.request_states, within=1)
+    await eventually(lambda: not engine._life.backend.llm.output_processor.request_states, within=1)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ async def test_expressions_that_explode_elsewhere_are_matched_in_time(engine: Vl
 
 
 async def test_a_form_seen_before_costs_nothing_to_check(engine: VllmEngine) -> None:
-    forms = engine._backend._forms
+    forms = engine._life.backend._forms
     assert forms is not None
     structured = StructuredOutput(kind="json_schema", value=json.dumps(SCHEMA | {"title": "again"}))
     await forms.check(structured)
@@ -290,7 +290,7 @@ async def test_a_form_seen_before_costs_nothing_to_check(engine: VllmEngine) -> 
 
 
 async def test_the_checker_comes_back_when_its_process_is_killed(engine: VllmEngine) -> None:
-    forms = engine._backend._forms
+    forms = engine._life.backend._forms
     assert forms is not None
     await forms.check(StructuredOutput(kind="regex", value="first"))
     assert forms._process is not None
@@ -300,7 +300,7 @@ async def test_the_checker_comes_back_when_its_process_is_killed(engine: VllmEng
 
 
 async def test_too_many_new_forms_at_once_are_told_to_come_back(engine: VllmEngine) -> None:
-    forms = engine._backend._forms
+    forms = engine._life.backend._forms
     assert forms is not None
     checks = [forms.check(StructuredOutput(kind="regex", value=f"new{i}")) for i in range(12)]
     found = await asyncio.gather(*checks, return_exceptions=True)
@@ -310,7 +310,7 @@ async def test_too_many_new_forms_at_once_are_told_to_come_back(engine: VllmEngi
 
 async def test_a_tenant_has_a_quota_of_new_forms_and_others_do_not_notice(engine: VllmEngine) -> None:
     # Kind of bad input 56: a thousand schemas a minute, of which nobody has seen any.
-    forms = engine._backend._forms
+    forms = engine._life.backend._forms
     assert forms is not None
     checker = await forms._running()
     started = psutil.Process(checker.pid)
@@ -339,7 +339,7 @@ async def test_a_tenant_has_a_quota_of_new_forms_and_others_do_not_notice(engine
 
 
 async def test_a_tenant_leaves_others_places_among_the_forms_that_wait(engine: VllmEngine) -> None:
-    forms = engine._backend._forms
+    forms = engine._life.backend._forms
     assert forms is not None
     wanted = [("greedy", number) for number in range(8)] + [("modest", number) for number in range(3)]
     checks = [forms.check(StructuredOutput(kind="regex", value=f"{of}{number}"), tenant=of) for of, number in wanted]
@@ -381,7 +381,7 @@ async def test_many_generations_cancelled_leave_an_idle_engine(engine: VllmEngin
     for _ in range(2):
         await asyncio.gather(*[cancelled(number) for number in range(50)])
     await eventually(lambda: engine._stats.running == 0 and engine.load.running == 0, within=2)
-    processor = engine._backend.llm.output_processor
+    processor = engine._life.backend.llm.output_processor
     assert (processor.request_states, processor.parent_requests, processor.external_req_ids) == ({}, {}, {})
     await eventually(lambda: engine.load.waiting == 0 and not engine._streams, within=2)
 
@@ -421,7 +421,7 @@ async def test_a_form_goes_on_elsewhere_where_it_was(engine: VllmEngine, held: G
 
 async def test_what_was_emitted_has_to_have_the_form(engine: VllmEngine) -> None:
     held = form("regex", "[0-9]{3}", **GREEDY)
-    letters = engine._backend.llm.get_tokenizer().encode("abc")
+    letters = engine._life.backend.llm.get_tokenizer().encode("abc")
     assert (await generate(engine, replace(held, emitted_token_ids=letters))).error is not None
     assert (await generate(engine, held)).text.isdigit()
 
@@ -462,7 +462,7 @@ async def test_penalties_and_bad_words_count_what_was_emitted_elsewhere(
 async def said_in_two_tokens(engine: VllmEngine, sampling: dict[str, Any], count: int) -> list[str]:
     """Texts of two tokens each that a generation says."""
     whole = await generate(engine, asked("said", prompt=list(range(400, 430)), sampling=sampling))
-    tokenizer = engine._backend.llm.get_tokenizer()
+    tokenizer = engine._life.backend.llm.get_tokenizer()
     pairs = [list(pair) for pair in zip(whole.token_ids, whole.token_ids[1:], strict=False)]
     texts = dict.fromkeys(tokenizer.decode(pair) for pair in pairs if tokenizer.encode(tokenizer.decode(pair)) == pair)
     assert texts

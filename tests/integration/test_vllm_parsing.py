@@ -201,7 +201,7 @@ async def test_a_function_must_be_called_with_arguments_that_fit_its_schema(engi
 
 async def test_strict_functions_are_called_with_fitting_arguments_or_not_at_all(engine: VllmEngine) -> None:
     strict = chat(tools=(replace(WEATHER, strict=True),))
-    token = engine._backend.llm.get_tokenizer().get_vocab()["<tool_call>"]
+    token = engine._life.backend.llm.get_tokenizer().get_vocab()["<tool_call>"]
     # Once it has begun with a call, the model has no choice but to make one.
     said, _ = await said_by(engine, replace(strict, sampling=replace(strict.sampling, logit_bias={token: 100.0})))
     name, arguments = said.calls[0]
@@ -265,9 +265,9 @@ async def test_prompts_are_those_of_vllms_own_server(
     }  # fmt: skip
     theirs = await stock.rendered(body)
     options = ChatOptions(tools=tools, template_arguments=arguments)
-    ours = (await engine._backend.prompts.rendered(HISTORY, options)).tokens
+    ours = (await engine._life.backend.prompts.rendered(HISTORY, options)).tokens
     assert ours == theirs
-    text = engine._backend.llm.get_tokenizer().decode(ours)
+    text = engine._life.backend.llm.get_tokenizer().decode(ours)
     assert "get_weather" in text
     assert "<think>\nParis, surely.\n</think>" in text
 
@@ -285,7 +285,7 @@ async def test_what_clients_say_in_calls_and_functions_is_no_special_token(engin
     parameters = json.dumps({"type": "object", "properties": {end: {"description": end}}})
     tools = [Tool(name="f", description=end, parameters_json=parameters)]
     options = ChatOptions(tools=tools, template_arguments={"documents_title": end})
-    prompts, tokenizer = engine._backend.prompts, engine._backend.llm.get_tokenizer()
+    prompts, tokenizer = engine._life.backend.prompts, engine._life.backend.llm.get_tokenizer()
     tokens = (await prompts.rendered(messages, options)).tokens
     # One for each turn that the template closes.
     assert tokens.count(tokenizer.eos_token_id) == len(messages) + 1
@@ -379,7 +379,7 @@ async def test_a_reader_that_goes_on_elsewhere_repeats_and_leaves_out_nothing(
 ) -> None:
     tools, reasoning, text, calls = script
     parsing = vllm_chat.parsing_of(engine, tool_call_parser=tools, reasoning_parser=reasoning)
-    llm: Any = engine._backend.llm
+    llm: Any = engine._life.backend.llm
     asked = chat(template_arguments={}, tools=(WEATHER, CLOCK) if tools else ())
     reading = parsing.reading(asked)
     assert reading is not None
@@ -415,7 +415,7 @@ async def test_a_reader_that_goes_on_elsewhere_repeats_and_leaves_out_nothing(
 
 
 async def test_a_generation_with_thinking_and_functions_goes_on_elsewhere_exactly(engine: VllmEngine) -> None:
-    token = engine._backend.llm.get_tokenizer().get_vocab()["</think>"]
+    token = engine._life.backend.llm.get_tokenizer().get_vocab()["</think>"]
     for bias in range(1, 10):
         sampling = {"max_tokens": 60, "logit_bias": {token: float(bias)}, "stop": ("zzz",)}
         asked = chat(template_arguments={}, sampling=sampling)
@@ -479,7 +479,7 @@ async def test_a_form_begins_after_the_thinking() -> None:
     path = str(demo_model())
     model = ModelSettings(name="demo", path=path, reasoning_parser="deepseek_r1")
     async with VllmEngine(worker_settings(path, model_settings=model)) as engine:
-        tokenizer = engine._backend.llm.get_tokenizer()
+        tokenizer = engine._life.backend.llm.get_tokenizer()
         assert Capability.TOOLS not in engine.card.capabilities
         form = StructuredOutput(kind="choice", choices=("yes",))
         for seed in range(20):

@@ -12,7 +12,8 @@ import pytest_asyncio
 from services.common.errors import MeshError, Reason
 from services.inference.engine import Capability, Engine, Generation, Sampling
 from services.inference.pooling import EmbedJob, Pooler, ScoreJob
-from services.inference.vllm_engine import VllmEngine, prepare_process
+from services.inference.vllm_engine import VllmEngine
+from services.inference.vllm_nursery import prepare_process
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.kv_cache import kv_cache
 from tests.support.demo_model import demo_model
@@ -70,7 +71,7 @@ async def test_the_card_says_that_it_embeds_and_scores_and_does_not_generate(eng
 async def test_the_plan_reckons_with_as_many_blocks_of_kv_cache_as_vllm_makes(engine: VllmEngine) -> None:
     checkpoint = read_checkpoint(str(demo_model()))
     cache = kv_cache(checkpoint.config, dtype_bytes=4, tensor_parallel=1, pipeline_parallel=1)
-    made = engine._backend.llm.vllm_config.cache_config
+    made = engine._life.backend.llm.vllm_config.cache_config
     assert made.num_gpu_blocks == made.kv_cache_memory_bytes // (cache.bytes_per_token * made.block_size)
     assert engine.card.kv_cache_tokens == made.kv_cache_memory_bytes // cache.bytes_per_token
 
@@ -148,7 +149,7 @@ async def test_a_cancelled_job_leaves_nothing_in_the_engine(engine: VllmEngine) 
     with pytest.raises(asyncio.CancelledError):
         await job
     assert (engine.load.running, engine.load.pending_prefill_tokens) == (0, 0)
-    llm = engine._backend.llm
+    llm = engine._life.backend.llm
     await eventually(lambda: llm.get_num_unfinished_requests() == 0, within=1)
     assert (await pooler(engine).embed(embed_job("n", ["still there"]))).vectors
 
@@ -158,7 +159,7 @@ async def test_a_crowd_is_turned_away_and_large_jobs_do_not_fill_the_engines_que
     jobs = [asyncio.create_task(pooler(engine).embed(embed_job(f"o{n}", inputs))) for n in range(6)]
     await eventually(lambda: engine.load.running == 4 and engine.load.waiting == 2, within=5)
     assert (await refusal(pooler(engine).embed(embed_job("p", ["x"])))).reason == Reason.NO_CAPACITY
-    assert engine._backend.llm.get_num_unfinished_requests() <= 4
+    assert engine._life.backend.llm.get_num_unfinished_requests() <= 4
     assert [len((await job).vectors) for job in jobs] == [64] * 6
     assert engine.load.prefill_tokens_per_second is not None
 

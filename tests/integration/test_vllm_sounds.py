@@ -45,7 +45,7 @@ async def of_vllm_itself(engine: VllmEngine, name: str, *sounds: bytes) -> Any:
     text = f"<|im_start|>user\nLook:{marks}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=24)
     prompt = {"prompt": text, "multi_modal_data": {"audio": heard}}
-    *_, last = [output async for output in engine._backend.llm.generate(prompt, sampling, name)]
+    *_, last = [output async for output in engine._life.backend.llm.generate(prompt, sampling, name)]
     return last
 
 
@@ -122,7 +122,7 @@ async def test_a_sound_of_another_rate_is_refused_where_nothing_can_change_it(en
 
 async def test_the_mark_of_a_sound_is_text_when_it_is_said_and_refused_where_no_sound_is(engine: VllmEngine) -> None:
     said = [ChatMessage(role="user", content="<|AUDIO|>" * 50)]
-    assert not engine._backend.limits.placeholder_ids & set(await engine.tokenize(said))
+    assert not engine._life.backend.limits.placeholder_ids & set(await engine.tokenize(said))
     spelled = Generation(id="t", model="demo", prompt="<|AUDIO|>", kind="text", sampling=Sampling(max_tokens=2))
     error = await refusal(engine, spelled)
     assert (error.reason, error.field) == (Reason.INVALID_REQUEST, "prompt")

@@ -24,7 +24,7 @@ class Stock:
     """vLLM's own chat server, over the same engine."""
 
     def __init__(self, engine: VllmEngine) -> None:
-        self._llm = engine._backend.llm
+        self._llm = engine._life.backend.llm
         parsers: dict[str, Any] = {
             "enable_auto_tools": True,
             "tool_parser": "hermes",
@@ -117,7 +117,7 @@ class Stock:
 
 def parsing_of(engine: VllmEngine, **model: Any) -> Parsing:
     """The parsers of these settings, for the engine's model."""
-    return Parsing(ModelSettings(name="demo", **model), engine._backend.llm)
+    return Parsing(ModelSettings(name="demo", **model), engine._life.backend.llm)
 
 
 def _message(message: Any) -> dict[str, Any]:
