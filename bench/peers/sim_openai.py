@@ -27,7 +27,7 @@ from services.inference.engine import (
     Usage,
 )
 from services.inference.sim_engine import SimEngine
-from services.mesh.config import parse_sim
+from services.mesh.config_file import parse_sim
 
 _MODEL: Final = "sim"
 _MOST_QUEUED: Final = 100_000

@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
 from services.mesh.checkpoint import read_checkpoint
-from services.mesh.config import MeshConfig, load_mesh
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh
+from services.mesh.config_rules import check_folders
 from services.mesh.finding import Finding, Level
 from services.mesh.ports import check_free
 
@@ -20,7 +22,7 @@ _WAIT_SECONDS: Final = 3.0
 def config_findings(path: Path, *, runs: bool) -> Iterator[Finding]:
     """Looks at a mesh.yaml and at what it names. `runs`: its mesh does, so that its port is rightly taken."""
     try:
-        mesh = load_mesh(path).check_folders(str(path))
+        mesh = check_folders(load_mesh(path), str(path))
     except ConfigError as error:
         yield Finding(Level.TROUBLE, "configuration", str(error), "mend that key; tokenloom plan --config checks more")
         return

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from services.common.config import ConfigError
 from services.common.settings_worker import ModelSettings, SimSettings
 from services.mesh.config import DEMO_MODEL, MeshConfig, PoolConfig, WorkerConfig
+from services.mesh.config_rules import check_mesh
 
 __all__ = ["count_gpus", "default_mesh", "otlp_endpoint_of"]
 
@@ -74,7 +75,7 @@ def _simulated(workers: int, model: str | None, sim: SimSettings | None) -> Mesh
 
 def _one_pool(model: ModelSettings, workers: list[WorkerConfig]) -> MeshConfig:
     pool = PoolConfig(name="default", serves=[model.name], workers=workers)
-    return MeshConfig(models=[model], pools=[pool]).check("the command line")
+    return check_mesh(MeshConfig(models=[model], pools=[pool]), "the command line")
 
 
 def _model(path: str | None) -> ModelSettings:

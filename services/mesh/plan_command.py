@@ -10,7 +10,9 @@ from typing import Any, Final
 from services.common.config import ConfigError
 from services.common.engine_args import check_engine_args
 from services.mesh.checkpoint import Checkpoint, read_checkpoint
-from services.mesh.config import MeshConfig, load_mesh
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh
+from services.mesh.config_rules import check_folders
 from services.mesh.fit import Fit, fit, parse_memory
 
 __all__ = ["plan"]
@@ -43,7 +45,7 @@ def plan(arguments: Namespace) -> int:
     if arguments.model is not None:
         questions = [_of_options(arguments)]
     else:
-        mesh = load_mesh(arguments.config).check_folders(str(arguments.config))
+        mesh = check_folders(load_mesh(arguments.config), str(arguments.config))
         questions = list(_of_mesh(mesh, arguments))
     answers = [_answer(question, gpu_bytes, arguments.typical_length) for question in questions]
     if arguments.json:

@@ -7,7 +7,8 @@ from typing import Final
 
 from services.common.config import ConfigError
 from services.common.policy import Policy, policy_json
-from services.mesh.config import MeshConfig, load_mesh
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh
 from services.mesh.state import State, write_private
 
 __all__ = ["PolicyWatch"]

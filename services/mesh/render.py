@@ -9,7 +9,7 @@ import yaml
 
 from services.mesh.compose import compose_file
 from services.mesh.compose_observed import observed_compose_file
-from services.mesh.config import load_mesh
+from services.mesh.config_file import load_mesh
 from services.mesh.containers import edge_of
 from services.mesh.envoy import bootstrap
 from services.mesh.k8s import Growth, manifests

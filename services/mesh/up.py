@@ -14,7 +14,9 @@ import msgspec
 
 from services.common.config import ConfigError
 from services.common.process import run
-from services.mesh.config import MeshConfig, load_mesh, parse_sim
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh, parse_sim
+from services.mesh.config_rules import check_folders
 from services.mesh.defaults import count_gpus, default_mesh, otlp_endpoint_of
 from services.mesh.launcher import Launcher
 from services.mesh.ports import check_free
@@ -106,7 +108,7 @@ def _with_config(arguments: Namespace) -> MeshConfig:
         value = getattr(arguments, name)
         if value is not None:
             raise ConfigError(f"--{name}: not together with --config, which says it itself; got the value {value!r}")
-    return load_mesh(arguments.config).check_folders(str(arguments.config))
+    return check_folders(load_mesh(arguments.config), str(arguments.config))
 
 
 def _detach(state: State) -> int:

@@ -7,7 +7,9 @@ import pytest
 
 from services.common.config import ConfigError
 from services.mesh.compose import compose_file
-from services.mesh.config import MeshConfig, load_mesh
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh
+from services.mesh.config_rules import check_folders
 from services.mesh.containers import TLS_FILES, edge_of
 from services.mesh.envoy import bootstrap
 from services.mesh.k8s import manifests
@@ -31,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, tls: str) -> MeshConfig:
     file = folder / "mesh.yaml"
     file.write_text(f"{MESH}edge: {{tls: {{{tls}}}}}\n")
-    return load_mesh(file).check_folders("mesh.yaml")
+    return check_folders(load_mesh(file), "mesh.yaml")
 
 
 def test_files_are_looked_for_beside_the_configuration(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from services.common.config import ConfigError
-from services.mesh.config import load_mesh
+from services.mesh.config_file import load_mesh
 from services.mesh.containers import edge_of
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy

@@ -14,7 +14,9 @@ from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
 from services.mesh.compose_observed import observed_compose_file
-from services.mesh.config import MeshConfig, load_mesh, parse_sim
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh, parse_sim
+from services.mesh.config_rules import check_folders, check_mesh
 from services.mesh.defaults import default_mesh, otlp_endpoint_of
 from services.mesh.plan import plan_processes
 from services.mesh.policy_watch import PolicyWatch
@@ -134,10 +136,10 @@ def test_what_is_said_of_a_model_reaches_its_workers(tmp_path: Path) -> None:
     said = "tool_call_parser: hermes, reasoning_parser: qwen3, adapters_dir: ./a, adapters: [{name: poet, path: p}]"
     mesh = load(tmp_path, EXAMPLE.replace("./models/demo}", f"./models/demo, {said}}}"))
     with pytest.raises(ConfigError, match=r"models\[0\]\.path"):
-        mesh.check_folders("mesh.yaml")
+        check_folders(mesh, "mesh.yaml")
     (tmp_path / "models" / "demo").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"models\[0\]\.adapters_dir: there is no folder"):
-        mesh.check_folders("mesh.yaml")
+        check_folders(mesh, "mesh.yaml")
     (plan,) = (plan for plan in plan_processes(mesh, State(tmp_path / "state")) if plan.name == "l40-0")
     model = msgspec.json.decode(plan.config, type=WorkerSettings).model
     assert (model.tool_call_parser, model.reasoning_parser) == ("hermes", "qwen3")
@@ -363,7 +365,7 @@ def test_every_container_has_its_configuration_and_workers_have_the_address_that
         assert told.partition(":")[0] == services[name]["networks"]["mesh"]["ipv4_address"]
     [card] = services["l40-0"]["deploy"]["resources"]["reservations"]["devices"]
     assert card["device_ids"] == ["0"]
-    assert msgspec.convert(yaml.safe_load(configs["mesh"]["content"]), MeshConfig).check("again")
+    check_mesh(msgspec.convert(yaml.safe_load(configs["mesh"]["content"]), MeshConfig), "again")
 
 
 @pytest.mark.parametrize(
