@@ -1,7 +1,6 @@
 """tokenloom keys create, list, revoke and rotate."""
 
 import json
-import re
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -18,10 +17,9 @@ from services.mesh.state import State
 if TYPE_CHECKING:
     from services.common.keystore import KeyRecord, KeyStore
 
-__all__ = ["RIGHTS", "create", "duration", "list_keys", "revoke", "rotate"]
+__all__ = ["RIGHTS", "create", "list_keys", "revoke", "rotate"]
 
 RIGHTS: Final = ("admin", "debug", "degrade")
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def create(arguments: Namespace) -> int:
@@ -72,17 +70,6 @@ def rotate(arguments: Namespace) -> int:
         return 1
     _show(arguments, arguments.id, key)
     return 0
-
-
-def duration(text: str) -> float:
-    """Seconds, from texts like 90s, 15m, 12h and 30d; raises ValueError."""
-    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
-    if found is None:
-        raise ValueError
-    return float(found[1]) * _UNITS[found[2]]
-
-
-duration.__name__ = "duration (90s, 15m, 12h, 30d)"
 
 
 def _values(arguments: Namespace) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """tokenloom usage, its erasure, and tokenloom audit."""
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from services.mesh.state import State
 if TYPE_CHECKING:
     from services.common.database import Database
 
-__all__ = ["audit_trail", "erase", "month", "show"]
+__all__ = ["audit_trail", "erase", "show"]
 
 _COLUMNS: Final = (
     "month",
@@ -66,16 +65,6 @@ def audit_trail(arguments: Namespace) -> int:
         moment = datetime.fromtimestamp(entry["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
         print("  ".join((moment, entry["actor"], entry["action"], entry["target"], json.dumps(entry["detail"]))))
     return 0
-
-
-def month(text: str) -> str:
-    """A month as YYYY-MM; raises ValueError."""
-    if re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", text) is None:
-        raise ValueError
-    return text
-
-
-month.__name__ = "month (YYYY-MM)"
 
 
 def _open(arguments: Namespace) -> "Database":
