@@ -2,7 +2,9 @@
 
 import asyncio
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import grpc.aio
 from envoy.service.accesslog.v3 import als_pb2_grpc
@@ -62,29 +64,11 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
         conversations = await _conversations(settings, resources)
         guardrails = await resources.enter_async_context(Guardrails(settings.guardrails))
         async with asyncio.TaskGroup() as tasks:
-            placement = Placement(memory_seconds=settings.fleet_memory_seconds)
-            routers = RouterClient(settings.routers, sessions=settings.router_sessions, placement=placement)
-            workers = WorkerSessions(tasks)
-            calls = WorkerCalls(routers, tasks)
-
-            def keep(endpoints: set[str]) -> None:
-                workers.keep(endpoints)
-                calls.keep(endpoints)
-
-            fleet = FleetWatch(settings.routers, on_endpoints=keep, placement=placement)
-            running = [tasks.create_task(each.run()) for each in (routers, fleet, keys, tokens, books) if each]
-            generator = Generator(routers, workers)
+            inside = _Inside(settings, tasks)
+            running = [tasks.create_task(each.run()) for each in (*inside.followed, keys, tokens, books) if each]
             database = resources.enter_context(LateDatabase(settings.database))
             jobs = Jobs(settings.batches, database, keys)
-            routes = _routes(
-                settings,
-                generator=generator,
-                calls=calls,
-                metrics=metrics,
-                fleet=fleet,
-                conversations=conversations,
-                jobs=jobs,
-            )
+            routes = _routes(settings, inside, metrics, conversations, jobs)
             running.append(tasks.create_task(jobs.run(InnerCalls(routes, books.accounts, guardrails))))
             typed = TypedAccounts(books.accounts)
             resources.callback(typed.enter_now)
@@ -97,19 +81,11 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 guardrails=guardrails,
                 authorization=authorization,
                 metrics=metrics,
-                is_ready=lambda: routers.can_place and keys.is_loaded and not stop.is_set(),
+                is_ready=lambda: inside.routers.can_place and keys.is_loaded and not stop.is_set(),
                 client_seconds=settings.client_timeout_seconds,
             )
-
-            def register(server: grpc.aio.Server) -> list[str]:
-                external_auth_pb2_grpc.add_AuthorizationServicer_to_server(
-                    AuthorizationServicer(authenticator, guardrails), server
-                )
-                als_pb2_grpc.add_AccessLogServiceServicer_to_server(AccessLogServicer(typed), server)
-                return [_AUTHORIZATION, _ACCESS_LOG]
-
             async with (
-                serve(settings.listen, register) as checks,
+                serve(settings.listen, _checks(AuthorizationServicer(authenticator, guardrails), typed)) as checks,
                 serve_http(
                     app,
                     settings.http,
@@ -122,11 +98,42 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 # Each request is many small objects, and hardly a cycle.
                 collect_rarely()
                 await stop.wait()
-            workers.close()
-            calls.close()
+            inside.close()
             for task in running:
                 task.cancel()
     return 0
+
+
+class _Inside:
+    """The gateway's ends of what it speaks with: routers, and the workers that they place requests on."""
+
+    def __init__(self, settings: GatewaySettings, tasks: asyncio.TaskGroup) -> None:
+        placement = Placement(memory_seconds=settings.fleet_memory_seconds)
+        self.routers = RouterClient(settings.routers, sessions=settings.router_sessions, placement=placement)
+        self.fleet = FleetWatch(settings.routers, on_endpoints=self._keep, placement=placement)
+        self.calls = WorkerCalls(self.routers, tasks)
+        self._workers = WorkerSessions(tasks)
+        self.generator = Generator(self.routers, self._workers)
+        self.followed = (self.routers, self.fleet)
+        """What has to run for as long as anything is asked of the others."""
+
+    def close(self) -> None:
+        """Ends what was begun with workers."""
+        self._workers.close()
+        self.calls.close()
+
+    def _keep(self, endpoints: set[str]) -> None:
+        self._workers.keep(endpoints)
+        self.calls.keep(endpoints)
+
+
+def _checks(authorization: AuthorizationServicer, typed: TypedAccounts) -> Callable[[grpc.aio.Server], list[str]]:
+    def register(server: grpc.aio.Server) -> list[str]:
+        external_auth_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server)
+        als_pb2_grpc.add_AccessLogServiceServicer_to_server(AccessLogServicer(typed), server)
+        return [_AUTHORIZATION, _ACCESS_LOG]
+
+    return register
 
 
 async def _conversations(settings: GatewaySettings, resources: AsyncExitStack) -> Conversations:
@@ -137,44 +144,24 @@ async def _conversations(settings: GatewaySettings, resources: AsyncExitStack) -
 
 
 def _routes(
-    settings: GatewaySettings,
-    *,
-    generator: Generator,
-    calls: WorkerCalls,
-    metrics: GatewayMetrics,
-    fleet: FleetWatch,
-    conversations: Conversations,
-    jobs: Jobs,
+    settings: GatewaySettings, inside: _Inside, metrics: GatewayMetrics, conversations: Conversations, jobs: Jobs
 ) -> Routes:
     limits = Limits(max_body_bytes=settings.max_body_bytes, timeout_seconds=settings.request_timeout_seconds)
+    chat = Endpoint(CHAT, inside.generator, metrics, limits)
+    completions = Endpoint(COMPLETIONS, inside.generator, metrics, limits)
+    stream_route = partial(Route, "POST", streams=True, is_limited=True)
     generating = (
-        Route(
-            "POST",
-            "/v1/chat/completions",
-            Endpoint(CHAT, generator, metrics, limits),
-            body=CHAT.shape,
-            answer=ChatCompletion,
-            streams=True,
-            is_limited=True,
-        ),
-        Route(
-            "POST",
-            "/v1/completions",
-            Endpoint(COMPLETIONS, generator, metrics, limits),
-            body=COMPLETIONS.shape,
-            answer=Completion,
-            streams=True,
-            is_limited=True,
-        ),
-        *Responses(generator, metrics, limits, conversations).routes,
+        stream_route("/v1/chat/completions", chat, body=CHAT.shape, answer=ChatCompletion),
+        stream_route("/v1/completions", completions, body=COMPLETIONS.shape, answer=Completion),
+        *Responses(inside.generator, metrics, limits, conversations).routes,
     )
     return Routes(
         # Those that generate may wait for a worker.
         *(jobs.put_off(route) if route.is_limited else route for route in generating),
-        *pooling_routes(calls, metrics, limits),
+        *pooling_routes(inside.calls, metrics, limits),
         *jobs.routes,
         *AdminApi(settings.database).routes,
-        *Models(fleet).routes,
+        *Models(inside.fleet).routes,
     )
 
 
