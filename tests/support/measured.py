@@ -3,7 +3,7 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar, cast
 
 __all__ = ["measured"]
@@ -23,29 +23,43 @@ def measured(test: Test) -> Test:
 
         @functools.wraps(test)
         async def tried(*args: Any, **kwargs: Any) -> None:
-            for attempt in range(1, _TRIES + 1):
-                try:
+            for attempt in _attempts():
+                with attempt:
                     await test(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001  # task groups put what failed into groups
-                    _again(attempt, error)
-                else:
-                    return
     else:
 
         @functools.wraps(test)
         def tried(*args: Any, **kwargs: Any) -> None:
-            for attempt in range(1, _TRIES + 1):
-                try:
+            for attempt in _attempts():
+                with attempt:
                     test(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001  # task groups put what failed into groups
-                    _again(attempt, error)
-                else:
-                    return
 
     return cast("Test", tried)
 
 
-def _again(attempt: int, error: Exception) -> None:
-    if attempt == _TRIES:
-        raise error
-    _log.warning("try %d of %d: %r", attempt, _TRIES, error)
+class _Attempt:
+    """A block that may fail, unless it is the last of the tries."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.has_passed = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.has_passed = error is None
+        # Task groups put what failed into groups, so it may be any exception.
+        if not isinstance(error, Exception) or self._number == _TRIES:
+            return False
+        _log.warning("try %d of %d: %r", self._number, _TRIES, error)
+        return True
+
+
+def _attempts() -> Iterator[_Attempt]:
+    """One after the other, until one has passed."""
+    for number in range(1, _TRIES + 1):
+        attempt = _Attempt(number)
+        yield attempt
+        if attempt.has_passed:
+            return
