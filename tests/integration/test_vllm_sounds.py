@@ -14,7 +14,6 @@ from tests.support.media_models import SOUND_SECONDS, SOUNDS_AT_MOST
 from tests.support.pictures import QUESTION, about_sounds, sound
 
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.vllm,
     pytest.mark.asyncio(loop_scope="session"),
     # The engine starts with the first of them, and its model is made once.
