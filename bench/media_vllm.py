@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from services.inference.engine import Generation
+from services.inference.request import Generation
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_nursery import prepare_process
 from tests.support.demo_model import demo_model

@@ -18,7 +18,7 @@ from typing import Any
 import uvloop
 
 from services.inference.demo_model import make_demo_model
-from services.inference.engine import Generation, Sampling
+from services.inference.request import Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 from tests.support.engine_process import generate, worker_settings
 from tests.support.resume import Resumed, resume_everywhere

@@ -16,18 +16,10 @@ import pytest
 
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings, WorkerSettings
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    EngineLostError,
-    FinishReason,
-    Generation,
-    Sampling,
-    StructuredOutput,
-    Tool,
-)
+from services.inference.engine import Capability
 from services.inference.openai_engine import OpenAIEngine
+from services.inference.output import EngineLostError, FinishReason
+from services.inference.request import ChatMessage, ChatOptions, Generation, Sampling, StructuredOutput, Tool
 from tests.support.sinks import Kept
 from tests.support.upstreams import generation, run, settings_for
 from tests.support.vllm_server import vllm_server

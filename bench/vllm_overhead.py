@@ -18,16 +18,8 @@ import uvloop
 from services.common.errors import MeshError
 from services.common.settings_worker import ModelSettings, WorkerSettings
 from services.inference.demo_model import make_demo_model
-from services.inference.engine import (
-    Delta,
-    FinishReason,
-    Generation,
-    PromptEcho,
-    Sampling,
-    StopCause,
-    Timings,
-    Usage,
-)
+from services.inference.output import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage
+from services.inference.request import Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 
 

@@ -15,17 +15,8 @@ from typing import Any, Final
 import uvloop
 
 from services.common.errors import MeshError
-from services.inference.engine import (
-    ChatMessage,
-    Delta,
-    FinishReason,
-    Generation,
-    PromptEcho,
-    Sampling,
-    StopCause,
-    Timings,
-    Usage,
-)
+from services.inference.output import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage
+from services.inference.request import ChatMessage, Generation, Sampling
 from services.inference.sim_engine import SimEngine
 from services.mesh.config_file import parse_sim
 

@@ -8,7 +8,7 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from services.common.errors import MeshError
 from services.common.outbox import Outbox, OutboxFullError
 from services.inference import convert_events
-from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, TokenLogprobs, Usage
+from services.inference.output import Delta, FinishReason, PromptEcho, StopCause, Timings, TokenLogprobs, Usage
 
 __all__ = ["Call"]
 

@@ -12,14 +12,8 @@ from services.inference.checks import check_integer, check_text, check_token_ids
 from services.inference.convert_chat import chat_from_proto
 from services.inference.convert_events import duration_to_proto
 from services.inference.convert_sampling import sampling_from_proto, structured_output_from_proto
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    EngineCard,
-    Generation,
-    Load,
-)
+from services.inference.engine import Capability, EngineCard, Load
+from services.inference.request import ChatMessage, ChatOptions, Generation
 
 __all__ = [
     "check_model",

@@ -8,7 +8,8 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 
 from services.common.errors import MeshError, Reason
 from services.inference.checks import check_count, check_text, invalid, json_object
-from services.inference.engine import Capability, ChatMessage, ChatOptions, EngineCard, Media, Tool, ToolCall
+from services.inference.engine import Capability, EngineCard
+from services.inference.request import ChatMessage, ChatOptions, Media, Tool, ToolCall
 
 __all__ = ["MAX_SCHEMA_BYTES", "chat_from_proto"]
 

@@ -5,7 +5,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 from tokenloom.inference.v1 import generation_pb2 as pb
 
-from services.inference.engine import (
+from services.inference.output import (
     Delta,
     FinishReason,
     PromptEcho,

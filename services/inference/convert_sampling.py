@@ -17,7 +17,8 @@ from services.inference.checks import (
     json_object,
 )
 from services.inference.convert_chat import MAX_SCHEMA_BYTES
-from services.inference.engine import Capability, EngineCard, Sampling, StructuredOutput
+from services.inference.engine import Capability, EngineCard
+from services.inference.request import Sampling, StructuredOutput
 
 __all__ = ["sampling_from_proto", "structured_output_from_proto"]
 

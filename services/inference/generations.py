@@ -9,20 +9,11 @@ from itertools import count
 from typing import Final, Protocol
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import (
-    Delta,
-    Engine,
-    EngineLostError,
-    FinishReason,
-    Generation,
-    PromptEcho,
-    Sink,
-    StopCause,
-    Timings,
-    Usage,
-)
+from services.inference.engine import Engine
 from services.inference.metrics import WorkerMetrics
+from services.inference.output import Delta, EngineLostError, FinishReason, PromptEcho, Sink, StopCause, Timings, Usage
 from services.inference.quarantine import Quarantine
+from services.inference.request import Generation
 from services.inference.spans import GenerationSpan, Spans
 
 __all__ = ["Generations", "Run"]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from services.inference.checks import invalid
-from services.inference.engine import ChatMessage, Media
+from services.inference.request import ChatMessage, Media
 
 __all__ = ["File", "files_of", "opened", "said", "samples"]
 

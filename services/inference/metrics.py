@@ -12,7 +12,8 @@ from services.common.metrics import (
     TIME_PER_TOKEN_SECONDS,
     TIME_TO_FIRST_TOKEN_SECONDS,
 )
-from services.inference.engine import Load, Timings
+from services.inference.engine import Load
+from services.inference.output import Timings
 
 __all__ = ["LoadCollector", "VllmCollector", "WorkerMetrics"]
 

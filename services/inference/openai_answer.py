@@ -5,14 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from services.inference.engine import (
-    Delta,
-    FinishReason,
-    StopCause,
-    TokenLogprob,
-    TokenLogprobs,
-    ToolCallDelta,
-)
+from services.inference.output import Delta, FinishReason, StopCause, TokenLogprob, TokenLogprobs, ToolCallDelta
 
 __all__ = ["Chunk", "ChunkChoice", "ChunkError", "Told", "decode_chunk", "delta_of", "finish_of"]
 

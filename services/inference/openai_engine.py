@@ -14,16 +14,7 @@ from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings, WorkerSettings
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import MovingMean, PrefillMeter
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    EngineCard,
-    EngineLostError,
-    Generation,
-    Load,
-    Sink,
-)
+from services.inference.engine import Capability, EngineCard, Load
 from services.inference.openai_flavours import flavour_of
 from services.inference.openai_health import Health
 from services.inference.openai_pooling import UpstreamPooler
@@ -33,7 +24,9 @@ from services.inference.openai_stream import Meters, Stream, usage_of
 from services.inference.openai_tokens import Tokens, estimate
 from services.inference.openai_upstream import Upstream, UpstreamLostError, key_of
 from services.inference.openai_watch import Pending, ServerWatch
+from services.inference.output import EngineLostError, Sink
 from services.inference.pooling import check_can
+from services.inference.request import ChatMessage, ChatOptions, Generation
 
 __all__ = ["OpenAIEngine"]
 

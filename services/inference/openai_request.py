@@ -7,8 +7,8 @@ from typing import Any, Final, NamedTuple
 
 from services.common.errors import MeshError, Reason
 from services.inference.checks import invalid
-from services.inference.engine import ChatMessage, ChatOptions, Generation, Media, Sampling, StructuredOutput, Tool
 from services.inference.openai_flavours import Flavour
+from services.inference.request import ChatMessage, ChatOptions, Generation, Media, Sampling, StructuredOutput, Tool
 
 __all__ = ["Call", "check_possible", "continued", "message_to_openai", "request_of", "tool_to_openai"]
 

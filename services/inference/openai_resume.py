@@ -6,11 +6,13 @@ from typing import Final, NamedTuple
 import msgspec
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import Capability, ChatMessage, EngineCard, FinishReason, Generation, StopCause
+from services.inference.engine import Capability, EngineCard
 from services.inference.openai_flavours import Flavour
 from services.inference.openai_request import Call, continued
 from services.inference.openai_tokens import Tokens, decoded
 from services.inference.openai_upstream import Upstream
+from services.inference.output import FinishReason, StopCause
+from services.inference.request import ChatMessage, Generation
 
 __all__ = ["Resumption", "resumption"]
 

@@ -10,18 +10,10 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 from services.inference.calibration import DecodeModel, TokenRate
-from services.inference.engine import (
-    Delta,
-    FinishReason,
-    Generation,
-    PromptEcho,
-    Sink,
-    StopCause,
-    Timings,
-    Usage,
-)
 from services.inference.openai_answer import Chunk, ChunkChoice, Told, decode_chunk, delta_of, finish_of
 from services.inference.openai_upstream import error_of
+from services.inference.output import Delta, FinishReason, PromptEcho, Sink, StopCause, Timings, Usage
+from services.inference.request import Generation
 
 __all__ = ["Meters", "Stream", "usage_of"]
 

@@ -8,11 +8,11 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import ChatMessage, ChatOptions, Generation
 from services.inference.openai_answer import Told
 from services.inference.openai_flavours import Flavour
 from services.inference.openai_request import message_to_openai, tool_to_openai
 from services.inference.openai_upstream import Upstream
+from services.inference.request import ChatMessage, ChatOptions, Generation
 
 __all__ = ["Tokens", "decoded", "estimate"]
 

@@ -12,8 +12,8 @@ import msgspec
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings
-from services.inference.engine import EngineLostError
 from services.inference.openai_answer import ChunkError
+from services.inference.output import EngineLostError
 
 __all__ = ["KEY_REFUSED", "Refused", "Upstream", "UpstreamLostError", "error_of", "key_of"]
 

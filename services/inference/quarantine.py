@@ -17,7 +17,8 @@ from hashlib import blake2b
 from typing import Final
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import EngineLostError, Generation
+from services.inference.output import EngineLostError
+from services.inference.request import Generation
 
 __all__ = ["FatalRequestError", "Quarantine", "fingerprint"]
 

@@ -12,9 +12,10 @@ from services.common.errors import MeshError, Reason
 from services.common.outbox import Outbox, OutboxFullError
 from services.common.status import status_from_error
 from services.inference import convert, convert_events
-from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage, card_of
+from services.inference.engine import card_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations, Run
+from services.inference.output import Delta, FinishReason, PromptEcho, StopCause, Timings, Usage
 from services.inference.quarantine import FatalRequestError
 
 __all__ = ["Session"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from services.common.errors import MeshError
-from services.inference.engine import Delta, FinishReason, PromptEcho, Sink, StopCause, Timings, Usage
+from services.inference.output import Delta, FinishReason, PromptEcho, Sink, StopCause, Timings, Usage
 
 __all__ = ["choice_sinks"]
 

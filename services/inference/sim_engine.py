@@ -15,16 +15,9 @@ from services.common.settings_worker import SimSettings, WatchdogSettings
 from services.inference import sim_text
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import DecodeModel, TokenRate
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    EngineCard,
-    EngineLostError,
-    Generation,
-    Load,
-    Sink,
-)
+from services.inference.engine import Capability, EngineCard, Load
+from services.inference.output import EngineLostError, Sink
+from services.inference.request import ChatMessage, ChatOptions, Generation
 from services.inference.sim_choices import choice_sinks
 from services.inference.sim_life import SimLife
 from services.inference.sim_plan import Planner

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from services.inference import sim_text
-from services.inference.engine import TokenLogprob, TokenLogprobs
+from services.inference.output import TokenLogprob, TokenLogprobs
 
 __all__ = ["prompt_logprobs", "token_logprobs"]
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from services.common.errors import MeshError, Reason
 from services.inference import sim_text
-from services.inference.engine import ChatMessage, EngineCard, FinishReason, Generation
+from services.inference.engine import EngineCard
+from services.inference.output import FinishReason
+from services.inference.request import ChatMessage, Generation
 from services.inference.sim_tokenizer import SimTokenizer
 
 __all__ = ["Output", "Planner"]

@@ -11,8 +11,10 @@ from services.common.settings_worker import SimSettings
 from services.inference import sim_text
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import PrefillMeter
-from services.inference.engine import Capability, ChatMessage, ChatOptions, EngineCard, Generation, Load, Sink
+from services.inference.engine import Capability, EngineCard, Load
+from services.inference.output import Sink
 from services.inference.pooling import Embedded, EmbedJob, Jobs, Scored, ScoreJob, check_can, check_length
+from services.inference.request import ChatMessage, ChatOptions, Generation
 from services.inference.sim_embedding import cosine, embedding
 from services.inference.sim_tokenizer import SimTokenizer
 

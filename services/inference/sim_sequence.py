@@ -4,16 +4,8 @@ from collections.abc import Callable, Sequence
 
 from services.common.prefix import salt_of
 from services.inference import sim_text
-from services.inference.engine import (
-    Delta,
-    FinishReason,
-    Generation,
-    PromptEcho,
-    Sink,
-    StopCause,
-    Timings,
-    Usage,
-)
+from services.inference.output import Delta, FinishReason, PromptEcho, Sink, StopCause, Timings, Usage
+from services.inference.request import Generation
 from services.inference.sim_cache import block_hashes, salt_hash
 from services.inference.sim_logprobs import prompt_logprobs, token_logprobs
 from services.inference.sim_plan import Output

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import chain, count, islice
 from typing import Final
 
-from services.inference.engine import ChatMessage, ChatOptions
+from services.inference.request import ChatMessage, ChatOptions
 
 __all__ = [
     "LONGEST_TOKEN",

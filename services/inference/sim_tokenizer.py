@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from services.common.errors import MeshError, Reason
 from services.inference import sim_text
-from services.inference.engine import ChatMessage, ChatOptions, EngineCard
+from services.inference.engine import EngineCard
+from services.inference.request import ChatMessage, ChatOptions
 
 __all__ = ["SimTokenizer"]
 

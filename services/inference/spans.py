@@ -11,7 +11,8 @@ from opentelemetry.util.types import AttributeValue
 from services.common.errors import MeshError
 from services.common.metrics import exemplar_of
 from services.common.tracing import FIRST_OUTPUT, context_from, gen_ai, traceparent_of
-from services.inference.engine import FinishReason, Generation, Timings, Usage
+from services.inference.output import FinishReason, Timings, Usage
+from services.inference.request import Generation
 
 __all__ = ["GenerationSpan", "PoolingSpan", "Spans"]
 

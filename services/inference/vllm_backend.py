@@ -19,8 +19,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.inference.calibration import PrefillMeter
-from services.inference.engine import Capability, EngineCard, Generation, StructuredOutput
+from services.inference.engine import Capability, EngineCard
 from services.inference.pooling import Jobs
+from services.inference.request import Generation, StructuredOutput
 from services.inference.vllm_form_params import form_checker, form_params
 from services.inference.vllm_params import FORM_ARGUMENT, Limits, Plan
 from services.inference.vllm_prompts import Prompts

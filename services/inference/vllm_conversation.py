@@ -5,7 +5,7 @@ import re
 import secrets
 from typing import Any
 
-from services.inference.engine import ChatMessage, Media, Tool
+from services.inference.request import ChatMessage, Media, Tool
 
 __all__ = ["Disguise", "to_openai", "tool_to_openai"]
 

@@ -13,18 +13,10 @@ from services.common.errors import MeshError, Reason
 from services.common.settings_worker import WorkerSettings
 from services.inference.cache_journal import CacheJournal
 from services.inference.calibration import MovingMean, PrefillMeter
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    EngineCard,
-    EngineLostError,
-    FinishReason,
-    Generation,
-    Load,
-    Sink,
-)
+from services.inference.engine import Capability, EngineCard, Load
+from services.inference.output import EngineLostError, FinishReason, Sink
 from services.inference.pooling import check_can
+from services.inference.request import ChatMessage, ChatOptions, Generation
 from services.inference.vllm_adapters import Adapters
 from services.inference.vllm_life import VllmLife
 from services.inference.vllm_params import Plan, plan

@@ -8,7 +8,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from services.common.config import ConfigError
 from services.common.settings_worker import WorkerSettings
-from services.inference.engine import StructuredOutput
+from services.inference.request import StructuredOutput
 from services.inference.vllm_forms import Forms
 
 __all__ = ["form_checker", "form_params", "form_settings"]

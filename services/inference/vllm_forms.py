@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
 from services.inference.checks import invalid
-from services.inference.engine import StructuredOutput
+from services.inference.request import StructuredOutput
 
 __all__ = ["Forms"]
 

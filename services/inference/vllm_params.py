@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import Generation, Sampling
+from services.inference.request import Generation, Sampling
 
 __all__ = ["EMITTED_ARGUMENT", "FORM_ARGUMENT", "SEEDED_ARGUMENT", "Limits", "Plan", "plan"]
 

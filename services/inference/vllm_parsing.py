@@ -21,7 +21,9 @@ from vllm.utils.mistral import is_mistral_tokenizer, is_mistral_tool_parser
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import ModelSettings
-from services.inference.engine import Capability, ChatMessage, Delta, Generation, StructuredOutput, ToolCallDelta
+from services.inference.engine import Capability
+from services.inference.output import Delta, ToolCallDelta
+from services.inference.request import ChatMessage, Generation, StructuredOutput
 from services.inference.vllm_conversation import tool_to_openai
 from services.inference.vllm_params import Plan
 from services.inference.vllm_replay import Replay

@@ -9,8 +9,8 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import ChatMessage, ChatOptions, Generation
 from services.inference.media_files import files_of
+from services.inference.request import ChatMessage, ChatOptions, Generation
 from services.inference.vllm_conversation import Disguise, to_openai, tool_to_openai
 from services.inference.vllm_media import MediaReader, media_limits
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import (
+from services.inference.output import (
     Delta,
     FinishReason,
-    Generation,
     PromptEcho,
     Sink,
     StopCause,
@@ -18,6 +17,7 @@ from services.inference.engine import (
     TokenLogprobs,
     Usage,
 )
+from services.inference.request import Generation
 from services.inference.vllm_params import Plan
 
 if TYPE_CHECKING:

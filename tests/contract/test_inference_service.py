@@ -15,7 +15,7 @@ from services.common.errors import MeshError, Reason
 from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call
 from services.inference import sim_text
-from services.inference.engine import ChatMessage
+from services.inference.request import ChatMessage
 from tests.support.measured import measured
 from tests.support.waiting import eventually
 from tests.support.workers import FAST, sim_worker

@@ -15,7 +15,7 @@ import pytest
 
 from services.common.settings_worker import SimSettings
 from services.inference import sim_text
-from services.inference.engine import ChatMessage
+from services.inference.request import ChatMessage
 from services.inference.sim_embedding import cosine, expected_embedding
 from tests.support.openai_lane import Lane, openai_lane
 

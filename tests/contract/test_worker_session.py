@@ -24,7 +24,8 @@ from services.common.errors import MeshError, Reason
 from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call, error_from_status
 from services.inference import sim_text
-from services.inference.engine import Generation, Sink
+from services.inference.output import Sink
+from services.inference.request import Generation
 from services.inference.sim_engine import SimEngine
 from tests.support.waiting import eventually
 from tests.support.workers import WorkerSessionClient, open_session, sim_worker, worker_config, worker_process

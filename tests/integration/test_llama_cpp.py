@@ -14,8 +14,9 @@ import pytest
 
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings
-from services.inference.engine import ChatMessage, FinishReason, Generation, Sampling, StructuredOutput
 from services.inference.openai_engine import OpenAIEngine
+from services.inference.output import FinishReason
+from services.inference.request import ChatMessage, Generation, Sampling, StructuredOutput
 from tests.support.llama_server import LlamaServer, llama_server
 from tests.support.sinks import Kept
 from tests.support.upstreams import generation, run, settings_for

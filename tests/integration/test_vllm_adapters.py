@@ -21,12 +21,14 @@ from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import AdapterSettings, ModelSettings
 from services.common.status import error_from_call
-from services.inference.engine import Engine, FinishReason, Generation, Sampling, cards_of
+from services.inference.engine import Engine, cards_of
 from services.inference.gate import Gate
 from services.inference.generations import Generations
 from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import WorkerMetrics
+from services.inference.output import FinishReason
 from services.inference.registration import Registration, registration_to_proto
+from services.inference.request import Generation, Sampling
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.spans import Spans
 from services.inference.vllm_engine import VllmEngine

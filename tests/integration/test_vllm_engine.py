@@ -20,7 +20,9 @@ from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.prefix import salt_of, token_block_hashes
 from services.common.settings_worker import WatchdogSettings
-from services.inference.engine import Capability, ChatMessage, Engine, FinishReason, Generation, Sampling
+from services.inference.engine import Capability, Engine
+from services.inference.output import FinishReason
+from services.inference.request import ChatMessage, Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_environment import vllm_version
 from services.inference.vllm_life import StartTimeoutError

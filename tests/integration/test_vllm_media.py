@@ -3,7 +3,8 @@
 import pytest
 
 from services.common.errors import Reason
-from services.inference.engine import Capability, ChatMessage, Generation, Sampling
+from services.inference.engine import Capability
+from services.inference.request import ChatMessage, Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 from tests.support.engine_process import generate, refusal
 from tests.support.media_models import IMAGE_TOKENS, IMAGES_AT_MOST

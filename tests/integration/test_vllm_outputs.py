@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import FinishReason, Generation, Sampling, StructuredOutput
+from services.inference.output import FinishReason
+from services.inference.request import Generation, Sampling, StructuredOutput
 from services.inference.vllm_engine import VllmEngine
 from tests.support.engine_process import generate, refusal
 from tests.support.resume import resume_everywhere

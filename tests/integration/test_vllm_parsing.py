@@ -18,21 +18,13 @@ from services.common import rpc
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import ModelSettings
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    FinishReason,
-    Generation,
-    Sampling,
-    StructuredOutput,
-    Tool,
-    ToolCall,
-)
+from services.inference.engine import Capability
 from services.inference.gate import Gate
 from services.inference.generations import Generations
 from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import WorkerMetrics
+from services.inference.output import FinishReason
+from services.inference.request import ChatMessage, ChatOptions, Generation, Sampling, StructuredOutput, Tool, ToolCall
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.spans import Spans
 from services.inference.vllm_conversation import tool_to_openai

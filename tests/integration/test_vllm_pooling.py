@@ -10,8 +10,9 @@ import pytest
 import pytest_asyncio
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import Capability, Engine, Generation, Sampling
+from services.inference.engine import Capability, Engine
 from services.inference.pooling import EmbedJob, Pooler, ScoreJob
+from services.inference.request import Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_nursery import prepare_process
 from services.mesh.checkpoint import read_checkpoint

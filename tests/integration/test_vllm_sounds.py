@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from services.common.errors import Reason
-from services.inference.engine import Capability, ChatMessage, Generation, Sampling
+from services.inference.engine import Capability
 from services.inference.media_files import File, opened, samples
+from services.inference.request import ChatMessage, Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 from tests.support.engine_process import generate, refusal
 from tests.support.media_models import SOUND_SECONDS, SOUNDS_AT_MOST

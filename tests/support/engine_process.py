@@ -6,7 +6,7 @@ import pytest
 
 from services.common.errors import MeshError
 from services.common.settings_worker import ModelSettings, WorkerSettings
-from services.inference.engine import Generation
+from services.inference.request import Generation
 from services.inference.vllm_engine import VllmEngine
 from tests.support.sinks import Kept
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from services.inference.engine import ChatMessage, Generation, Media, Sampling
+from services.inference.request import ChatMessage, Generation, Media, Sampling
 
 __all__ = ["QUESTION", "about", "about_sounds", "picture", "sound"]
 

@@ -3,7 +3,9 @@
 import asyncio
 from dataclasses import dataclass, replace
 
-from services.inference.engine import Engine, Generation, TokenLogprobs
+from services.inference.engine import Engine
+from services.inference.output import TokenLogprobs
+from services.inference.request import Generation
 from tests.support.sinks import Kept
 
 __all__ = ["Resumed", "resume_everywhere"]

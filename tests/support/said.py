@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.inference.engine import Delta
+from services.inference.output import Delta
 
 __all__ = ["Said", "put_together"]
 

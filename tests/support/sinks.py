@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from services.common.errors import MeshError
-from services.inference.engine import Delta, FinishReason, PromptEcho, StopCause, Timings, TokenLogprobs, Usage
+from services.inference.output import Delta, FinishReason, PromptEcho, StopCause, Timings, TokenLogprobs, Usage
 
 __all__ = ["Kept"]
 

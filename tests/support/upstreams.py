@@ -4,8 +4,8 @@ import asyncio
 from typing import Any
 
 from services.common.settings_worker import ModelSettings, UpstreamSettings, WatchdogSettings, WorkerSettings
-from services.inference.engine import ChatMessage, Generation, Sampling
 from services.inference.openai_engine import OpenAIEngine
+from services.inference.request import ChatMessage, Generation, Sampling
 from tests.support.sinks import Kept
 
 __all__ = ["generation", "run", "settings_for"]

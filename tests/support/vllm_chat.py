@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from services.common.settings_worker import ModelSettings
-from services.inference.engine import ChatMessage, Generation
+from services.inference.request import ChatMessage, Generation
 from services.inference.vllm_conversation import tool_to_openai
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_parsing import Parsing

@@ -12,24 +12,9 @@ from tokenloom.router.v1 import router_pb2
 
 from services.common.errors import MeshError, Reason
 from services.inference import convert, convert_events
-from services.inference.engine import (
-    Capability,
-    ChatMessage,
-    ChatOptions,
-    Delta,
-    EngineCard,
-    FinishReason,
-    Load,
-    Media,
-    Sampling,
-    StructuredOutput,
-    Timings,
-    TokenLogprob,
-    TokenLogprobs,
-    Tool,
-    ToolCall,
-    Usage,
-)
+from services.inference.engine import Capability, EngineCard, Load
+from services.inference.output import Delta, FinishReason, Timings, TokenLogprob, TokenLogprobs, Usage
+from services.inference.request import ChatMessage, ChatOptions, Media, Sampling, StructuredOutput, Tool, ToolCall
 
 CARD = EngineCard(
     kind="sim",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import ChatMessage, Media
+from services.inference.request import ChatMessage, Media
 
 # It comes with vLLM.
 Image = pytest.importorskip("PIL.Image")

@@ -8,10 +8,15 @@ import pytest
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings
-from services.inference.engine import (
+from services.inference.openai_answer import ChunkError, decode_chunk, delta_of
+from services.inference.openai_flavours import Flavour, flavour_of
+from services.inference.openai_request import check_possible, continued, request_of
+from services.inference.openai_stream import Meters, Stream, usage_of
+from services.inference.openai_upstream import error_of, key_of
+from services.inference.output import FinishReason
+from services.inference.request import (
     ChatMessage,
     ChatOptions,
-    FinishReason,
     Generation,
     Media,
     Sampling,
@@ -19,11 +24,6 @@ from services.inference.engine import (
     Tool,
     ToolCall,
 )
-from services.inference.openai_answer import ChunkError, decode_chunk, delta_of
-from services.inference.openai_flavours import Flavour, flavour_of
-from services.inference.openai_request import check_possible, continued, request_of
-from services.inference.openai_stream import Meters, Stream, usage_of
-from services.inference.openai_upstream import error_of, key_of
 from tests.support.sinks import Kept
 
 SAID = [ChatMessage(role="user", content="Hello")]

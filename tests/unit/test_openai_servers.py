@@ -11,9 +11,11 @@ import pytest
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings, WatchdogSettings
-from services.inference.engine import Capability, ChatMessage, EngineLostError, FinishReason, Sampling
+from services.inference.engine import Capability
 from services.inference.openai_engine import OpenAIEngine
+from services.inference.output import EngineLostError, FinishReason
 from services.inference.pooling import EmbedJob
+from services.inference.request import ChatMessage, Sampling
 from tests.support.far_server import Answer, FarServer, far_server, plain, streamed
 from tests.support.sinks import Kept
 from tests.support.upstreams import generation, run, settings_for

@@ -10,8 +10,9 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from services.common.errors import MeshError, Reason
 from services.gateway.quarantine import Losses
 from services.gateway.quarantine import Quarantine as GatewayQuarantine
-from services.inference.engine import ChatMessage, EngineLostError, Generation, Sampling
+from services.inference.output import EngineLostError
 from services.inference.quarantine import FatalRequestError, Quarantine, fingerprint
+from services.inference.request import ChatMessage, Generation, Sampling
 from tests.support.waiting import eventually
 
 

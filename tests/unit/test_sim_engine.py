@@ -9,7 +9,8 @@ import pytest
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import SimSettings
 from services.inference import sim_text
-from services.inference.engine import FinishReason, Generation, Sampling, Usage
+from services.inference.output import FinishReason, Usage
+from services.inference.request import Generation, Sampling
 from services.inference.sim_engine import SimEngine
 from tests.support.sinks import Kept
 

@@ -9,14 +9,8 @@ import pytest
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import SimSettings
 from services.inference import sim_text
-from services.inference.engine import (
-    ChatMessage,
-    ChatOptions,
-    FinishReason,
-    Generation,
-    Sampling,
-    StructuredOutput,
-)
+from services.inference.output import FinishReason
+from services.inference.request import ChatMessage, ChatOptions, Generation, Sampling, StructuredOutput
 from services.inference.sim_engine import SimEngine
 from tests.support.sinks import Kept
 from tests.support.waiting import eventually

@@ -3,7 +3,7 @@
 import pytest
 
 from services.inference import sim_text
-from services.inference.engine import ChatMessage
+from services.inference.request import ChatMessage
 
 TEXTS = [
     "",

@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from services.common.errors import MeshError
-from services.inference.engine import StructuredOutput
+from services.inference.request import StructuredOutput
 from services.inference.vllm_forms import Forms
 from tests.support.demo_model import demo_model
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import MeshError, Reason
-from services.inference.engine import Generation, Sampling
+from services.inference.request import Generation, Sampling
 from services.inference.vllm_params import EMITTED_ARGUMENT, Limits, plan
 
 LIMITS = Limits(context_tokens=100, vocabulary=1000, logprobs=20, end_ids=frozenset({2}))
