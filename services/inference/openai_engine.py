@@ -13,7 +13,7 @@ from typing import Final, Self
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import UpstreamSettings, WorkerSettings
 from services.inference.cache_journal import CacheJournal
-from services.inference.calibration import MovingMean, PrefillMeter
+from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Load
 from services.inference.openai_flavours import flavour_of
 from services.inference.openai_health import Health
@@ -27,6 +27,7 @@ from services.inference.openai_watch import Pending, ServerWatch
 from services.inference.output import EngineLostError, Sink
 from services.inference.pooling import check_can
 from services.inference.request import ChatMessage, ChatOptions, Generation
+from services.inference.serving_time import ServingTime
 
 __all__ = ["OpenAIEngine"]
 
@@ -60,7 +61,7 @@ class OpenAIEngine:
         self._health.own = lambda: self._own
         self._meters = Meters()
         self._prefill = PrefillMeter()
-        self._served_seconds = MovingMean()
+        self._serving_time = ServingTime()
         self._streams: dict[str, Stream] = {}
         self._watching: list[asyncio.Task[None]] = []
         self._tasks = asyncio.TaskGroup()
@@ -218,9 +219,7 @@ class OpenAIEngine:
         there = self._own
         most, queue = self._card.max_running, self._settings.max_queued
         if there >= most + queue:
-            turns = (there - most + 1) / most
-            seconds = min(60.0, max(0.1, turns * (self._served_seconds.value or 1.0)))
-            raise MeshError(Reason.NO_CAPACITY, "the worker's queue is full", retry_after_seconds=seconds)
+            raise self._serving_time.queue_full(waiting=there - most, max_running=most)
 
     def _lose_silent(self, since: float) -> None:
         """The server does not answer since then: fails what has heard nothing either."""
@@ -232,7 +231,7 @@ class OpenAIEngine:
     async def _run(self, stream: Stream) -> None:
         try:
             await self._generate(stream)
-            self._served_seconds.observe(time.monotonic() - stream.begun_at)
+            self._serving_time.observe(time.monotonic() - stream.begun_at)
         except UpstreamLostError as error:
             self._health.check_soon()
             stream.fail(error)

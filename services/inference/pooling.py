@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from services.common.errors import MeshError, Reason
-from services.inference.calibration import MovingMean
 from services.inference.engine import Capability, EngineCard
+from services.inference.serving_time import ServingTime
 
 __all__ = ["EmbedJob", "Embedded", "Job", "Jobs", "Pooler", "ScoreJob", "Scored", "check_can", "check_length"]
 
@@ -108,7 +108,7 @@ class Jobs:
         self._max_running = max_running
         self._most = max_running + max_queued
         self._count = 0
-        self._served_seconds = MovingMean()
+        self._serving_time = ServingTime()
         self.pending_tokens = 0
         """Tokens of inputs that are not computed yet."""
 
@@ -124,7 +124,7 @@ class Jobs:
 
     def served(self, seconds: float) -> None:
         """A job took so long."""
-        self._served_seconds.observe(seconds)
+        self._serving_time.observe(seconds)
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -134,9 +134,7 @@ class Jobs:
             MeshError: NO_CAPACITY, too many are there.
         """
         if self._count >= self._most:
-            turns = (self.waiting + 1) / self._max_running
-            seconds = min(60.0, max(0.1, turns * (self._served_seconds.value or 1.0)))
-            raise MeshError(Reason.NO_CAPACITY, "the worker's queue is full", retry_after_seconds=seconds)
+            raise self._serving_time.queue_full(waiting=self.waiting, max_running=self._max_running)
         self._count += 1
         try:
             yield

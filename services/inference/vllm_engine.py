@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import WorkerSettings
 from services.inference.cache_journal import CacheJournal
-from services.inference.calibration import MovingMean, PrefillMeter
+from services.inference.calibration import PrefillMeter
 from services.inference.engine import Capability, EngineCard, Load
 from services.inference.output import EngineLostError, FinishReason, Sink
 from services.inference.pooling import check_can
 from services.inference.request import ChatMessage, ChatOptions, Generation
+from services.inference.serving_time import ServingTime
 from services.inference.vllm_adapters import Adapters
 from services.inference.vllm_life import VllmLife
 from services.inference.vllm_params import Plan, plan
@@ -44,7 +45,7 @@ class VllmEngine:
         self._settings = settings
         self._stats = EngineStats()
         self._prefill = PrefillMeter()
-        self._served_seconds = MovingMean()
+        self._serving_time = ServingTime()
         self._streams: dict[str, Stream] = {}
         self.cache_journal = CacheJournal()
         self._adapters = Adapters(settings.model)
@@ -208,9 +209,7 @@ class VllmEngine:
         # vLLM can run fewer than it may: its KV cache is a bound too.
         waiting = min(self._stats.known_waiting, there)
         if there >= most + queue or waiting > max(0, queue - 1):
-            turns = (max(waiting, there - most) + 1) / most
-            seconds = min(60.0, max(0.1, turns * (self._served_seconds.value or 1.0)))
-            raise MeshError(Reason.NO_CAPACITY, "the worker's queue is full", retry_after_seconds=seconds)
+            raise self._serving_time.queue_full(waiting=max(waiting, there - most), max_running=most)
 
     async def _prepare(self, stream: Stream) -> Plan:
         backend = self._life.backend
@@ -237,7 +236,7 @@ class VllmEngine:
         try:
             async with self._adapters.lease(stream.generation.model) as lora:
                 await self._generate_or_release(stream, todo, backend, lora)
-            self._served_seconds.observe(time.monotonic() - begun)
+            self._serving_time.observe(time.monotonic() - begun)
         except MeshError as error:
             stream.fail(error)
         except Exception as error:  # noqa: BLE001  # one request's fault must not take the others along
