@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network
-from typing import Final
+from typing import Any, Final
 
 from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
 from services.common.settings_gateway import GatewaySettings
-from services.common.settings_worker import SimSettings, WorkerSettings
+from services.common.settings_worker import WorkerSettings
+from services.mesh import settings_from
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge
 from services.mesh.envoy_tls import EdgeTls
@@ -81,30 +82,16 @@ def edge_of(mesh: MeshConfig) -> Edge:
 def _containers(mesh: MeshConfig) -> Iterator[Container]:
     hosts = (str(NETWORK[index]) for index in range(_FIRST_HOST, NETWORK.num_addresses - 1))
     telemetry = TelemetrySettings(
-        name="telemetry",
-        listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{METRICS_PORT}",
-        otlp_endpoint=mesh.otlp_endpoint,
-        tracing=mesh.tracing,
-        metrics_push=mesh.metrics_push,
+        **_everywhere(mesh, "telemetry"),
         redis_url=mesh.redis_url or _REDIS_URL,
     )
     yield Container(name="telemetry", service="telemetry", address=next(hosts), settings=telemetry)
     for name in mesh.router_names:
         router = RouterSettings(
-            name=name,
-            listen=f"{_ANY}:{_GRPC}",
-            metrics=f"{_ANY}:{METRICS_PORT}",
-            otlp_endpoint=mesh.otlp_endpoint,
-            tracing=mesh.tracing,
-            metrics_push=mesh.metrics_push,
+            **_everywhere(mesh, name),
             picker=f"{_ANY}:{_PICKER}",
             telemetry=[f"telemetry:{_GRPC}"],
-            routing=mesh.routing,
-            pools=mesh.pool_names,
-            models=mesh.model_names,
-            expected_workers=mesh.worker_count,
-            isolate_tenants=mesh.isolate_tenants,
+            **settings_from.router(mesh),
         )
         yield Container(name=name, service="router", address=next(hosts), settings=router)
     for name in mesh.gateway_names:
@@ -114,27 +101,26 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
             yield _worker(mesh, pool, worker, next(hosts))
 
 
+def _everywhere(mesh: MeshConfig, name: str) -> dict[str, Any]:
+    """What the settings of each process have."""
+    return {
+        "name": name,
+        "listen": f"{_ANY}:{_GRPC}",
+        "metrics": f"{_ANY}:{METRICS_PORT}",
+        **settings_from.every_process(mesh),
+    }
+
+
 def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
     settings = GatewaySettings(
-        name=name,
-        listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{METRICS_PORT}",
-        otlp_endpoint=mesh.otlp_endpoint,
-        tracing=mesh.tracing,
-        metrics_push=mesh.metrics_push,
+        **_everywhere(mesh, name),
         http=f"{_ANY}:{_HTTP}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         router_sessions=[f"{name}:{_PICKER}" for name in mesh.router_names],
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
         journal=f"{STATE_FOLDER}/journal-{name}",
-        replicas=mesh.gateways,
         redis_url=mesh.redis_url or _REDIS_URL,
-        jwt=mesh.jwt,
-        ledger=mesh.ledger,
-        guardrails=mesh.guardrails,
-        batches=mesh.batches,
-        drain_seconds=mesh.drain_seconds,
-        client_timeout_seconds=mesh.edge.client_timeout_seconds,
+        **settings_from.gateway(mesh),
     )
     return Container(name=name, service="gateway", address=address, settings=settings)
 
@@ -144,26 +130,12 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
     if worker.engine == "vllm" and model.path is None:
         model = demo_model(model, DEMO_FOLDER)
     settings = WorkerSettings(
-        name=worker.name,
-        listen=f"{_ANY}:{_GRPC}",
-        metrics=f"{_ANY}:{METRICS_PORT}",
-        otlp_endpoint=mesh.otlp_endpoint,
-        tracing=mesh.tracing,
-        metrics_push=mesh.metrics_push,
+        **_everywhere(mesh, worker.name),
         advertise=f"{address}:{_GRPC}",
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
-        pool=pool.name,
         model=model,
-        engine=worker.engine,
         gpu=_gpu_inside(worker.gpu),
-        gpu_memory_utilization=worker.gpu_memory_utilization,
-        engine_args=worker.engine_args,
-        sim=worker.sim or SimSettings(),
-        upstream=worker.upstream,
-        watchdog=worker.watchdog,
-        isolate_tenants=mesh.isolate_tenants,
-        drain_seconds=mesh.drain_seconds,
-        client_timeout_seconds=mesh.edge.client_timeout_seconds,
+        **settings_from.worker(mesh, pool, worker),
     )
     return Container(
         name=worker.name,

@@ -11,7 +11,8 @@ import msgspec
 
 from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
 from services.common.settings_gateway import GatewaySettings
-from services.common.settings_worker import ModelSettings, SimSettings, WorkerSettings
+from services.common.settings_worker import ModelSettings, WorkerSettings
+from services.mesh import settings_from
 from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_model
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy
@@ -85,12 +86,8 @@ class _Planner:
             more_ports={"picker": port},
             picker=f"{_HOST}:{port}",
             telemetry=[telemetry],
-            routing=self._mesh.routing,
             policy_path=str(self._state.policy.resolve()),
-            pools=self._mesh.pool_names,
-            models=self._mesh.model_names,
-            expected_workers=self._mesh.worker_count,
-            isolate_tenants=self._mesh.isolate_tenants,
+            **settings_from.router(self._mesh),
         )
 
     def _worker(self, pool: PoolConfig, worker: WorkerConfig, routers: list[str]) -> ProcessPlan:
@@ -104,18 +101,9 @@ class _Planner:
             start_seconds=_START_SECONDS if worker.engine == "sim" else _MODEL_START_SECONDS,
             advertise=f"{_HOST}:{port}",
             routers=routers,
-            pool=pool.name,
             model=self._model(pool, worker),
-            engine=worker.engine,
             gpu=worker.gpu,
-            gpu_memory_utilization=worker.gpu_memory_utilization,
-            engine_args=worker.engine_args,
-            sim=worker.sim or SimSettings(),
-            upstream=worker.upstream,
-            watchdog=worker.watchdog,
-            isolate_tenants=self._mesh.isolate_tenants,
-            drain_seconds=self._mesh.drain_seconds,
-            client_timeout_seconds=self._mesh.edge.client_timeout_seconds,
+            **settings_from.worker(self._mesh, pool, worker),
         )
 
     def _model(self, pool: PoolConfig, worker: WorkerConfig) -> ModelSettings:
@@ -137,14 +125,8 @@ class _Planner:
             router_sessions=[_picker(router) for router in routers],
             database=database_of(self._mesh, self._state),
             journal=str(self._state.folder.resolve() / f"journal-{name}"),
-            replicas=self._mesh.gateways,
             redis_url=self._mesh.redis_url,
-            jwt=self._mesh.jwt,
-            ledger=self._mesh.ledger,
-            guardrails=self._mesh.guardrails,
-            batches=self._mesh.batches,
-            drain_seconds=self._mesh.drain_seconds,
-            client_timeout_seconds=self._mesh.edge.client_timeout_seconds,
+            **settings_from.gateway(self._mesh),
         )
 
     def _python(
@@ -171,9 +153,7 @@ class _Planner:
             name=name,
             listen=listen,
             metrics=f"{_HOST}:{ports['metrics']}",
-            otlp_endpoint=self._mesh.otlp_endpoint,
-            tracing=self._mesh.tracing,
-            metrics_push=self._mesh.metrics_push,
+            **settings_from.every_process(self._mesh),
             **settings,
         )
         return ProcessPlan(
