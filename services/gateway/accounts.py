@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -13,16 +13,17 @@ from services.common.errors import MeshError, Reason
 from services.common.ids import random_hex
 from services.common.ledger import UsageRow, month_of
 from services.common.quota import NO_LIMITS, KeyLimits
-from services.common.settings_gateway import LedgerSettings
 from services.gateway.http import ClientLeftError
 from services.gateway.identity import Identity
 from services.gateway.journal import Journal
 from services.gateway.ledger import Spending
-from services.gateway.limits import Decision, Level, Limiter, Reservation
+from services.gateway.limit_words import limit_headers, over_budget, over_limit
+from services.gateway.limits import Decision, Limiter, Reservation
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Spent
+from services.gateway.prices import Prices
 
-__all__ = ["Account", "Accounts", "Lane", "Prices", "Show"]
+__all__ = ["Account", "Accounts", "Lane", "Show"]
 
 Lane = Literal["openai", "typed"]
 Show = Callable[[str, str], None]
@@ -32,33 +33,6 @@ Show = Callable[[str, str], None]
 _FIRST_GUESS: Final = 256.0
 _GUESS_WEIGHT: Final = 0.1
 _MAX_GUESSES: Final = 10_000
-_MONTH_SECONDS: Final = 31 * 86_400
-_MESSAGES: Final = {
-    "requests": "this key may make {} requests a minute",
-    "tokens": "this key may use {} tokens a minute",
-    "concurrency": "this key may have {} requests at a time",
-}
-
-
-class Prices:
-    """What a worker's time costs."""
-
-    def __init__(self, settings: LedgerSettings) -> None:
-        self._prices: Mapping[str, float] = settings.gpu_hour_prices
-        self._default = settings.default_gpu_hour_price
-        self._parts: dict[str, float] = {}
-
-    def gpu_seconds(self, spent: Spent) -> float:
-        """A generation's part of its worker's time; guessed by the last that it told when it was cut off."""
-        if spent.gpu_seconds is None:
-            return spent.running_seconds * self._parts.get(spent.worker, 1.0)
-        if spent.running_seconds > 0:
-            self._parts[spent.worker] = min(1.0, spent.gpu_seconds / spent.running_seconds)
-        return spent.gpu_seconds
-
-    def cost(self, worker: str, gpu_seconds: float) -> float:
-        """In the currency of the prices."""
-        return gpu_seconds * self._prices.get(worker, self._default) / 3600
 
 
 class Account:
@@ -230,17 +204,17 @@ class Accounts:
 
     def _tell(self, decision: Decision, limits: KeyLimits, show: Show | None) -> None:
         if show is not None:
-            for name, value in _headers(decision):
+            for name, value in limit_headers(decision):
                 show(name, value)
         if not decision.allowed:
             self.metrics.limited(decision.which)
-            raise _over_limit(decision, limits)
+            raise over_limit(decision, limits)
 
     def _check_budget(self, identity: Identity) -> None:
         budget = identity.limits.budget
         if budget is not None and self._spending.of(identity.key_id) >= budget:
             self.metrics.limited("budget")
-            raise _over_budget(budget)
+            raise over_budget(budget)
 
     def charged(
         self, row: UsageRow, spent: Sequence[Spent], *, outcome: str, duration_seconds: float | None
@@ -316,46 +290,3 @@ def _outcome(error: BaseException | None) -> str:
             return "cancelled"
         case _:
             return Reason.INTERNAL.value.lower()
-
-
-def _over_limit(decision: Decision, limits: KeyLimits) -> MeshError:
-    limit = {"requests": limits.rpm, "tokens": limits.tpm, "concurrency": limits.concurrency}[decision.which]
-    wait = max(0.001, decision.wait_seconds)
-    return MeshError(Reason.RATE_LIMIT_EXCEEDED, _MESSAGES[decision.which].format(limit), retry_after_seconds=wait)
-
-
-def _headers(decision: Decision) -> Iterator[tuple[str, str]]:
-    """OpenAI's headers about a key's limits."""
-    for name, level in (("requests", decision.requests), ("tokens", decision.tokens)):
-        if level is not None:
-            for what, value in _values(level):
-                yield f"x-ratelimit-{what}-{name}", value
-
-
-def _values(level: Level) -> tuple[tuple[str, str], ...]:
-    left = max(0, int(level.left + 1e-6))
-    return ("limit", str(level.limit)), ("remaining", str(left)), ("reset", _duration(level.reset_seconds))
-
-
-def _duration(seconds: float) -> str:
-    """As OpenAI writes it: 20ms, 1.5s, 6m0s."""
-    if seconds < 1:
-        return f"{1000 * seconds:.0f}ms"
-    minutes, rest = divmod(seconds, 60)
-    return f"{minutes:.0f}m{rest:.0f}s" if minutes else f"{rest:.3g}s"
-
-
-def _over_budget(budget: float) -> MeshError:
-    now = time.time()
-    here = month_of(now)
-    # The first moment of the next month, found to the second; budgets are counted in UTC.
-    low, high = int(now), int(now) + _MONTH_SECONDS + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if month_of(middle) == here else (low, middle)
-    return MeshError(
-        Reason.RATE_LIMIT_EXCEEDED,
-        f"this key has used up its budget of {budget:g} for the month",
-        code="insufficient_quota",
-        retry_after_seconds=high - now,
-    )

@@ -8,12 +8,13 @@ from typing import Final
 
 from services.common.database import Database
 from services.common.settings_gateway import GatewaySettings
-from services.gateway.accounts import Accounts, Prices
+from services.gateway.accounts import Accounts
 from services.gateway.journal import Journal
 from services.gateway.ledger import Ledger, Spending
 from services.gateway.limits import LocalLimits
 from services.gateway.limits_shared import SharedLimits
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.prices import Prices
 
 __all__ = ["Books", "bookkeeping"]
 
