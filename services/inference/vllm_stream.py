@@ -22,7 +22,8 @@ from services.inference.vllm_params import Plan
 
 if TYPE_CHECKING:
     # It imports vLLM.
-    from services.inference.vllm_parsing import Reader, Reading
+    from services.inference.vllm_parsing import Reading
+    from services.inference.vllm_reader import Reader
     from services.inference.vllm_replay import Replay
     from services.inference.vllm_token_text import TokenTexts
 
