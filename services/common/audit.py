@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from services.common.database import AUDIT, Database
+from services.common.database import Database
+from services.common.tables import AUDIT
 
 __all__ = ["read", "record"]
 

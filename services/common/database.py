@@ -1,4 +1,4 @@
-"""The mesh's SQL database: one SQLite file, or PostgreSQL; its tables, and how earlier ones become current."""
+"""The mesh's SQL database: one SQLite file, or PostgreSQL; and how the tables of earlier versions become current."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,36 +6,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    Double,
-    Engine,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    Table,
-    Text,
-    create_engine,
-    event,
-    inspect,
-    text,
-)
-from sqlalchemy.dialects.sqlite import REAL
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from services.common.tables import COUNTERS, METADATA, VERSION
+
 __all__ = [
-    "AUDIT",
-    "BATCHES",
-    "BATCH_RESULTS",
-    "COUNTERS",
-    "FILES",
-    "FILE_CHUNKS",
-    "KEYS",
-    "USAGE",
     "Database",
     "DatabaseError",
     "url_of",
@@ -44,150 +21,12 @@ __all__ = [
 DatabaseError = SQLAlchemyError
 """What any use of the database may raise."""
 
-_VERSION: Final = 3
 _BUSY_SECONDS: Final = 5
 _CONNECT_SECONDS: Final = 2
 _STATEMENT_MS: Final = 10_000
 # Any number, as long as it is always the same one: it keeps two processes from migrating at once.
 _MIGRATION_LOCK: Final = 0x746C6D
 _WRITES: Final = "tokenloom_writes"
-
-_metadata: Final = MetaData()
-# SQLite's strict tables know few names of types.
-_SECONDS: Final[Double[float]] = Double().with_variant(REAL(), "sqlite")
-_COUNT: Final = BigInteger().with_variant(Integer(), "sqlite")
-
-KEYS: Final = Table(
-    "keys",
-    _metadata,
-    Column("id", Text, primary_key=True),
-    Column("hash", LargeBinary, nullable=False, unique=True),
-    Column("name", Text, nullable=False),
-    Column("tenant", Text, nullable=False),
-    Column("models", Text),
-    Column("priority", Integer, nullable=False),
-    Column("admin", Integer, nullable=False),
-    Column("debug", Integer, nullable=False),
-    Column("created_at", _SECONDS, nullable=False),
-    Column("endpoints", Text),
-    Column("allow_degrade", Integer, nullable=False, server_default="0"),
-    Column("rpm", _COUNT),
-    Column("tpm", _COUNT),
-    Column("concurrency", _COUNT),
-    Column("budget", _SECONDS),
-    Column("expires_at", _SECONDS),
-    Column("old_hash", LargeBinary),
-    Column("old_until", _SECONDS),
-)
-"""API keys, by the hashes of their secrets."""
-
-USAGE: Final = Table(
-    "usage",
-    _metadata,
-    Column("id", Text, primary_key=True),
-    Column("request_id", Text, nullable=False),
-    Column("time", _SECONDS, nullable=False),
-    Column("month", Text, nullable=False),
-    Column("lane", Text, nullable=False),
-    Column("endpoint", Text, nullable=False),
-    Column("tenant", Text, nullable=False),
-    Column("key_id", Text, nullable=False),
-    Column("model", Text, nullable=False),
-    Column("worker", Text, nullable=False),
-    Column("prompt_tokens", _COUNT, nullable=False),
-    Column("cached_tokens", _COUNT, nullable=False),
-    Column("output_tokens", _COUNT, nullable=False),
-    Column("ttft_seconds", _SECONDS),
-    Column("tpot_seconds", _SECONDS),
-    Column("queue_seconds", _SECONDS),
-    Column("prefill_seconds", _SECONDS),
-    Column("duration_seconds", _SECONDS),
-    Column("gpu_seconds", _SECONDS, nullable=False),
-    Column("outcome", Text, nullable=False),
-    Column("cost", _SECONDS, nullable=False),
-    Column("moves", Text),
-    Index("usage_by_key", "key_id", "month"),
-    Index("usage_by_tenant", "tenant", "month"),
-    Index("usage_by_time", "time"),
-    Index("usage_by_request", "request_id"),
-)
-"""One row for each request that was let in."""
-
-AUDIT: Final = Table(
-    "audit",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("time", _SECONDS, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("action", Text, nullable=False),
-    Column("target", Text, nullable=False),
-    Column("detail", Text, nullable=False),
-)
-"""Who changed what."""
-
-COUNTERS: Final = Table(
-    "counters", _metadata, Column("name", Text, primary_key=True), Column("value", _COUNT, nullable=False)
-)
-"""Numbers that move when something else has changed, and the version of the tables."""
-
-FILES: Final = Table(
-    "files",
-    _metadata,
-    Column("id", Text, primary_key=True),
-    Column("tenant", Text, nullable=False),
-    Column("filename", Text, nullable=False),
-    Column("purpose", Text, nullable=False),
-    Column("bytes", _COUNT, nullable=False),
-    Column("complete", Integer, nullable=False),
-    Column("created_at", _SECONDS, nullable=False),
-    Column("expires_at", _SECONDS),
-    Index("files_by_tenant", "tenant", "created_at"),
-)
-"""Files that clients sent or batches made."""
-
-FILE_CHUNKS: Final = Table(
-    "file_chunks",
-    _metadata,
-    Column("file_id", Text, primary_key=True),
-    Column("number", _COUNT, primary_key=True),
-    Column("data", LargeBinary, nullable=False),
-)
-"""What is in the files, in order."""
-
-BATCHES: Final = Table(
-    "batches",
-    _metadata,
-    Column("id", Text, primary_key=True),
-    Column("tenant", Text, nullable=False),
-    Column("key_id", Text, nullable=False),
-    Column("identity", Text, nullable=False),
-    Column("endpoint", Text, nullable=False),
-    Column("input_file_id", Text, nullable=False),
-    Column("output_file_id", Text),
-    Column("error_file_id", Text),
-    Column("status", Text, nullable=False),
-    Column("errors", Text),
-    Column("metadata", Text),
-    Column("times", Text, nullable=False),
-    Column("created_at", _SECONDS, nullable=False),
-    Column("expires_at", _SECONDS, nullable=False),
-    Column("total", _COUNT, nullable=False, server_default="0"),
-    Column("owner", Text),
-    Column("owned_until", _SECONDS, nullable=False, server_default="0"),
-    Index("batches_by_tenant", "tenant", "created_at"),
-    Index("batches_by_status", "status"),
-)
-"""Jobs of many requests."""
-
-BATCH_RESULTS: Final = Table(
-    "batch_results",
-    _metadata,
-    Column("batch_id", Text, primary_key=True),
-    Column("line", _COUNT, primary_key=True),
-    Column("ok", Integer, nullable=False),
-    Column("data", LargeBinary, nullable=False),
-)
-"""What became of each line of a batch's input."""
 
 
 class Database:
@@ -237,18 +76,18 @@ class Database:
 
     def _migrate(self) -> None:
         with self.reading() as connection:
-            if _version(connection) == _VERSION:
+            if _version(connection) == VERSION:
                 return
         with self.writing() as connection:
             if self.dialect == "postgresql":
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
             found = _version(connection)
-            if found > _VERSION:
+            if found > VERSION:
                 raise SQLAlchemyError(
-                    f"the database has tables of version {found}, made by a later tokenloom; this one knows {_VERSION}"
+                    f"the database has tables of version {found}, made by a later tokenloom; this one knows {VERSION}"
                 )
-            if found < _VERSION:
-                _metadata.create_all(connection)
+            if found < VERSION:
+                METADATA.create_all(connection)
                 _add_columns(connection)
                 _set_version(connection)
 
@@ -292,14 +131,14 @@ def _version(connection: Connection) -> int:
 
 def _set_version(connection: Connection) -> None:
     connection.execute(COUNTERS.delete().where(COUNTERS.c.name == "schema"))
-    connection.execute(COUNTERS.insert().values(name="schema", value=_VERSION))
+    connection.execute(COUNTERS.insert().values(name="schema", value=VERSION))
     if connection.execute(COUNTERS.select().where(COUNTERS.c.name == "keys")).first() is None:
         connection.execute(COUNTERS.insert().values(name="keys", value=1))
 
 
 def _add_columns(connection: Connection) -> None:
     """Gives tables of earlier versions what they lack; a column that is added may be null or has a default."""
-    for table in _metadata.sorted_tables:
+    for table in METADATA.sorted_tables:
         have = {column["name"] for column in inspect(connection).get_columns(table.name)}
         for column in table.columns:
             if column.name not in have:

@@ -13,8 +13,9 @@ from typing import Any, Final, Self
 from sqlalchemy import Connection, or_, select
 
 from services.common import audit
-from services.common.database import COUNTERS, KEYS, Database
+from services.common.database import Database
 from services.common.quota import NO_LIMITS, KeyLimits
+from services.common.tables import COUNTERS, KEYS
 
 __all__ = ["KEY_PREFIX", "KeyRecord", "KeyStore", "hash_of"]
 

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Dialect, Insert, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from services.common import audit
-from services.common.database import USAGE, Database
+from services.common.database import Database
+from services.common.tables import USAGE
 
 __all__ = ["LOST", "UsageRow", "add_rows", "delete_before", "erase", "month_of", "report", "requests", "spent"]
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import Row, func, select, update
 
-from services.common.database import BATCH_RESULTS, BATCHES
+from services.common.tables import BATCH_RESULTS, BATCHES
 from services.gateway.stored import LateDatabase, behind
 
 __all__ = ["ACTIVE", "BatchRecord", "BatchStore", "LineResult"]

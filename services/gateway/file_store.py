@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Row, delete, func, select, update
 
-from services.common.database import FILE_CHUNKS, FILES
+from services.common.tables import FILE_CHUNKS, FILES
 from services.gateway.stored import LateDatabase, behind
 
 __all__ = ["CHUNK_BYTES", "FileRecord", "FileStore"]

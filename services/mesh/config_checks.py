@@ -66,7 +66,8 @@ def redis_finding(url: str) -> Finding:
 
 def database_finding(where: str) -> Finding:
     """Can the database of keys and usage be read? One that is not there is not made."""
-    from services.common.database import KEYS, Database, DatabaseError  # noqa: PLC0415  # slow to import
+    from services.common.database import Database, DatabaseError  # noqa: PLC0415  # slow to import
+    from services.common.tables import KEYS  # noqa: PLC0415  # slow to import
 
     shown = _without_password(where) if "://" in where else where
     if "://" not in where and not Path(where).exists():

@@ -11,10 +11,11 @@ import pytest
 import pytest_asyncio
 
 from services.common import ledger
-from services.common.database import USAGE, Database
+from services.common.database import Database
 from services.common.quota import KeyLimits
 from services.common.settings_gateway import LedgerSettings
 from services.common.settings_worker import SimSettings
+from services.common.tables import USAGE
 from tests.support.openai_lane import Lane, openai_lane
 from tests.support.waiting import eventually
 

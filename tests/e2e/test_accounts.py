@@ -17,9 +17,10 @@ from google.rpc import status_pb2
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
-from services.common.database import COUNTERS, KEYS, USAGE, Database
+from services.common.database import Database
 from services.common.errors import Reason
 from services.common.status import DETAILS_KEY, error_from_status
+from services.common.tables import COUNTERS, KEYS, USAGE
 from services.common.typed_calls import EDGE_ACCOUNT
 from services.gateway.journal import read_entries, segments_of
 from services.mesh.__main__ import main

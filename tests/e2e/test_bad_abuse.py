@@ -10,7 +10,8 @@ from http.client import HTTPResponse
 import httpx
 import pytest
 
-from services.common.database import USAGE, Database
+from services.common.database import Database
+from services.common.tables import USAGE
 from services.inference.sim_text import expected_text, tokenize
 from tests.support.bad_inputs import assert_harmless
 from tests.support.commands import tokenloom

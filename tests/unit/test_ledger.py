@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from services.common import ledger as book
-from services.common.database import USAGE, Database
+from services.common.database import Database
 from services.common.ledger import UsageRow, month_of
+from services.common.tables import USAGE
 from services.gateway.journal import Entry, Journal, JournalInUseError, read_entries, segments_of
 from services.gateway.ledger import Ledger, Spending
 from tests.support.waiting import wait_until
