@@ -1,11 +1,8 @@
 """Kubernetes manifests: every process of a mesh, Envoy and Redis, from the same mesh.yaml."""
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import replace
-from ipaddress import ip_address
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -14,36 +11,20 @@ import yaml
 from services.common.config import ConfigError
 from services.common.settings import TelemetrySettings
 from services.mesh.config import MeshConfig
-from services.mesh.containers import METRICS_PORT, TLS_FILES, Container, containers, edge_of
-from services.mesh.envoy import bootstrap
+from services.mesh.containers import METRICS_PORT, Container, containers
+from services.mesh.k8s_edge import edge
+from services.mesh.k8s_growth import Growth, scaler
+from services.mesh.k8s_objects import WORKERS, headless, service, workload
 from services.mesh.k8s_pods import GRPC_PORT, HTTP_PORT, Wishes, claims, labels, labels_of, pod, resource_of, slug
 
-__all__ = ["Growth", "manifests"]
+__all__ = ["manifests"]
 
-_ENVOY_IMAGE: Final = "envoyproxy/envoy:v1.40.0"
 _REDIS_IMAGE: Final = "redis:8-alpine"
-_WORKERS: Final = "workers"
 _AGENTS: Final = "telemetry-agents"
 _PICKER_PORT: Final = 50052
 _REDIS_PORT: Final = 6379
-_TLS_FOLDER: Final = str(Path(TLS_FILES["certificate"]).parent)
-_DRAIN_SECONDS: Final = 5
 _GPU_NODES: Final = {"nvidia.com/gpu.present": "true"}
 _SHARED: Final = "nvidia.com/gpu.shared"
-
-
-class Growth(msgspec.Struct, kw_only=True, frozen=True):
-    """How workers become more and fewer, by KEDA."""
-
-    most: int
-    """Replicas of each worker."""
-    prometheus: str
-    """The URL of the Prometheus that scrapes the routers."""
-    waiting: int = 4
-    """Requests that wait in the router, for each replica."""
-    hours: tuple[int, int] | None = None
-    """From which to which hour of working days all replicas run, whatever waits."""
-    timezone: str = "UTC"
 
 
 def manifests(
@@ -61,13 +42,13 @@ def manifests(
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "settings"}, "stringData": _settings(listed)},
         *_slices(mesh, wishes),
         *(each for container in listed for each in _process(mesh, container, wishes)),
-        _headless(_WORKERS, labels_of("worker")),
+        headless(WORKERS, labels_of("worker")),
         *_telemetry_agents(mesh, wishes),
         *([] if mesh.redis_url is not None else _redis()),
-        *_edge(mesh),
+        *edge(mesh),
         *_disruption(mesh),
         _firewall(mesh),
-        *([] if growth is None else [_scaler(container, growth) for container in workers]),
+        *([] if growth is None else [scaler(container, growth) for container in workers]),
     ]
     for each in objects:
         each["metadata"] |= {"namespace": namespace}
@@ -89,7 +70,7 @@ def _check(mesh: MeshConfig, listed: list[Container]) -> None:
     if mesh.gateways > 1 and mesh.database_url is None:
         raise ConfigError("gateways: several of them can't share a file in Kubernetes: set database_url (PostgreSQL)")
     names = Counter(slug(container.name) for container in listed)
-    names.update(("edge", "redis", _WORKERS, _AGENTS))
+    names.update(("edge", "redis", WORKERS, _AGENTS))
     for name, count in names.items():
         if count > 1:
             raise ConfigError(f"workers of pools: Kubernetes takes two names, or one and one of our own, for {name!r}")
@@ -117,34 +98,18 @@ def _process(mesh: MeshConfig, container: Container, wishes: Wishes) -> list[dic
     component = "worker" if container.worker is not None else container.service
     mine = labels(name, component)
     stateful = container.worker is not None or container.service == "gateway"
-    made = _workload("StatefulSet" if stateful else "Deployment", name, mine, pod(mesh, container, wishes))
+    made = workload("StatefulSet" if stateful else "Deployment", name, mine, pod(mesh, container, wishes))
     made["spec"]["template"]["metadata"] = _watched(mine, container)
     if stateful:
-        made["spec"] |= {"serviceName": _WORKERS if component == "worker" else name, "podManagementPolicy": "Parallel"}
+        made["spec"] |= {"serviceName": WORKERS if component == "worker" else name, "podManagementPolicy": "Parallel"}
         if kept := claims(container):
             made["spec"]["volumeClaimTemplates"] = kept
-    return [made] if component == "worker" else [made, _service(name, mine, **_ports(container))]
+    return [made] if component == "worker" else [made, service(name, mine, **_ports(container))]
 
 
 def _ports(container: Container) -> dict[str, int]:
     more = {"gateway": {"http": HTTP_PORT}, "router": {"picker": _PICKER_PORT}}
     return {"grpc": GRPC_PORT, "metrics": METRICS_PORT, **more.get(container.service, {})}
-
-
-def _service(name: str, selector: dict[str, str], **ports: int) -> dict[str, Any]:
-    listed = [{"name": port_name, "port": port, "targetPort": port} for port_name, port in ports.items()]
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": name, "labels": selector},
-        "spec": {"selector": selector, "ports": listed},
-    }
-
-
-def _headless(name: str, selector: dict[str, str]) -> dict[str, Any]:
-    made = _service(name, selector, grpc=GRPC_PORT, metrics=METRICS_PORT)
-    made["spec"]["clusterIP"] = "None"
-    return made
 
 
 def _telemetry_agents(mesh: MeshConfig, wishes: Wishes) -> list[dict[str, Any]]:
@@ -176,7 +141,7 @@ def _telemetry_agents(mesh: MeshConfig, wishes: Wishes) -> list[dict[str, Any]]:
                 "template": {"metadata": _watched(mine, settings), "spec": spec},
             },
         },
-        _headless(_AGENTS, mine),
+        headless(_AGENTS, mine),
     ]
 
 
@@ -207,72 +172,7 @@ def _redis() -> list[dict[str, Any]]:
         "securityContext": {"allowPrivilegeEscalation": False},
     }
     spec = {"automountServiceAccountToken": False, "containers": [container]}
-    return [_workload("Deployment", "redis", mine, spec), _service("redis", mine, redis=_REDIS_PORT)]
-
-
-def _edge(mesh: MeshConfig) -> list[dict[str, Any]]:
-    mine, port = labels("edge", "edge"), mesh.edge.port
-    # Workers are whoever is behind their service, not those of the file: there may be more.
-    edge = replace(edge_of(mesh), workers=(f"{_WORKERS}:{GRPC_PORT}",))
-    container = {
-        "name": "envoy",
-        "image": _ENVOY_IMAGE,
-        "args": ["-c", "/etc/envoy/envoy.yaml"],
-        "ports": [{"name": "http", "containerPort": port}],
-        "readinessProbe": {**_edge_probe(mesh), "periodSeconds": 2, "failureThreshold": 2},
-        "livenessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 10},
-        # It is taken out of the service before it stops.
-        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(_DRAIN_SECONDS)]}}},
-        "volumeMounts": [
-            {"name": "config", "mountPath": "/etc/envoy", "readOnly": True},
-            *({"name": name, "mountPath": _TLS_FOLDER, "readOnly": True} for name in _tls_volumes(mesh)),
-        ],
-        "securityContext": {"allowPrivilegeEscalation": False},
-    }
-    spec = {
-        "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": int(mesh.drain_seconds) + 2 * _DRAIN_SECONDS,
-        "containers": [container],
-        "volumes": [
-            {"name": "config", "configMap": {"name": "edge"}},
-            *({"name": name, "secret": {"secretName": name}} for name in _tls_volumes(mesh)),
-        ],
-    }
-    config = {"envoy.yaml": json.dumps(bootstrap(edge), indent=1)}
-    service = _service("edge", mine, http=port)
-    service["spec"]["type"] = "ClusterIP" if _is_private(mesh) else "LoadBalancer"
-    return [
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "edge"}, "data": config},
-        _workload("Deployment", "edge", mine, spec),
-        service,
-    ]
-
-
-def _tls_volumes(mesh: MeshConfig) -> list[str]:
-    """The Secret of type kubernetes.io/tls, made by cert-manager or by hand, with ca.crt where clients need one."""
-    return [] if mesh.edge.tls is None else ["edge-tls"]
-
-
-def _edge_probe(mesh: MeshConfig) -> dict[str, Any]:
-    port, tls = mesh.edge.port, mesh.edge.tls
-    if tls is not None and tls.client_ca is not None:
-        # The kubelet has no certificate to show.
-        return {"tcpSocket": {"port": port}}
-    scheme = {} if tls is None else {"scheme": "HTTPS"}
-    return {"httpGet": {"path": "/readyz", "port": port, **scheme}}
-
-
-def _workload(kind: str, name: str, mine: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "apiVersion": "apps/v1",
-        "kind": kind,
-        "metadata": {"name": name, "labels": mine},
-        "spec": {
-            "replicas": 1,
-            "selector": {"matchLabels": mine},
-            "template": {"metadata": {"labels": mine}, "spec": spec},
-        },
-    }
+    return [workload("Deployment", "redis", mine, spec), service("redis", mine, redis=_REDIS_PORT)]
 
 
 def _disruption(mesh: MeshConfig) -> list[dict[str, Any]]:
@@ -307,36 +207,5 @@ def _firewall(mesh: MeshConfig) -> dict[str, Any]:
     }
 
 
-def _scaler(container: Container, growth: Growth) -> dict[str, Any]:
-    name = slug(container.name)
-    queue = {
-        "serverAddress": growth.prometheus,
-        "query": "sum(tokenloom_router_waiting_requests)",
-        "threshold": str(growth.waiting),
-    }
-    triggers: list[dict[str, Any]] = [{"type": "prometheus", "metadata": queue}]
-    if growth.hours is not None:
-        first, last = growth.hours
-        times = {"timezone": growth.timezone, "start": f"0 {first} * * 1-5", "end": f"0 {last} * * 1-5"}
-        triggers.append({"type": "cron", "metadata": {**times, "desiredReplicas": str(growth.most)}})
-    return {
-        "apiVersion": "keda.sh/v1alpha1",
-        "kind": "ScaledObject",
-        "metadata": {"name": name},
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": name},
-            "minReplicaCount": 1,
-            "maxReplicaCount": growth.most,
-            "cooldownPeriod": 300,
-            "triggers": triggers,
-        },
-    }
-
-
 def _uses_gpus(mesh: MeshConfig) -> bool:
     return any(worker.gpu is not None for pool in mesh.pools for worker in pool.workers)
-
-
-def _is_private(mesh: MeshConfig) -> bool:
-    """Whether nobody outside is to reach the edge, as mesh.yaml says by a loopback address."""
-    return mesh.edge.host == "localhost" or ip_address(mesh.edge.host).is_loopback

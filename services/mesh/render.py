@@ -12,7 +12,8 @@ from services.mesh.compose_observed import observed_compose_file
 from services.mesh.config_file import load_mesh
 from services.mesh.containers import edge_of
 from services.mesh.envoy import bootstrap
-from services.mesh.k8s import Growth, manifests
+from services.mesh.k8s import manifests
+from services.mesh.k8s_growth import Growth
 from services.mesh.k8s_pods import Wishes
 
 __all__ = ["compose", "envoy", "k8s", "observed"]

@@ -14,7 +14,8 @@ from services.common.settings_gateway import GatewaySettings
 from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.config_file import load_mesh
-from services.mesh.k8s import Growth, manifests
+from services.mesh.k8s import manifests
+from services.mesh.k8s_growth import Growth
 from services.mesh.k8s_pods import Wishes, slug
 
 MESH = """\

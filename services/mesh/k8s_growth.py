@@ -1,0 +1,51 @@
+"""How workers become more and fewer in Kubernetes, by KEDA."""
+
+from typing import Any
+
+import msgspec
+
+from services.mesh.containers import Container
+from services.mesh.k8s_pods import slug
+
+__all__ = ["Growth", "scaler"]
+
+
+class Growth(msgspec.Struct, kw_only=True, frozen=True):
+    """When there are more of them."""
+
+    most: int
+    """Replicas of each worker."""
+    prometheus: str
+    """The URL of the Prometheus that scrapes the routers."""
+    waiting: int = 4
+    """Requests that wait in the router, for each replica."""
+    hours: tuple[int, int] | None = None
+    """From which to which hour of working days all replicas run, whatever waits."""
+    timezone: str = "UTC"
+
+
+def scaler(container: Container, growth: Growth) -> dict[str, Any]:
+    """What has KEDA change the replicas of one worker."""
+    name = slug(container.name)
+    queue = {
+        "serverAddress": growth.prometheus,
+        "query": "sum(tokenloom_router_waiting_requests)",
+        "threshold": str(growth.waiting),
+    }
+    triggers: list[dict[str, Any]] = [{"type": "prometheus", "metadata": queue}]
+    if growth.hours is not None:
+        first, last = growth.hours
+        times = {"timezone": growth.timezone, "start": f"0 {first} * * 1-5", "end": f"0 {last} * * 1-5"}
+        triggers.append({"type": "cron", "metadata": {**times, "desiredReplicas": str(growth.most)}})
+    return {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": name},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": name},
+            "minReplicaCount": 1,
+            "maxReplicaCount": growth.most,
+            "cooldownPeriod": 300,
+            "triggers": triggers,
+        },
+    }
