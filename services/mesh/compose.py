@@ -7,13 +7,20 @@ from typing import Any, Final
 import msgspec
 
 from services.mesh.config import MeshConfig, TlsConfig
-from services.mesh.containers import DEMO_FOLDER, NETWORK, STATE_FOLDER, TLS_FILES, Container, containers
+from services.mesh.containers import (
+    DEMO_FOLDER,
+    ENVOY_IMAGE,
+    NETWORK,
+    REDIS_IMAGE,
+    STATE_FOLDER,
+    TLS_FILES,
+    Container,
+    containers,
+)
 
 __all__ = ["compose_file"]
 
 _IMAGE: Final = "${TOKENLOOM_IMAGE:-tokenloom}"
-_ENVOY_IMAGE: Final = "envoyproxy/envoy:v1.40.0"
-_REDIS_IMAGE: Final = "redis:8-alpine"
 _CONFIG_FOLDER: Final = "/etc/tokenloom"
 _EDGE_FILE: Final = "/run/edge/envoy.yaml"
 _STOP_MARGIN_SECONDS: Final = 10
@@ -105,7 +112,7 @@ def _demo_model() -> dict[str, Any]:
 
 def _redis() -> dict[str, Any]:
     return {
-        "image": _REDIS_IMAGE,
+        "image": REDIS_IMAGE,
         "networks": ["mesh"],
         "restart": "unless-stopped",
         "healthcheck": _healthcheck("redis-cli", "ping"),
@@ -126,7 +133,7 @@ def _edge_config() -> dict[str, Any]:
 
 def _envoy(mesh: MeshConfig) -> dict[str, Any]:
     return {
-        "image": _ENVOY_IMAGE,
+        "image": ENVOY_IMAGE,
         "command": ["-c", _EDGE_FILE],
         "volumes": ["edge:/run/edge:ro"],
         **({} if mesh.edge.tls is None else {"secrets": _secret_files(mesh.edge.tls)}),

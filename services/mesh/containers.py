@@ -13,9 +13,22 @@ from services.mesh.config import MeshConfig, PoolConfig, WorkerConfig, demo_mode
 from services.mesh.envoy import Edge
 from services.mesh.envoy_tls import EdgeTls
 
-__all__ = ["DEMO_FOLDER", "METRICS_PORT", "NETWORK", "STATE_FOLDER", "TLS_FILES", "Container", "containers", "edge_of"]
+__all__ = [
+    "DEMO_FOLDER",
+    "ENVOY_IMAGE",
+    "METRICS_PORT",
+    "NETWORK",
+    "REDIS_IMAGE",
+    "STATE_FOLDER",
+    "TLS_FILES",
+    "Container",
+    "containers",
+    "edge_of",
+]
 
 NETWORK: Final = IPv4Network("172.28.0.0/24")
+ENVOY_IMAGE: Final = "envoyproxy/envoy:v1.40.0"
+REDIS_IMAGE: Final = "redis:8-alpine"
 STATE_FOLDER: Final = "/var/lib/tokenloom"
 DEMO_FOLDER: Final = "/models/demo"
 TLS_FILES: Final = {

@@ -11,7 +11,7 @@ import yaml
 from services.common.config import ConfigError
 from services.common.settings import TelemetrySettings
 from services.mesh.config import MeshConfig
-from services.mesh.containers import METRICS_PORT, Container, containers
+from services.mesh.containers import METRICS_PORT, REDIS_IMAGE, Container, containers
 from services.mesh.k8s_edge import edge
 from services.mesh.k8s_growth import Growth, scaler
 from services.mesh.k8s_objects import WORKERS, headless, service, workload
@@ -19,7 +19,6 @@ from services.mesh.k8s_pods import GRPC_PORT, HTTP_PORT, Wishes, claims, labels,
 
 __all__ = ["manifests"]
 
-_REDIS_IMAGE: Final = "redis:8-alpine"
 _AGENTS: Final = "telemetry-agents"
 _PICKER_PORT: Final = 50052
 _REDIS_PORT: Final = 6379
@@ -165,7 +164,7 @@ def _redis() -> list[dict[str, Any]]:
     probe = {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 5}
     container = {
         "name": "redis",
-        "image": _REDIS_IMAGE,
+        "image": REDIS_IMAGE,
         "ports": [{"name": "redis", "containerPort": _REDIS_PORT}],
         "readinessProbe": probe,
         "livenessProbe": probe,

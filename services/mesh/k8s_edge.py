@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.mesh.config import MeshConfig
-from services.mesh.containers import TLS_FILES, edge_of
+from services.mesh.containers import ENVOY_IMAGE, TLS_FILES, edge_of
 from services.mesh.envoy import bootstrap
 from services.mesh.k8s_objects import WORKERS, service, workload
 from services.mesh.k8s_pods import GRPC_PORT, labels
 
 __all__ = ["edge"]
 
-_ENVOY_IMAGE: Final = "envoyproxy/envoy:v1.40.0"
 _TLS_FOLDER: Final = str(Path(TLS_FILES["certificate"]).parent)
 _DRAIN_SECONDS: Final = 5
 
@@ -26,7 +25,7 @@ def edge(mesh: MeshConfig) -> list[dict[str, Any]]:
     reached = replace(edge_of(mesh), workers=(f"{WORKERS}:{GRPC_PORT}",))
     container = {
         "name": "envoy",
-        "image": _ENVOY_IMAGE,
+        "image": ENVOY_IMAGE,
         "args": ["-c", "/etc/envoy/envoy.yaml"],
         "ports": [{"name": "http", "containerPort": port}],
         "readinessProbe": {**_edge_probe(mesh), "periodSeconds": 2, "failureThreshold": 2},
