@@ -10,7 +10,8 @@ from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
 from services.common.tracing import child_of, gen_ai, traceparent_of
-from services.gateway.router_client import Lease, OnQueued, RouterClient
+from services.gateway.lease import Lease
+from services.gateway.router_client import OnQueued, RouterClient
 from services.gateway.stream import Stream
 from services.gateway.worker_sessions import WorkerSessions
 

@@ -19,9 +19,9 @@ from services.gateway.caller import Caller
 from services.gateway.demand import needed_capabilities
 from services.gateway.guard_output import OutputGuard
 from services.gateway.guardrails import log_content
+from services.gateway.lease import Lease
 from services.gateway.pieces import Ending, Move, Piece, Prompt, Spent, left_lately
 from services.gateway.quarantine import Losses
-from services.gateway.router_client import Lease
 from services.gateway.stream import Loss, Stream, WorkerLostError
 
 if TYPE_CHECKING:

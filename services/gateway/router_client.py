@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
@@ -19,9 +19,10 @@ from services.common.http2_outgoing import send_from
 from services.common.outbox import Outbox
 from services.common.rpc import channel, connected
 from services.common.status import error_from_status
+from services.gateway.lease import Lease, unwanted
 from services.gateway.placement import Placement
 
-__all__ = ["Lease", "OnQueued", "RouterClient"]
+__all__ = ["OnQueued", "RouterClient"]
 
 OnQueued = Callable[[int, float | None], None]
 """Takes how many are before a request in the router's queue, and the seconds that it is expected to wait, if known."""
@@ -40,51 +41,6 @@ _SILENCE_SECONDS: Final = 1.0
 _SURE: Final = 2
 _RETURN_SECONDS: Final = 1.0
 _AWAY_REASON: Final = "the router is away: the less busy one of two workers that were ready last"
-
-
-@dataclass(slots=True)
-class Lease:
-    """The right to run one generation on one worker, and how that went.
-
-    Attributes:
-        model: the model to ask that worker for.
-        degraded: whether that is a smaller one than was asked for.
-        output_token_limit: most tokens of output that the mesh allows; 0 where it does not limit them.
-        outcome: how it went.
-        output_tokens: tokens that were produced.
-        first_token_seconds: from the grant to the first token; None when there was none.
-        prompt_tokens: tokens of the prompt as the worker counted them; 0 until it has.
-        cached_tokens: how many of them it had cached.
-        handle: the router's name for it; 0: no router knows of it.
-    """
-
-    worker_id: str
-    endpoint: str
-    reason: str
-    queue_seconds: float = 0.0
-    model: str = ""
-    degraded: bool = False
-    output_token_limit: int = 0
-    outcome: router_pb2.Outcome.ValueType = router_pb2.OUTCOME_CANCELLED
-    output_tokens: int = 0
-    granted_at: float = field(default_factory=monotonic)
-    first_token_seconds: float | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    handle: int = 0
-
-    def release(self) -> router_pb2.Release:
-        """What the router is told at its end."""
-        release = router_pb2.Release(
-            handle=self.handle,
-            outcome=self.outcome,
-            output_token_count=self.output_tokens,
-            prompt_token_count=self.prompt_tokens,
-            cached_token_count=self.cached_tokens,
-        )
-        if self.first_token_seconds is not None:
-            release.time_to_first_token_duration.FromNanoseconds(int(self.first_token_seconds * 1e9))
-        return release
 
 
 @dataclass(slots=True)
@@ -213,7 +169,7 @@ class RouterClient:
     def _grant(self, grant: router_pb2.Grant) -> None:
         pending = self._pending.pop(grant.handle, None)
         if pending is None or pending.granted.done():
-            self._release(_unwanted(grant.handle))
+            self._release(unwanted(grant.handle))
             return
         lease = Lease(
             grant.worker_id,
@@ -261,7 +217,7 @@ class RouterClient:
         if place is None:
             return False
         if self._pending.pop(acquire.handle, None) is not None:
-            self._release(_unwanted(acquire.handle))
+            self._release(unwanted(acquire.handle))
         pending.local = True
         pending.granted.set_result(Lease(place.worker_id, place.endpoint, _AWAY_REASON, model=place.model))
         return True
@@ -296,7 +252,7 @@ class RouterClient:
             lease = await pending.granted
         except BaseException:
             if not pending.local and not _was_rejected(pending.granted):
-                self._release(_unwanted(acquire.handle))
+                self._release(unwanted(acquire.handle))
             raise
         finally:
             self._pending.pop(acquire.handle, None)
@@ -328,10 +284,6 @@ class RouterClient:
     def _release(self, release: router_pb2.Release) -> None:
         if self._outbox is not None:
             self._outbox.edit().releases.append(release)
-
-
-def _unwanted(handle: int) -> router_pb2.Release:
-    return router_pb2.Release(handle=handle, outcome=router_pb2.OUTCOME_CANCELLED)
 
 
 async def _answers(target: str) -> bool:

@@ -20,8 +20,9 @@ from services.common.status import DETAILS_KEY, error_from_call
 from services.common.trace_sampling import FAILOVER
 from services.common.tracing import gen_ai, traceparent_of, tracer
 from services.gateway.caller import Caller
+from services.gateway.lease import Lease
 from services.gateway.pieces import Spent
-from services.gateway.router_client import Lease, RouterClient
+from services.gateway.router_client import RouterClient
 from services.gateway.stream import WorkerLostError
 
 __all__ = ["Work", "WorkerCalls"]
