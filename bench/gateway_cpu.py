@@ -53,6 +53,23 @@ def tokenloom(
     gateway_module: str = "services.gateway",
 ) -> Iterator[Proxy]:
     """A gateway with a router and one simulated worker; their code is that of `checkout`, None: this one's."""
+    keys = str(folder / "keys.db")
+    router, worker, gateway = _processes(streams, tokens_per_second, keys, otlp_endpoint)
+    with KeyStore(keys) as store:
+        _, key = store.create("bench")
+    with ExitStack() as stack:
+        with code_of(checkout):
+            router_pid = stack.enter_context(service("services.router", router, folder))
+            stack.enter_context(service("services.inference", worker, folder))
+            pid = stack.enter_context(service(gateway_module, gateway, folder))
+        wait_for_http(f"http://{gateway.http}/readyz")
+        name = "tokenloom" if checkout is None else checkout.name
+        yield Proxy(name=name, pids=(pid, router_pid), target=gateway.http, key=key)
+
+
+def _processes(
+    streams: int, tokens_per_second: float, keys: str, otlp_endpoint: str | None
+) -> tuple[RouterSettings, WorkerSettings, GatewaySettings]:
     ports = [f"127.0.0.1:{free_port()}" for _ in range(8)]
     model = ModelSettings(name="sim")
     sim = SimSettings(
@@ -74,7 +91,6 @@ def tokenloom(
         engine="sim",
         sim=sim,
     )
-    keys = folder / "keys.db"
     gateway = GatewaySettings(
         name="gateway",
         listen=ports[4],
@@ -82,19 +98,10 @@ def tokenloom(
         http=ports[6],
         routers=[ports[0]],
         router_sessions=[ports[7]],
-        database=str(keys),
+        database=keys,
         otlp_endpoint=otlp_endpoint,
     )
-    with KeyStore(str(keys)) as store:
-        _, key = store.create("bench")
-    with ExitStack() as stack:
-        with code_of(checkout):
-            router_pid = stack.enter_context(service("services.router", router, folder))
-            stack.enter_context(service("services.inference", worker, folder))
-            pid = stack.enter_context(service(gateway_module, gateway, folder))
-        wait_for_http(f"http://{ports[6]}/readyz")
-        name = "tokenloom" if checkout is None else checkout.name
-        yield Proxy(name=name, pids=(pid, router_pid), target=ports[6], key=key)
+    return router, worker, gateway
 
 
 @contextmanager
