@@ -28,6 +28,7 @@ from services.inference.output import EngineLostError, Sink
 from services.inference.pooling import check_can
 from services.inference.request import ChatMessage, ChatOptions, Generation
 from services.inference.serving_time import ServingTime
+from services.inference.streams import Streams
 
 __all__ = ["OpenAIEngine"]
 
@@ -62,7 +63,7 @@ class OpenAIEngine:
         self._meters = Meters()
         self._prefill = PrefillMeter()
         self._serving_time = ServingTime()
-        self._streams: dict[str, Stream] = {}
+        self._streams: Streams[Stream] = Streams()
         self._watching: list[asyncio.Task[None]] = []
         self._tasks = asyncio.TaskGroup()
         self._pooler: UpstreamPooler | None = None
@@ -97,9 +98,7 @@ class OpenAIEngine:
         for task in self._watching:
             task.cancel()
         stopping = MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=_RETRY_SECONDS)
-        for stream in list(self._streams.values()):
-            stream.fail(stopping)
-            stream.close()
+        self._streams.fail_all(stopping)
         await self._stack.__aexit__(None, None, None)
 
     @property
@@ -117,7 +116,7 @@ class OpenAIEngine:
             running=running,
             waiting=there - running,
             kv_usage=seen.kv_usage,
-            pending_prefill_tokens=sum(stream.pending for stream in self._streams.values()),
+            pending_prefill_tokens=sum(stream.pending for stream in self._streams),
             prefill_tokens_per_second=self._prefill.tokens_per_second,
             decode_step_seconds=self._meters.decode.base_seconds,
             decode_step_seconds_per_sequence=self._meters.decode.seconds_per_sequence,
@@ -133,23 +132,15 @@ class OpenAIEngine:
         check_can(self._card, Capability.CHAT if generation.kind == "chat" else Capability.GENERATE)
         self._check_room()
         check_possible(generation, self._flavour)
-        if generation.id in self._streams:
-            raise MeshError(Reason.INTERNAL, "two generations have the same id")
+        self._streams.check_new(generation)
         stream = Stream(generation, sink, self._meters, prompt_estimate=estimate(generation))
-        self._streams[generation.id] = stream
-        stream.task = self._tasks.create_task(self._run(stream), name=f"upstream {generation.id}")
-        # A task that is cancelled before its first turn does nothing at all.
-        stream.task.add_done_callback(lambda _: self._leave(stream))
-        try:
-            await stream.accepted
-        except asyncio.CancelledError:
-            stream.close()
-            raise
+        self._streams.add(stream)
+        task = self._tasks.create_task(self._run(stream), name=f"upstream {generation.id}")
+        await self._streams.accepted(stream, task, self._leave)
 
     def abort(self, generation_id: str) -> None:
         """Stops a generation, by hanging up; its sink hears nothing more. Unknown ids are ignored."""
-        if (stream := self._streams.get(generation_id)) is not None:
-            stream.close()
+        self._streams.abort(generation_id)
 
     @property
     def adapters(self) -> None:
@@ -193,7 +184,7 @@ class OpenAIEngine:
     def _own(self) -> int:
         """What this worker has there: outputs and jobs."""
         jobs = self._pooler.count if self._pooler is not None else 0
-        return jobs + sum(stream.sequences for stream in self._streams.values())
+        return jobs + self._streams.sequences
 
     def _watch(self) -> ServerWatch:
         told = self._upstream_settings.canary_seconds
@@ -204,7 +195,7 @@ class OpenAIEngine:
     def _todo(self) -> Pending:
         return Pending(
             requests=self._own,
-            tokens=sum(stream.pending for stream in self._streams.values()),
+            tokens=sum(stream.pending for stream in self._streams),
             tokens_per_second=self._prefill.tokens_per_second,
             batches=self._meters.batches,
             jobs=self._pooler.count if self._pooler is not None else 0,
@@ -223,7 +214,7 @@ class OpenAIEngine:
 
     def _lose_silent(self, since: float) -> None:
         """The server does not answer since then: fails what has heard nothing either."""
-        for stream in list(self._streams.values()):
+        for stream in self._streams:
             if stream.last_at <= since:
                 stream.fail(EngineLostError("the server behind this worker does not answer"))
                 stream.close()
@@ -245,10 +236,8 @@ class OpenAIEngine:
 
     def _leave(self, stream: Stream) -> None:
         """Lets go of a stream that is over; again, it does nothing."""
-        if self._streams.get(stream.generation.id) is not stream:
-            return
-        del self._streams[stream.generation.id]
-        stream.accept()
+        if self._streams.remove(stream):
+            stream.accept()
 
     async def _generate(self, stream: Stream) -> None:
         generation = stream.generation

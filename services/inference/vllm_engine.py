@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import WorkerSettings
@@ -18,6 +18,7 @@ from services.inference.output import EngineLostError, FinishReason, Sink
 from services.inference.pooling import check_can
 from services.inference.request import ChatMessage, ChatOptions, Generation
 from services.inference.serving_time import ServingTime
+from services.inference.streams import Streams
 from services.inference.vllm_adapters import Adapters
 from services.inference.vllm_life import VllmLife
 from services.inference.vllm_params import Plan, plan
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["VllmEngine"]
 
 _log = logging.getLogger(__name__)
+_RETRY_SECONDS: Final = 1.0
 
 
 class VllmEngine:
@@ -46,7 +48,7 @@ class VllmEngine:
         self._stats = EngineStats()
         self._prefill = PrefillMeter()
         self._serving_time = ServingTime()
-        self._streams: dict[str, Stream] = {}
+        self._streams: Streams[Stream] = Streams()
         self.cache_journal = CacheJournal()
         self._adapters = Adapters(settings.model)
         self._pooler: VllmPooler | None = None
@@ -78,9 +80,9 @@ class VllmEngine:
         """Fails what still runs, and stops vLLM."""
         self._life.end()
         self._supervisor.cancel()
-        for stream in list(self._streams.values()):
-            stream.fail(MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=1.0))
-            stream.close()
+        self._streams.fail_all(
+            MeshError(Reason.NO_READY_WORKER, "the worker is stopping", retry_after_seconds=_RETRY_SECONDS)
+        )
         await self._stack.__aexit__(kind, error, trace)
 
     async def _opened(self, backend: "Backend") -> None:
@@ -89,7 +91,7 @@ class VllmEngine:
 
     def _lose_all(self) -> None:
         """Fails what runs, and has the engine forget it as soon as it hears of that."""
-        for stream in list(self._streams.values()):
+        for stream in self._streams:
             if stream.task is not None:
                 stream.fail(EngineLostError("the engine does not answer"))
                 stream.close()
@@ -104,13 +106,13 @@ class VllmEngine:
         """How it is this moment: vLLM's own numbers of its last step, within what is known to be there now."""
         if self._pooler is not None:
             return self._pooler.load(trouble=self._life.trouble)
-        there = self._sequences
+        there = self._streams.sequences
         running = min(self._stats.running, there)
         return Load(
             running=running,
             waiting=there - running,
             kv_usage=self._stats.kv_usage if there else 0.0,
-            pending_prefill_tokens=sum(stream.pending_prefill_tokens for stream in self._streams.values()),
+            pending_prefill_tokens=sum(stream.pending_prefill_tokens for stream in self._streams),
             prefill_tokens_per_second=self._prefill.tokens_per_second,
             decode_step_seconds=self._stats.decode.base_seconds,
             decode_step_seconds_per_sequence=self._stats.decode.seconds_per_sequence,
@@ -172,40 +174,27 @@ class VllmEngine:
         """
         check_can(self.card, Capability.GENERATE)
         self._check_room(self._life.ready())
-        if generation.id in self._streams:
-            raise MeshError(Reason.INTERNAL, "two generations have the same id")
+        self._streams.check_new(generation)
         stream = Stream(generation, sink, self._life.backend.texts)
-        # From here on it counts as load, and can be aborted.
-        self._streams[generation.id] = stream
+        self._streams.add(stream)
         try:
             todo = await self._prepare(stream)
         except BaseException:
-            del self._streams[generation.id]
+            self._streams.remove(stream)
             raise
         if stream.closed:
-            del self._streams[generation.id]
+            self._streams.remove(stream)
             return
         stream.pending_prefill_tokens = len(todo.tokens)
-        stream.task = self._tasks.create_task(self._run(stream, todo, self._life.backend), name=f"vllm {generation.id}")
-        # A task that is cancelled before its first turn does nothing at all.
-        stream.task.add_done_callback(lambda _: self._leave(stream))
-        try:
-            await stream.accepted
-        except asyncio.CancelledError:
-            stream.close()
-            raise
+        task = self._tasks.create_task(self._run(stream, todo, self._life.backend), name=f"vllm {generation.id}")
+        await self._streams.accepted(stream, task, self._leave)
 
     def abort(self, generation_id: str) -> None:
         """Stops a generation; its sink hears nothing more. Unknown ids are ignored."""
-        if (stream := self._streams.get(generation_id)) is not None:
-            stream.close()
-
-    @property
-    def _sequences(self) -> int:
-        return sum(stream.sequences for stream in self._streams.values())
+        self._streams.abort(generation_id)
 
     def _check_room(self, backend: "Backend") -> None:
-        there, most, queue = self._sequences, backend.card.max_running, self._settings.max_queued
+        there, most, queue = self._streams.sequences, backend.card.max_running, self._settings.max_queued
         # vLLM can run fewer than it may: its KV cache is a bound too.
         waiting = min(self._stats.known_waiting, there)
         if there >= most + queue or waiting > max(0, queue - 1):
@@ -251,9 +240,8 @@ class VllmEngine:
 
     def _leave(self, stream: Stream) -> None:
         """Lets go of a stream that is over; again, it does nothing."""
-        if self._streams.get(stream.generation.id) is not stream:
+        if not self._streams.remove(stream):
             return
-        del self._streams[stream.generation.id]
         if stream.pending_prefill_tokens:
             self._stats.leave_queue()
         stream.accept()

@@ -61,7 +61,7 @@ async def shared_engine() -> AsyncIterator[VllmEngine]:
 async def engine(shared_engine: VllmEngine) -> AsyncIterator[VllmEngine]:
     """The engine, which a test that fails leaves as empty as one that passes."""
     yield shared_engine
-    for name in tuple(shared_engine._streams):
+    for name in [stream.generation.id for stream in shared_engine._streams]:
         shared_engine.abort(name)
 
 
