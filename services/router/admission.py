@@ -31,6 +31,12 @@ __all__ = ["Admission", "Observer"]
 
 _RECHECK_SECONDS: Final = 1.0
 _SLOW_SECONDS: Final = 1.0
+# Looking a member up in its class takes longer than most that is done with it.
+_FULL: Final = Verdict.FULL
+_WAITING: Final = State.WAITING
+_GRANTED: Final = State.GRANTED
+_OVER: Final = State.OVER
+_COMPLETED: Final = Outcome.COMPLETED
 
 
 class Observer(Protocol):
@@ -80,7 +86,6 @@ class Admission:
         self._refusals = Refusals(
             scheduler,
             self._line,
-            self._shares,
             max_waiting=max_waiting,
             max_wait_seconds=max_wait_seconds,
             ready_grace_seconds=ready_grace_seconds,
@@ -88,6 +93,8 @@ class Admission:
         self._deadlines: Deadlines[Ticket] = Deadlines()
         self._promises: Promises[Ticket] = Promises()
         self._sooner = asyncio.Event()
+        self._due_at = math.inf
+        """When deadlines are looked at next."""
         self._budget = RetryBudget()
         self._turns = Turns(
             self._line, self._promises, left=self._left, pick=self._pick, serve=self._serve, clock=clock
@@ -122,6 +129,8 @@ class Admission:
             check(request)
             self._check_budget(request)
             ticket.resolve(self._policies.resolve(request))
+            if request.occupies_slot:
+                ticket.shares = self._shares.of(ticket.ways[0].request.model or "", now)
             ticket.join(by_length=self._fleet.differ_in_context, modest=self._left(ticket, now, waiting=True) <= 0)
         except MeshError as error:
             self._refuse(ticket, error)
@@ -166,25 +175,26 @@ class Admission:
         cached_tokens: int = 0,
     ) -> None:
         """Ends a lease, or takes a request that is no longer wanted out of the line; a second call changes nothing."""
-        state, ticket.state = ticket.state, State.OVER
-        if state is State.GRANTED and ticket.lease is not None:
+        state, ticket.state = ticket.state, _OVER
+        if state is _GRANTED and ticket.lease is not None:
             now = self._clock()
-            self._runs(ticket, -1, now)
+            if ticket.shares is not None:
+                ticket.shares.runs(ticket.tenant, -1, now)
             if self._line.is_parked(ticket.tenant) and self._left(ticket, now) > 0:
                 self._line.put_back(ticket.tenant)
-            if outcome is Outcome.COMPLETED:
+            if outcome is _COMPLETED:
                 self._lengths.note(ticket.lease.request, output_tokens)
             seen = Seen(output_tokens, first_token_seconds, prompt_tokens, cached_tokens)
             self._learn(ticket.lease, seen)
             self._fleet.release(ticket.lease, outcome, seen)
-        elif state is State.WAITING:
+        elif state is _WAITING:
             self._leave_line(ticket)
             self._observer.decided("withdrawn", self._clock() - ticket.asked_at)
 
     def served(self, ticket: Ticket, endpoint: str) -> None:
         """A gateway says who serves a request: another one than was picked, where that one could not be reached."""
         lease = ticket.lease
-        if ticket.state is not State.GRANTED or lease is None or lease.worker.endpoint == endpoint:
+        if ticket.state is not _GRANTED or lease is None or lease.worker.endpoint == endpoint:
             return
         self._fleet.release(lease, Outcome.FAILED)
         for worker in self._fleet.workers:
@@ -197,23 +207,14 @@ class Admission:
         workers = (self._fleet.get(name) for _, name in sorted(others))
         return [one.endpoint for one in workers if one is not None and one is not decision.worker][:most]
 
-    def _runs(self, ticket: Ticket, more: int, now: float) -> None:
-        if ticket.request.occupies_slot:
-            self._shares.of(ticket.lane.model, now).runs(ticket.tenant, more, now)
-
-    def _waits(self, ticket: Ticket, more: int, now: float) -> None:
-        if ticket.request.occupies_slot:
-            self._shares.of(ticket.lane.model, now).waits(ticket.tenant, more, now)
-
     def _left(self, ticket: Ticket, now: float, *, waiting: bool = False) -> float:
         """How many more requests its tenant may have run, `waiting` counting those that wait; the rest is to leave
         room for others.
         """
-        if not ticket.request.occupies_slot:
+        shares = ticket.shares
+        if shares is None:
             return math.inf
-        request = ticket.ways[0].request
-        slots = self._scheduler.capacity(request).slots
-        return self._shares.of(request.model or "", now).left(ticket.tenant, slots, now, waiting=waiting)
+        return shares.left(ticket.tenant, self._scheduler.slots(ticket.ways[0].request, now), now, waiting=waiting)
 
     def _learn(self, lease: Lease, seen: Seen) -> None:
         if seen.prompt_tokens:
@@ -226,6 +227,7 @@ class Admission:
         for ticket in self._deadlines.take_due(now):
             self._reconsider(ticket, now)
         upcoming = self._deadlines.next
+        self._due_at = math.inf if upcoming is None else upcoming
         return None if upcoming is None else max(0.0, upcoming - now)
 
     async def keep_deadlines(self) -> None:
@@ -246,7 +248,7 @@ class Admission:
 
     def _try(self, ticket: Ticket, now: float) -> None:
         decision = self._pick(ticket, spare=ticket.modest and self._left(ticket, now) <= 0)
-        if decision.verdict is Verdict.PICKED:
+        if decision.worker is not None:
             self._grant(ticket, decision)
         else:
             self._wait_or_refuse(ticket, decision.verdict, now)
@@ -268,7 +270,7 @@ class Admission:
         self._wait_or_refuse(ticket, verdict, now)
 
     def _wait_or_refuse(self, ticket: Ticket, verdict: Verdict, now: float) -> None:
-        if verdict is Verdict.FULL:
+        if verdict is _FULL:
             self._wait(ticket, now, check_at=now + max(self._ready_grace_seconds, _RECHECK_SECONDS))
         elif verdict is Verdict.NOT_READY and self._may_wait_for_ready(ticket):
             ticket.unready_since = now
@@ -293,11 +295,12 @@ class Admission:
         if len(self._line) >= self._max_waiting and not self._make_room(ticket):
             self._refuse(ticket, self._refusals.no_capacity(ticket))
             return
-        ticket.state = State.WAITING
+        ticket.state = _WAITING
         ticket.tokens = ticket.request.prompt_tokens + self._lengths.expected(ticket.ways[0].request)
         self._line.add(ticket)
         self._promises.set(ticket, now + allowed)
-        self._waits(ticket, 1, now)
+        if ticket.shares is not None:
+            ticket.shares.waits(ticket.tenant, 1, now)
         self._look_again(ticket, check_at)
 
     def _make_room(self, ticket: Ticket) -> bool:
@@ -307,10 +310,10 @@ class Admission:
         return victim is not None
 
     def _look_again(self, ticket: Ticket, at: float) -> None:
-        before = self._deadlines.next
         at = min(at, ticket.deadline)
         self._deadlines.set(ticket, at)
-        if before is None or at < before:
+        if at < self._due_at:
+            self._due_at = at
             self._sooner.set()
 
     def _reconsider(self, ticket: Ticket, now: float) -> None:
@@ -349,19 +352,18 @@ class Admission:
         worker, request = decision.worker, ticket.way.request
         assert worker is not None
         now, has_waited = self._clock(), ticket.is_waiting
-        ticket.state = State.GRANTED
+        ticket.state = _GRANTED
         ticket.queue_seconds = now - ticket.asked_at
         ticket.lease = self._fleet.grant(
             worker, request, output_tokens=decision.output_tokens, prediction=decision.prediction
         )
         if ticket.most_others:
             ticket.others = self._others(decision, ticket.most_others)
-        if request.occupies_slot:
-            shares = self._shares.of(ticket.lane.model, now)
+        if ticket.shares is not None:
             if has_waited:
-                shares.starts(ticket.tenant)
+                ticket.shares.starts(ticket.tenant)
             else:
-                shares.runs(ticket.tenant, 1, now)
+                ticket.shares.runs(ticket.tenant, 1, now)
         self._prefixes.note(request, worker)
         self._decisions.add(ticket.record(at=now))
         self._observer.decided("granted", ticket.queue_seconds)
@@ -381,5 +383,5 @@ class Admission:
     def _leave_line(self, ticket: Ticket) -> None:
         self._deadlines.drop(ticket)
         self._promises.drop(ticket)
-        if self._line.remove(ticket):
-            self._waits(ticket, -1, self._clock())
+        if self._line.remove(ticket) and ticket.shares is not None:
+            ticket.shares.waits(ticket.tenant, -1, self._clock())

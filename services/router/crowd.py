@@ -33,16 +33,18 @@ class _Group(Generic[M]):
         queue = self.tenants.get(tenant)
         if queue is None:
             queue = self.tenants[tenant] = {}
-        self._move(tenant, len(queue), len(queue) + 1)
+        count = len(queue)
+        self._move(tenant, count, count + 1)
         queue[member] = None
 
     def remove(self, member: M) -> None:
         del self.oldest_first[member]
         tenant = member.tenant
         queue = self.tenants[tenant]
-        self._move(tenant, len(queue), len(queue) - 1)
+        count = len(queue)
+        self._move(tenant, count, count - 1)
         del queue[member]
-        if not queue:
+        if count == 1:
             del self.tenants[tenant]
 
     @property
@@ -104,13 +106,17 @@ class Counts:
         """How many would go before a request that comes now: all of higher classes, and of its own class those whose
         turn comes first when tenants take turns.
         """
-        higher = sum([count for one, count in self._totals.items() if one < priority])
+        higher = 0
+        for one, count in self._totals.items():
+            if one < priority:
+                higher += count
         group = self._groups.get(priority)
         if group is None:
             return higher
         own = group.get(tenant, 0)
-        tenants = len(group) + (not own)
-        return higher + min(self._totals[priority], tenants * (own + 1) - 1)
+        tenants = len(group) if own else len(group) + 1
+        turns, total = tenants * (own + 1) - 1, self._totals[priority]
+        return higher + (turns if turns < total else total)
 
     def tenants(self, priority: int) -> int:
         """How many tenants of a class wait."""

@@ -29,6 +29,10 @@ class Deadlines(Generic[T]):
     @property
     def next(self) -> float | None:
         """The earliest time, or None."""
+        queue = self._in_order
+        if queue and not self._heap and self._times.get(queue[0][2]) == queue[0][0]:
+            # Nearly always.
+            return queue[0][0]
         first = self._first()
         return None if first is None else first[0]
 

@@ -62,19 +62,20 @@ class Decisions:
         self._max_candidates = max_candidates
         self._candidates = 0
         self._records: deque[Record] = deque()
+        self._sizes: deque[int] = deque()
+        """Of each record, the candidates that it keeps."""
 
     def add(self, record: Record) -> None:
         """Keeps a decision, and forgets the oldest ones where there are too many."""
+        size = 1 if record.decision is None else 1 + len(record.decision.looked_at)
         self._records.append(record)
-        candidates = self._candidates + _size(record)
+        self._sizes.append(size)
+        candidates = self._candidates + size
         while candidates > self._max_candidates:
-            candidates -= _size(self._records.popleft())
+            self._records.popleft()
+            candidates -= self._sizes.popleft()
         self._candidates = candidates
 
     def of(self, request_id: str) -> list[Record]:
         """The decisions of a request that are still known, oldest first."""
         return [record for record in self._records if record.request_id == request_id]
-
-
-def _size(record: Record) -> int:
-    return 1 if record.decision is None else 1 + len(record.decision.looked_at)

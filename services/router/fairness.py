@@ -1,6 +1,5 @@
 """Who goes first among tenants: whoever has been served the fewest tokens while waiting."""
 
-from collections.abc import Callable
 from typing import Final
 
 __all__ = ["Fairness"]
@@ -16,25 +15,24 @@ class Fairness:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
+        self.charged = self._served.get
+        """Gives a tenant's count without regard to how far the others are, or what is given for those without one."""
         self.floor = 0.0
         """Where those begin who come."""
 
-    @property
-    def charged(self) -> Callable[[str, float], float]:
-        """Gives a tenant's count without regard to how far the others are, or what is given for those without one."""
-        return self._served.get
-
     def of(self, tenant: str) -> float:
         """A tenant's count, in tokens; it never falls."""
-        return max(self._served.get(tenant, 0.0), self.floor)
+        count, floor = self.charged(tenant, 0.0), self.floor
+        return count if count > floor else floor
 
-    def charge(self, tenant: str, start: float, tokens: float) -> None:
-        """A tenant whose turn it was at count `start` has been served."""
+    def charge(self, tenant: str, tokens: float) -> None:
+        """A tenant has been served so much."""
         # A higher class may serve somebody far behind; the floor is for those who come, and never falls.
-        self._served[tenant] = max(self._served.get(tenant, 0.0), self.floor, start) + tokens
-        self.floor = max(self.floor, start)
+        start = self.floor = self.of(tenant)
+        self._served[tenant] = start + tokens
         if len(self._served) > _MOST_TENANTS:
-            self._served = {name: count for name, count in self._served.items() if count > self.floor}
+            for name in [name for name, count in self._served.items() if count <= self.floor]:
+                del self._served[name]
 
     def lead(self, tenant: str) -> float:
         """How many tokens more it was served than whoever was served last; not below 0."""

@@ -24,8 +24,9 @@ class _Means:
 
     def note(self, model: str | None, value: float, default: float) -> None:
         """One more value; the first one moves `default`."""
-        mean = self.get(model, default)
-        self._by_model[model or ""] = mean + _WEIGHT * (value - mean)
+        model = model or ""
+        mean = self._by_model.get(model, default)
+        self._by_model[model] = mean + _WEIGHT * (value - mean)
         if len(self._by_model) > _MODELS:
             self._by_model.popitem(last=False)
 

@@ -16,6 +16,7 @@ __all__ = ["Policies", "Resolution"]
 
 _REFUSED_RETRY_SECONDS: Final = 10.0
 _CHECK_SECONDS: Final = 0.25
+_NONE: Final = Level.NONE
 _log = logging.getLogger(__name__)
 
 
@@ -98,7 +99,7 @@ class Policies:
             MeshError: it names a class that there is none of, or the mesh is too degraded for it.
         """
         policy = self.current
-        if self._is_plain and self.degradation.level is Level.NONE:
+        if self._is_plain and self.degradation.level is _NONE:
             # Nearly always, where nothing is configured.
             name = request.slo_class or policy.default_slo_class
             if name in self._standard:
@@ -107,7 +108,7 @@ class Policies:
                 return Resolution((Choice(request.with_slo(found)),))
         request = self._with_class(policy, request)
         limit = 0
-        if self.degradation.level is not Level.NONE and request.occupies_slot:
+        if self.degradation.level is not _NONE and request.occupies_slot:
             limit = self._limit(policy, request)
         return Resolution(choices(policy, request, self._fleet.has_served), limit)
 

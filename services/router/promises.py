@@ -30,7 +30,8 @@ class Promises(Generic[P]):
 
     def set(self, one: P, at: float) -> None:
         """It should be served by then."""
-        key, lane = _key(one), one.lane
+        lane = one.lane
+        key = (lane.model, one.priority)
         lanes = self._lanes.get(key)
         if lanes is None:
             lanes = self._lanes[key] = {}
@@ -41,7 +42,8 @@ class Promises(Generic[P]):
 
     def drop(self, one: P) -> None:
         """It waits no more; one that was promised nothing changes nothing."""
-        key, lane = _key(one), one.lane
+        lane = one.lane
+        key = (lane.model, one.priority)
         lanes = self._lanes.get(key, _NO_LANES)
         times = lanes.get(lane)
         if times is None:
@@ -66,7 +68,3 @@ class Promises(Generic[P]):
                 if at is not None and at <= first and lane not in skip:
                     found, first = times, at
         return found.first if found is not None else None
-
-
-def _key(one: Promised) -> tuple[str, int]:
-    return one.lane.model, one.priority

@@ -7,7 +7,6 @@ from services.common.policy import STANDARD
 from services.router.memory import PromptLengths
 from services.router.request import LONGEST_MODEL_NAME, Request
 from services.router.scheduler import Capacity, Scheduler, Verdict
-from services.router.shares import ModelShares
 from services.router.ticket import Ticket
 from services.router.waiting import WaitingLine
 
@@ -24,7 +23,6 @@ class Refusals:
         self,
         scheduler: Scheduler,
         line: WaitingLine[Ticket],
-        shares: ModelShares,
         *,
         max_waiting: int,
         max_wait_seconds: float,
@@ -32,7 +30,6 @@ class Refusals:
     ) -> None:
         self._scheduler = scheduler
         self._line = line
-        self._shares = shares
         self._max_waiting = max_waiting
         self._max_wait_seconds = max_wait_seconds
         self._ready_grace_seconds = ready_grace_seconds
@@ -45,7 +42,8 @@ class Refusals:
         if capacity.requests_per_second <= 0:
             return None
         turn = before + 1
-        free = self._scheduler.free_slots(request)
+        # Looking at each worker takes longer than most of the rest, and one that is free was full a moment ago.
+        free = self._scheduler.free_slots(request) if capacity.free_slots else 0
         slot = (turn - free) / capacity.requests_per_second
         if ticket.modest:
             slot = max(slot, self._own_wait(ticket, capacity))
@@ -59,7 +57,7 @@ class Refusals:
         """How long it takes at least until one of its tenant's own requests is over, for one that leaves room for
         others; 0 where none of them runs.
         """
-        running = self._shares.of(ticket.lane.model, capacity.at).running(ticket.tenant)
+        running = ticket.shares.running(ticket.tenant) if ticket.shares is not None else 0
         return capacity.slots / (running * capacity.requests_per_second) if running else 0.0
 
     def note(self, request: Request) -> None:

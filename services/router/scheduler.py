@@ -46,6 +46,10 @@ class Verdict(Enum):
     UNABLE = "unable"
 
 
+# Looking a member up in its class takes longer than most that is done with it.
+_PICKED: Final = Verdict.PICKED
+_WAIT: Final = Verdict.FULL
+
 _NOBODY: Final = Looks((), (), (), (), (), count=0)
 
 
@@ -113,7 +117,7 @@ def _free_slots(workers: Iterable[Worker], now: float) -> int:
 _Ask = tuple[Request, float, float, int, bool, bool]
 # What is found: those that are left; names and reasons of those that are out of the question; the steps that took
 # others out; and whether somebody would take it later.
-_Found = tuple[list[Worker], list[str], list[str], list[Step], bool]
+_Found = tuple[list[Worker], Sequence[str], Sequence[str], list[Step], bool]
 
 
 class Scheduler:
@@ -143,11 +147,12 @@ class Scheduler:
             return Decision(verdict=Verdict.TOO_LONG)
         output = self._lengths.expected(request)
         plain = not request.excluded and request.subset is None and context == 0
-        plain = plain and request.pools is None and request.needs <= self._fleet.common_abilities(request.model)
+        plain = plain and request.pools is None
+        plain = plain and (not request.needs or request.needs <= self._fleet.common_abilities(request.model))
         workers = self._fleet.serving(request.model)
         sound = self._fleet.is_sound(request.model, now)
         ask = (request, now, asked, context, plain and sound, spare)
-        some = self._some(workers, request) if plain else workers
+        some = self._some(workers, request) if plain and len(workers) > _MOST_COMPARED else workers
         found = self._sort_out(some, ask)
         if not found[0] and plain and len(workers) > _MOST_COMPARED:
             some, found = workers, self._sort_out(workers, ask)
@@ -160,12 +165,10 @@ class Scheduler:
         forecast = self._forecast(open_to, request, output, now)
         best = self._best(open_to, forecast.costs()) if len(open_to) > 1 else 0
         looks = Looks(names, reasons, steps, open_to, forecast, count=len(some))
-        return Decision(Verdict.PICKED, open_to[best], forecast[best], output, looks)
+        return Decision(_PICKED, open_to[best], forecast[best], output, looks)
 
     def _some(self, workers: Sequence[Worker], request: Request) -> Sequence[Worker]:
-        """The workers that are compared: all, or of very many some, and those who know the prompt."""
-        if len(workers) <= _MOST_COMPARED:
-            return workers
+        """The workers that are compared of very many: some, and those who know the prompt."""
         start = int(self._rng.random() * len(workers))
         some = workers[start : start + _MOST_COMPARED]
         some = [*some, *workers[: _MOST_COMPARED - len(some)]]
@@ -175,8 +178,8 @@ class Scheduler:
     def _sort_out(self, workers: Sequence[Worker], ask: _Ask) -> _Found:
         """Who of these may have the request now, and why the others may not."""
         request, now, asked, context, every, spare = ask
-        names: list[str] = []
-        reasons: list[str] = []
+        names: Sequence[str] = ()
+        reasons: Sequence[str] = ()
         steps: list[Step] = []
         fit = workers
         if not every:
@@ -235,7 +238,7 @@ class Scheduler:
         context = self._context(request)
         for worker in self._fleet.serving(request.model):
             if not self._obstacle(worker, request, context, now, asked_at):
-                return Verdict.FULL
+                return _WAIT
         return self._why_none(request, full=False, now=now)
 
     def capacity(self, request: Request) -> Capacity:
@@ -258,11 +261,13 @@ class Scheduler:
         self._capacities[model] = found
         return found
 
+    def slots(self, request: Request, now: float) -> int:
+        """How many requests like this one run at the same time, on all that are ready; it may be a moment old."""
+        known = self._capacities.get(request.model or "")
+        return known.slots if known is not None and now - known.at < _RATE_SECONDS else self.capacity(request).slots
+
     def free_slots(self, request: Request) -> int:
         """How many requests like this one the workers that are ready have slots for, this moment."""
-        if not self.capacity(request).free_slots:
-            # Looking at each worker takes longer than most of the rest, and one that is free was full a moment ago.
-            return 0
         return _free_slots(self._fleet.serving(request.model), self._clock())
 
     def _context(self, request: Request) -> int:
@@ -295,7 +300,7 @@ class Scheduler:
             return "outside the subset"
         if context and request.model is not None and worker.card.models[request.model] < context:
             return "context too short"
-        if not worker.card.can(request.model, request.needs):
+        if request.needs and not worker.card.can(request.model, request.needs):
             return "not able to"
         return ""
 

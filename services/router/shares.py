@@ -26,6 +26,9 @@ class Shares:
         """How many of each tenant's hold a slot, and how many wait."""
         self._gone: OrderedDict[str, float] = OrderedDict()
         """Tenants that had something, and when it was over."""
+        self._among = (0, 0)
+        self._most = 0.0
+        """What a tenant may have of so many slots among so many tenants, as it was reckoned last."""
 
     def waits(self, tenant: str, more: int, now: float) -> None:
         """So many more of a tenant's requests wait; fewer for -1."""
@@ -57,9 +60,11 @@ class Shares:
         present = len(self._there) + len(self._gone) + (counts is _NOTHING and tenant not in self._gone)
         if present < 2:
             return math.inf
-        share = slots / present
-        count = counts[_RUNNING] + (counts[_WAITING] if waiting else 0)
-        return share + max(_TOLERATED_SHARE * share, _TOLERATED_DEVIATIONS * math.sqrt(share)) - count
+        if self._among != (slots, present):
+            share = slots / present
+            self._most = share + max(_TOLERATED_SHARE * share, _TOLERATED_DEVIATIONS * math.sqrt(share))
+            self._among = (slots, present)
+        return self._most - (counts[_RUNNING] + counts[_WAITING] if waiting else counts[_RUNNING])
 
     def running(self, tenant: str) -> int:
         """How many of the tenant's requests hold a slot."""

@@ -11,6 +11,7 @@ from services.router.policy import Resolution
 from services.router.pools import Choice
 from services.router.request import LONGEST_MODEL_NAME, Request
 from services.router.scheduler import Decision
+from services.router.shares import Shares
 from services.router.waiting import LaneKey
 from services.router.worker import Lease
 
@@ -27,6 +28,11 @@ class State(Enum):
     OVER = 4
 
 
+# Looking a member up in its class takes longer than most that is done with it.
+_ASKED: Final = State.ASKED
+_WAITING: Final = State.WAITING
+
+
 class Ticket:
     """A request on its way to a worker.
 
@@ -40,6 +46,7 @@ class Ticket:
         others: endpoints of the workers that came after the one that was granted, best first, as many as were wanted.
         ways: how the policy lets it be served, best first; none until that is known.
         way: the one of these that it was decided for.
+        shares: how many requests of its model each tenant has; None for one that takes no slot.
         modest: whether its tenant had more than its share when it came, so that it waits apart from the rest.
         output_token_limit: most tokens of output that the mesh allows it; 0 where it does not limit them.
         queue_seconds: how long it waited, once answered.
@@ -60,6 +67,7 @@ class Ticket:
         "queue_seconds",
         "request",
         "settle",
+        "shares",
         "state",
         "tenant",
         "tokens",
@@ -83,10 +91,11 @@ class Ticket:
         self.ways: tuple[Choice, ...] = ()
         self.way = _NO_WAY
         self.output_token_limit = 0
+        self.shares: Shares | None = None
         self.modest = False
         self.lane = _NO_LANE
         self.tokens = 0.0
-        self.state = State.ASKED
+        self.state = _ASKED
         self.lease: Lease | None = None
         self.error: MeshError | None = None
         self.decision: Decision | None = None
@@ -136,7 +145,7 @@ class Ticket:
     @property
     def is_waiting(self) -> bool:
         """Whether it has no answer yet."""
-        return self.state is State.WAITING
+        return self.state is _WAITING
 
 
 Settle = Callable[[Ticket], None]

@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from services.router.fleet import Clock
 from services.router.promises import Promises
-from services.router.scheduler import Decision, Verdict
+from services.router.scheduler import Decision
 from services.router.ticket import Ticket
 from services.router.waiting import LaneKey, WaitingLine
 from services.router.worker import Worker
@@ -53,7 +53,7 @@ class Turns:
 
     def fill(self, worker: Worker) -> None:
         """A worker has changed: where it has room now, those whose turn it is get it."""
-        if not self._line or not worker.has_room(self._clock()):
+        if worker.full or not self._line or not worker.has_room(self._clock()):
             return
         self._roomy.append(worker)
         if self._serving:
@@ -74,7 +74,7 @@ class Turns:
             self._line.put_back_all()
         else:
             self._line.put_back_due(now)
-        while self._line and worker.has_room(now) and tries < _MOST_SKIPS:
+        while worker.has_room(now) and tries < _MOST_SKIPS:
             if self._turns % _AGED_EVERY == 0 and self._serve_aged(models, now):
                 continue
             turn = self._line.first(models, skip=skipped)
@@ -92,17 +92,17 @@ class Turns:
                 if late is not None:
                     unpromised.add(lane)
                 else:
-                    self._line.park(lane, ticket, now=now)
+                    self._line.park(ticket, now=now)
                 continue
             decision = self._pick(ticket, spare=left <= 0)
-            if decision.verdict is not Verdict.PICKED:
+            if decision.worker is None:
                 tries += 1
                 skipped.add(lane)
                 unpromised.add(lane)
                 continue
             if late is None and left <= 1:
                 # Its tenant's next one is to leave room again.
-                self._line.park(lane, ticket, now=now)
+                self._line.park(ticket, now=now)
             self._turns += 1
             self._serve(ticket, decision)
 
@@ -112,7 +112,7 @@ class Turns:
         if ticket is None or now - ticket.asked_at < _AGED_SECONDS or ticket.lane.model not in models:
             return False
         decision = self._pick(ticket, spare=ticket.modest and self._left(ticket, now) <= 0)
-        if decision.verdict is not Verdict.PICKED:
+        if decision.worker is None:
             return False
         self._turns += 1
         self._serve(ticket, decision)

@@ -66,43 +66,40 @@ class _Class(Generic[W]):
         self._fairness = fairness
         self._queues: dict[str, _TenantQueue[W]] = {}
         self._heap: list[tuple[float, int, _TenantQueue[W]]] = []
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
+        self.count = 0
 
     def add(self, order: int, waiter: W) -> None:
-        queue = self._queues.get(waiter.tenant)
+        tenant = waiter.tenant
+        queue = self._queues.get(tenant)
         if queue is None:
-            queue = self._queues[waiter.tenant] = _TenantQueue(waiter.tenant)
-            self._push(self._fairness.of(waiter.tenant), order, queue)
+            queue = self._queues[tenant] = _TenantQueue(tenant)
+            heapq.heappush(self._heap, (self._fairness.of(tenant), order, queue))
         queue.members[order] = waiter
-        self._count += 1
+        self.count += 1
 
     def remove(self, order: int, waiter: W) -> None:
-        queue = self._queues[waiter.tenant]
-        del queue.members[order]
-        self._count -= 1
-        if len(self._heap) > _COMPACT_ABOVE and len(self._heap) > 2 * self._count:
+        del self._queues[waiter.tenant].members[order]
+        self.count -= 1
+        if len(self._heap) > _COMPACT_ABOVE and len(self._heap) > 2 * self.count:
             self._compact()
 
     def head(self) -> tuple[float, int, W] | None:
         """The count of the tenant whose turn it is, and its oldest request; None while all that wait are parked."""
-        charged = self._fairness.charged
-        while self._heap:
-            count, order, queue = self._heap[0]
+        heap, fairness = self._heap, self._fairness
+        while heap:
+            count, order, queue = heap[0]
             members = queue.members
             if not members:
-                heapq.heappop(self._heap)
+                heapq.heappop(heap)
                 del self._queues[queue.tenant]
                 continue
             oldest = next(iter(members))
             # The floor moves all the time and orders nobody anew: only those that were served have fallen behind.
-            served = charged(queue.tenant, 0.0)
+            served = fairness.charged(queue.tenant, 0.0)
             if served <= count and oldest == order:
-                return max(served, self._fairness.floor), oldest, members[oldest]
+                return (served if served > fairness.floor else fairness.floor), oldest, members[oldest]
             # Counts and orders only grow, so an entry that is out of date stands too far in front, never too far back.
-            heapq.heapreplace(self._heap, (max(count, served), oldest, queue))
+            heapq.heapreplace(heap, (count if count > served else served, oldest, queue))
         return None
 
     def park(self) -> _TenantQueue[W]:
@@ -115,12 +112,9 @@ class _Class(Generic[W]):
         """A tenant that was parked has its turns again, at the place that it had."""
         queue.is_parked = False
         if queue.members:
-            self._push(self._fairness.of(queue.tenant), next(iter(queue.members)), queue)
+            heapq.heappush(self._heap, (self._fairness.of(queue.tenant), next(iter(queue.members)), queue))
         elif self._queues.get(queue.tenant) is queue:
             del self._queues[queue.tenant]
-
-    def _push(self, count: float, order: int, queue: _TenantQueue[W]) -> None:
-        heapq.heappush(self._heap, (count, order, queue))
 
     def _compact(self) -> None:
         self._queues = {tenant: queue for tenant, queue in self._queues.items() if queue.members or queue.is_parked}
@@ -135,7 +129,8 @@ class _Class(Generic[W]):
 class _Lane(Generic[W]):
     """The requests of one lane, by priority class."""
 
-    def __init__(self, fairness: Fairness) -> None:
+    def __init__(self, key: LaneKey, fairness: Fairness) -> None:
+        self.key = key
         self._fairness = fairness
         self.classes: dict[int, _Class[W]] = {}
         self._priorities: list[int] = []
@@ -150,7 +145,7 @@ class _Lane(Generic[W]):
     def remove(self, order: int, waiter: W) -> None:
         group = self.classes[waiter.priority]
         group.remove(order, waiter)
-        if not group:
+        if not group.count:
             del self.classes[waiter.priority]
             self._priorities.remove(waiter.priority)
 
@@ -173,7 +168,8 @@ class WaitingLine(Generic[W]):
         """The same requests."""
         self._counts: dict[str, Counts] = {}
         """Those of each model."""
-        self._orders: dict[W, tuple[int, LaneKey]] = {}
+        self._places: dict[W, tuple[int, _Lane[W]]] = {}
+        """The order of each, and its lane."""
         self._next_order = 0
         self._mean_tokens = 0.0
         """Of those served lately."""
@@ -181,7 +177,7 @@ class WaitingLine(Generic[W]):
         self._parked_until: deque[tuple[float, str]] = deque()
 
     def __len__(self) -> int:
-        return len(self._orders)
+        return len(self._places)
 
     def has_lane(self, key: LaneKey) -> bool:
         """Whether somebody waits who is interchangeable with a request of this key."""
@@ -205,15 +201,16 @@ class WaitingLine(Generic[W]):
         lanes = self._models.get(model)
         if lanes is None:
             lanes = self._models[model] = {}
-        if key not in lanes and len(lanes) >= _MOST_LANES:
-            key = key._replace(constraint="mixed")
         lane = lanes.get(key)
+        if lane is None and len(lanes) >= _MOST_LANES:
+            key = key._replace(constraint="mixed")
+            lane = lanes.get(key)
         if lane is None:
-            lane = lanes[key] = _Lane(self._fairness)
+            lane = lanes[key] = _Lane(key, self._fairness)
             for other in key.others:
                 self._models.setdefault(other, {})[key] = lane
         self._next_order += 1
-        self._orders[waiter] = (self._next_order, key)
+        self._places[waiter] = (self._next_order, lane)
         lane.add(self._next_order, waiter)
         self.crowd.add(waiter)
         counts = self._counts.get(model)
@@ -223,38 +220,41 @@ class WaitingLine(Generic[W]):
 
     def remove(self, waiter: W) -> bool:
         """Takes a request out, and says whether it waited; one that did not changes nothing."""
-        order, key = self._orders.pop(waiter, (0, None))
-        if key is None:
+        order, lane = self._places.pop(waiter, (0, None))
+        if lane is None:
             return False
-        lanes = self._models[key.model]
-        lane = lanes[key]
         lane.remove(order, waiter)
         self.crowd.remove(waiter)
-        counts = self._counts[key.model]
+        model = lane.key.model
+        counts = self._counts[model]
         counts.remove(waiter.priority, waiter.tenant)
         if counts.is_empty:
-            del self._counts[key.model]
+            del self._counts[model]
         if not lane.classes:
-            for model in (key.model, *key.others):
-                del self._models[model][key]
-                if not self._models[model]:
-                    del self._models[model]
-        if not self._orders:
+            self._close(lane.key)
+        if not self._places:
             self._fairness.settle()
         return True
 
+    def _close(self, key: LaneKey) -> None:
+        for model in (key.model, *key.others):
+            del self._models[model][key]
+            if not self._models[model]:
+                del self._models[model]
+
     def serve(self, waiter: W) -> None:
         """Takes a request out because it is served, and charges its tenant."""
-        self._mean_tokens += _MEAN_WEIGHT * (waiter.tokens - self._mean_tokens) if self._mean_tokens else waiter.tokens
-        self._fairness.charge(waiter.tenant, self._fairness.of(waiter.tenant), waiter.tokens)
+        tenant, tokens = waiter.tenant, waiter.tokens
+        self._mean_tokens += _MEAN_WEIGHT * (tokens - self._mean_tokens) if self._mean_tokens else tokens
+        self._fairness.charge(tenant, tokens)
         self.remove(waiter)
 
-    def park(self, lane: LaneKey, waiter: W, *, now: float) -> None:
+    def park(self, waiter: W, *, now: float) -> None:
         """The tenant whose turn it is in a lane has none there until it is put back, or a moment has passed.
 
         `waiter` is the request whose turn it is.
         """
-        group = self._models[lane.model][lane].classes[waiter.priority]
+        group = self._places[waiter][1].classes[waiter.priority]
         self._parked.setdefault(waiter.tenant, []).append((group, group.park()))
         self._parked_until.append((now + _PARKED_SECONDS, waiter.tenant))
 
@@ -286,10 +286,10 @@ class WaitingLine(Generic[W]):
             lanes = self._models.get(model)
             if lanes is None:
                 continue
-            for key, lane in lanes.items():
-                if key in skip:
+            for lane in lanes.values():
+                if skip and lane.key in skip:
                     continue
                 head = lane.head()
                 if head is not None and (first is None or head[0] < first[0]):
-                    first, found = head, key
+                    first, found = head, lane.key
         return None if first is None or found is None else (found, first[1])

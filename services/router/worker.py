@@ -50,6 +50,11 @@ class Outcome(Enum):
     FAILED = "failed"
 
 
+# Looking a member up in its class takes longer than most that is done with it.
+_COMPLETED: Final = Outcome.COMPLETED
+_FAILED: Final = Outcome.FAILED
+
+
 class Seen(NamedTuple):
     """What whoever held a lease saw of it."""
 
@@ -103,6 +108,7 @@ class Worker:
         "_growth",
         "_hope",
         "_kv_used",
+        "_lacks_kv",
         "_others",
         "_prefill",
         "_service_seconds",
@@ -160,6 +166,7 @@ class Worker:
         self._backlog = 0.0
         self._kv_used = 0.0
         self._growth = 0.0
+        self._lacks_kv = False
         self.usual_step = Usual()
         """What its decode steps with one sequence usually take."""
         self._prefill = Correction()
@@ -183,7 +190,7 @@ class Worker:
     def running_at_most(self) -> int:
         """Sequences that it can run at the same time: its slots, or fewer where KV cache is short."""
         slots = self.card.max_running
-        return min(slots, self.occupied) if self._lacks_kv() else slots
+        return min(slots, self.occupied) if self._lacks_kv else slots
 
     @property
     def state_name(self) -> str:
@@ -256,7 +263,7 @@ class Worker:
         self._backlog += lease.uncached_tokens
         self._kv_used += lease.uncached_tokens
         self._growth += lease.output_tokens
-        self._refresh(now)
+        self._refresh_work(now)
 
     @property
     def corrections(self) -> tuple[float, float, float]:
@@ -269,19 +276,18 @@ class Worker:
             return
         self.leases.remove(lease)
         self._growth = max(0.0, self._growth - lease.output_tokens) if self.leases else 0.0
-        if outcome is Outcome.COMPLETED:
+        if outcome is _COMPLETED:
             self._learn(lease, now, seen)
-        if outcome is Outcome.COMPLETED:
             held = now - lease.granted_at
             before = self._service_seconds
             self._service_seconds = held if before is None else before + _SERVICE_WEIGHT * (held - before)
-        if outcome in (Outcome.COMPLETED, Outcome.FAILED):
-            self._judge(failed=outcome is Outcome.FAILED, now=now)
+        if outcome is _COMPLETED or outcome is _FAILED:
+            self._judge(failed=outcome is _FAILED, now=now)
         self._melt(now)
         if lease.granted_at > self.reported_at - _SETTLE_SECONDS:
             # No report has told of it yet, and now none will: its prompt waits for prefill no more.
             self._backlog = max(0.0, self._backlog - lease.uncached_tokens)
-        self._refresh(now)
+        self._refresh_work(now)
 
     def set_drained(self, drained: bool, now: float) -> None:
         """Takes it out of service or back, and has it told."""
@@ -349,13 +355,11 @@ class Worker:
 
     def _judge(self, *, failed: bool, now: float) -> None:
         self.ejection.note(failed=failed)
-        share = self._failures(now)
+        share = self._failures(now) if self._failure_share else 0.0
         self._failure_share = share + _FAILURE_WEIGHT * (float(failed) - share)
         self._failure_at = now
 
     def _failures(self, now: float) -> float:
-        if self._failure_share == 0.0:
-            return 0.0
         return self._failure_share * math.exp2((self._failure_at - now) / _FAILURE_HALF_LIFE_SECONDS)
 
     def _melt(self, now: float) -> None:
@@ -363,33 +367,48 @@ class Worker:
         self._backlog = max(0.0, (self.outlook.clear_at - now) / self.outlook.prefill_token_seconds)
 
     def _refresh(self, now: float) -> None:
-        load, card, occupied = self.load, self.card, len(self.leases) + self._others
-        slots = card.max_running
-        self.admitted_ratio = self.ejection.admitted_ratio(now)
+        """Takes in all that follows from how it is."""
         self.blocked = self._obstacle()
-        # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
-        self.full = (occupied >= slots and occupied >= slots + self._ahead()) or self._lacks_kv()
+        self._refresh_work(now)
+
+    def _refresh_work(self, now: float) -> None:
+        """Takes in what follows from the work that it has. This is written out: a decision does it twice."""
+        if self.ejection.until is not None:
+            # It comes back as time passes.
+            self.admitted_ratio = self.ejection.admitted_ratio(now)
+            self.blocked = self._obstacle()
+        load, card, occupied = self.load, self.card, len(self.leases) + self._others
+        slots, kv_tokens, kv_used = card.max_running, card.kv_tokens, self._kv_used
+        # With its KV cache used up, the engine queues although slots are free.
+        full = self._lacks_kv = (kv_tokens > 0 and kv_used >= _KV_FULL * kv_tokens) or (
+            load.kv_usage >= _KV_NEARLY_FULL and load.waiting > card.headroom
+        )
+        if occupied >= slots and not full:
+            # Whoever is granted too early waits in the engine, where no turns are taken and nobody is moved elsewhere.
+            full = occupied >= slots + self._ahead()
+        self.full = full
         backlog_seconds = self._backlog * self.outlook.prefill_token_seconds
         self.backlogged = backlog_seconds > _BACKLOG_SECONDS
-        self.has_spare_slots = occupied < _SPARE_SHARE * slots and not self.full and self._has_spare_kv()
-        self.has_spare = self.has_spare_slots and backlog_seconds <= _SPARE_BACKLOG_SECONDS
+        spare = occupied < _SPARE_SHARE * slots and not full and (not kv_tokens or kv_used < _SPARE_SHARE * kv_tokens)
+        self.has_spare_slots = spare
+        self.has_spare = spare and backlog_seconds <= _SPARE_BACKLOG_SECONDS
         self.outlook = outlook(
-            # By position, in the order of its fields: two of these are made for every decision.
-            Gauges(
+            # In the order of the fields of Gauges.
+            (
                 load.prefill_tokens_per_second,
                 load.decode_step_seconds,
                 load.decode_step_per_sequence_seconds,
                 self._backlog,
                 occupied,
                 slots,
-                card.kv_tokens,
-                self._kv_used + _STILL_TO_COME * self._growth,
+                kv_tokens,
+                kv_used + _STILL_TO_COME * self._growth,
                 self._service_seconds,
-                self._slot_seconds(occupied, now),
+                None if full or occupied < slots else self._slot_seconds(occupied, now),
                 self.condition.slowdown,
                 self._prefill.factor,
                 self._decode.factor,
-                self._failures(now),
+                self._failures(now) if self._failure_share else 0.0,
                 self._delay.seconds(now),
             ),
             self._hope,
@@ -405,17 +424,7 @@ class Worker:
             return ""
         return self.state_name
 
-    def _lacks_kv(self) -> bool:
-        # With its KV cache used up, the engine queues although slots are free.
-        load, tokens = self.load, self.card.kv_tokens
-        if load.kv_usage >= _KV_NEARLY_FULL and load.waiting > self.card.headroom:
-            return True
-        return tokens > 0 and self._kv_used >= _KV_FULL * tokens
-
     def _ahead(self) -> int:
         """Requests that may wait in its engine: those that begin before a grant that waits for a slot could arrive."""
         card, service = self.card, self._service_seconds
         return min(card.headroom, int(_GRANT_SECONDS * card.max_running / service)) if service else card.headroom
-
-    def _has_spare_kv(self) -> bool:
-        return not self.card.kv_tokens or self._kv_used < _SPARE_SHARE * self.card.kv_tokens
