@@ -9,7 +9,7 @@ export VENV
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml locks/cpu.lock locks/gpu.lock scripts/install
+$(STAMP): pyproject.toml locks/cpu-dev.lock locks/gpu-dev.lock scripts/install
 	scripts/install $(PYTHON) $(VENV)
 	@touch $@
 
