@@ -1,13 +1,14 @@
 """What tracing every request costs the gateway.
 
     python -m bench.tracing_cost [--requests 500] [--pairs 20] [--starts 2] [--streams 64] [--tokens 64] [--hole]
+                                 [--beside CHECKOUT]
 
 One gateway, whose tracing is turned on and off between short runs of the same requests for one token: two processes of
 one program differ by more than that, by how their memory happens to lie. CPU is user + system of the gateway, from the
 beginning of a run until what it has left behind is sent; a difference is that of a run with tracing to the one next to
 it without. A stream has as many spans as a request for one token, so the same is told as a part of what a stream takes,
 which is measured without tracing. Each line is a median and its bounds (95 %). `--hole`: the backend takes connections
-and never answers.
+and never answers. `--beside`: another checkout of this repository, whose gateway takes turns with this one's.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +50,15 @@ class Pair:
     off: Run
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one checkout took."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    streams: list[float] = field(default_factory=list)
+    """Microseconds of CPU of a stream, without tracing."""
+
+
 def main() -> None:
     """Prints one line a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,26 +68,50 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64, help="at a time")
     parser.add_argument("--tokens", type=int, default=64, help="of the streams whose cost it is compared with")
     parser.add_argument("--hole", action="store_true")
+    parser.add_argument("--beside", type=Path, help="another checkout of this repository, which takes turns")
     options = parser.parse_args()
-    pairs, streams = list[Pair](), list[float]()
+    names = [None, options.beside] if options.beside else [None]
+    found = {name: Found() for name in names}
     for _ in range(options.starts):
-        with _gateway(options.streams, hole=options.hole) as proxy:
-            pairs += _measured(proxy, options)
-            streams += [_stream_cpu(proxy, options) for _ in range(_STREAM_RUNS)]
+        with ExitStack() as stack:
+            begin = partial(_gateway, options.streams, hole=options.hole)
+            _measure({name: stack.enter_context(begin(checkout=name)) for name in names}, found, options)
+    for name, its in found.items():
+        _tell(name.name if name else "this one", its, options.tokens)
+
+
+def _measure(
+    proxies: Mapping[Path | None, Proxy], found: Mapping[Path | None, Found], options: argparse.Namespace
+) -> None:
+    for proxy in proxies.values():
+        for _ in range(_WARMING_RUNS):
+            _run(proxy, options, traced=True)
+    for number in range(options.pairs):
+        order = list(proxies) if number % 4 < 2 else list(proxies)[::-1]
+        for name in order:
+            found[name].pairs.append(_pair(proxies[name], options, number))
+    for _ in range(_STREAM_RUNS):
+        for name, proxy in proxies.items():
+            found[name].streams.append(_stream_cpu(proxy, options))
+
+
+def _tell(name: str, found: Found, tokens: int) -> None:
+    pairs = found.pairs
     more = middle([pair.on.cpu - pair.off.cpu for pair in pairs])
-    stream = middle(streams)
+    stream = middle(found.streams)
+    print(f"{name}:")
     print(f"CPU for tracing a request, us: {more}")
     print(f"CPU of a request for one token, us: {middle([pair.off.cpu for pair in pairs])}")
-    print(f"CPU of a stream of {options.tokens} tokens, us: {stream}")
+    print(f"CPU of a stream of {tokens} tokens, us: {stream}")
     of_stream = Middle(*(1 + part / stream.median for part in (more.median, more.low, more.high)))
     print(f"the same with tracing over that without: {of_stream}")
     print(f"of requests for one token: {middle([pair.on.cpu / pair.off.cpu for pair in pairs])}")
     slower = [pair.on.milliseconds / pair.off.milliseconds for pair in pairs]
-    print(f"time that such a request takes, with tracing over without: {middle(slower)}")
+    print(f"time that such a request takes, with tracing over without: {middle(slower)}", flush=True)
 
 
 @contextmanager
-def _gateway(streams: int, *, hole: bool) -> Iterator[Proxy]:
+def _gateway(streams: int, *, hole: bool, checkout: Path | None) -> Iterator[Proxy]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if hole:
@@ -88,18 +123,20 @@ def _gateway(streams: int, *, hole: bool) -> Iterator[Proxy]:
             endpoint = stack.enter_context(otlp_receiver()).endpoint
         yield stack.enter_context(
             tokenloom(
-                folder, streams, _TOKENS_PER_SECOND, otlp_endpoint=endpoint, gateway_module="bench.toggled_gateway"
+                folder,
+                streams,
+                _TOKENS_PER_SECOND,
+                otlp_endpoint=endpoint,
+                checkout=checkout,
+                gateway_module="bench.toggled_gateway",
             )
         )
 
 
-def _measured(proxy: Proxy, options: argparse.Namespace) -> Iterator[Pair]:
-    for _ in range(_WARMING_RUNS):
-        _run(proxy, options, traced=True)
-    for number in range(options.pairs):
-        order = (True, False) if number % 2 == 0 else (False, True)
-        runs = {traced: _run(proxy, options, traced=traced) for traced in order}
-        yield Pair(on=runs[True], off=runs[False])
+def _pair(proxy: Proxy, options: argparse.Namespace, number: int) -> Pair:
+    order = (True, False) if number % 2 == 0 else (False, True)
+    runs = {traced: _run(proxy, options, traced=traced) for traced in order}
+    return Pair(on=runs[True], off=runs[False])
 
 
 def _run(proxy: Proxy, options: argparse.Namespace, *, traced: bool) -> Run:

@@ -161,7 +161,7 @@ def exemplar_of(span: Span | None = None) -> dict[str, str] | None:
     if span is trace.INVALID_SPAN:
         return None
     if type(span) is Recorded:
-        return span.trace.exemplar if span.trace.is_sampled else None
+        return span.trace.exemplar
     context = span.get_span_context()
     return {"trace_id": f"{context.trace_id:032x}"} if context.trace_flags.sampled else None
 

@@ -90,7 +90,7 @@ class Outbound:
 
     def admits(self) -> bool:
         """Whether a span that begins now has a chance to be sent; one that has none is counted as dropped."""
-        waiting = self._waiting
+        waiting = len(self._queue) + _SLICE_SPANS * len(self._slices)
         if waiting < _QUEUE_SPANS_AWAY or (waiting < _QUEUE_SPANS and not self._is_away):
             return True
         _counts["dropped"] += 1
@@ -98,16 +98,14 @@ class Outbound:
 
     def send(self, span: Recorded) -> None:
         """Queues a span that has ended; while the queue is full it is dropped. From any thread."""
-        if self._waiting >= _QUEUE_SPANS:
+        queue = self._queue
+        waiting = len(queue)
+        if waiting + _SLICE_SPANS * len(self._slices) >= _QUEUE_SPANS:
             _counts["dropped"] += 1
             return
-        self._queue.append(span)
-        if len(self._queue) >= _SLICE_SPANS:
+        queue.append(span)
+        if waiting >= _SLICE_SPANS - 1:
             self._write()
-
-    @property
-    def _waiting(self) -> int:
-        return len(self._queue) + _SLICE_SPANS * len(self._slices)
 
     def close(self, *, within: float) -> None:
         """Sends what is queued, for `within` seconds at most, and ends."""

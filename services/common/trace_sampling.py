@@ -29,7 +29,7 @@ class Keeper:
         """`send` gets what is kept; `slow_seconds`: a request that took as long is."""
         self._send = send
         self._slow_ns = slow_seconds * 1e9
-        self._held: OrderedDict[int, list[Recorded]] = OrderedDict()
+        self._held: OrderedDict[bytes, list[Recorded]] = OrderedDict()
         self._lock = threading.Lock()
 
     def on_end(self, span: Recorded) -> None:
@@ -38,10 +38,10 @@ class Keeper:
             self._send(span)
             return
         is_last = not span.parent_id or span.parent_is_remote
-        for kept in self._judged(span.trace.trace_id, span, is_last=is_last):
+        for kept in self._judged(span.trace.id, span, is_last=is_last):
             self._send(kept)
 
-    def _judged(self, trace_id: int, span: Recorded, *, is_last: bool) -> Iterable[Recorded]:
+    def _judged(self, trace_id: bytes, span: Recorded, *, is_last: bool) -> Iterable[Recorded]:
         with self._lock:
             if not is_last:
                 held = self._held.setdefault(trace_id, [])

@@ -1,27 +1,38 @@
 """Spans that cost little: what OpenTelemetry's API asks for, kept in plain fields until they are sent."""
 
-import random
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from random import getrandbits
+from time import time_ns
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+)
 from opentelemetry.util.types import Attributes, AttributeValue
 
-__all__ = ["Event", "Provider", "Recorded", "Trace", "Tracer", "Untraced"]
+__all__ = ["SPAN_KEY", "Current", "Event", "Provider", "Recorded", "Remote", "Trace", "Tracer", "Untraced"]
 
-_SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
-_UNSAMPLED: Final = TraceFlags(TraceFlags.DEFAULT)
+_FLAGS_TEXT: Final = tuple(f"{flags:02x}" for flags in range(256))
 _NO_STATE: Final = TraceState()
-# Where the library keeps the current span. Asking it each time takes five calls, a third of what a span costs.
-(_SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, Context())
+(SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, Context())
+"""Where the library keeps the current span. Asking it each time takes five calls, a third of what a span costs."""
 # As the SDK's TraceIdRatioBased has it, so that whoever else samples by the same share takes the same traces.
 _RATIO_BITS: Final = 1 << 64
+
+_NONE: Final[Mapping[str, AttributeValue]] = {}
 
 Event = tuple[int, str, Mapping[str, AttributeValue]]
 """When (ns since the epoch), what, and its attributes."""
@@ -30,22 +41,53 @@ Event = tuple[int, str, Mapping[str, AttributeValue]]
 class Trace:
     """What the spans of one trace have in common, put into words once."""
 
-    __slots__ = ("exemplar", "flags", "flags_text", "id_text", "is_sampled", "state", "trace_id")
+    __slots__ = ("exemplar", "flags", "flags_text", "id", "id_text", "is_sampled", "state")
 
-    def __init__(self, trace_id: int, flags: TraceFlags, state: TraceState) -> None:
-        self.trace_id = trace_id
+    def __init__(self, id_text: str, flags: int, state: TraceState) -> None:
+        """`id_text`: 32 hexadecimal digits."""
+        self.id = bytes.fromhex(id_text)
         self.flags = flags
         self.state = state
         self.is_sampled = bool(flags & TraceFlags.SAMPLED)
         """Whether it is kept however it ends."""
-        self.id_text = f"{trace_id:032x}"
-        self.flags_text = f"{flags:02x}"
-        self.exemplar = {"trace_id": self.id_text}
-        """What leads to it from a measurement."""
+        self.id_text = id_text
+        self.flags_text = _FLAGS_TEXT[flags]
+        self.exemplar = {"trace_id": id_text} if self.is_sampled else None
+        """What leads to it from a measurement; None where it isn't sampled."""
+
+    def context(self, span_id: int, *, is_remote: bool) -> SpanContext:
+        """What OpenTelemetry calls a span of it by."""
+        return SpanContext(int(self.id_text, 16), span_id, is_remote, TraceFlags(self.flags), self.state)
+
+
+class Remote(NonRecordingSpan):
+    """A span elsewhere, as a `traceparent` header tells of it."""
+
+    def __init__(self, trace_id: str, span_id: str, flags: str) -> None:
+        """All in hexadecimal digits: 32, 16 and 2."""
+        self.trace_id, self.span_id, self.flags = trace_id, span_id, flags
+
+    @property
+    def traceparent(self) -> str:
+        """The header."""
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
+
+    def get_span_context(self) -> SpanContext:
+        """What its children hang on. Ours need less."""
+        flags = TraceFlags(int(self.flags, 16))
+        return SpanContext(int(self.trace_id, 16), int(self.span_id, 16), is_remote=True, trace_flags=flags)
+
+    def __repr__(self) -> str:
+        return f"Remote({self.traceparent})"
 
 
 class Recorded(Span):
     """A span that is recorded, whether its trace is sampled or not. Once it has ended nothing changes it any more."""
+
+    __slots__ = (
+        *("_on_end", "attributes", "end_time", "events", "kind", "name", "parent_id", "parent_is_remote"),
+        *("sayings", "scope", "span_id", "start_time", "status", "trace"),
+    )
 
     def __init__(  # noqa: PLR0917  # several are made for every request, and names take time
         self,
@@ -55,7 +97,7 @@ class Recorded(Span):
         trace: Trace,
         parent_id: int,
         parent_is_remote: bool,
-        attributes: dict[str, AttributeValue],
+        attributes: dict[str, AttributeValue] | None,
         start_time: int,
         on_end: "Callable[[Recorded], object]",
     ) -> None:
@@ -66,11 +108,13 @@ class Recorded(Span):
         self.kind = kind
         self.scope = scope
         self.trace = trace
-        self.span_id = random.getrandbits(64) or 1
+        self.span_id = getrandbits(64) or 1
         self.parent_id = parent_id
         self.parent_is_remote = parent_is_remote
-        self._attributes = attributes
-        self._later: tuple[Callable[..., Mapping[str, AttributeValue]], tuple[Any, ...]] | None = None
+        self.attributes = attributes
+        """What was set one by one."""
+        self.sayings: dict[Callable[..., bytes], tuple[Any, ...]] = {}
+        """What writes the other attributes, and of what."""
         self.events: Sequence[Event] = ()
         self.status: Status | None = None
         self.start_time = start_time
@@ -78,45 +122,34 @@ class Recorded(Span):
         """0 while it runs."""
         self._on_end = on_end
 
-    @property
-    def attributes(self) -> Mapping[str, AttributeValue]:
-        """What it says."""
-        if self._later is not None:
-            (make, facts), self._later = self._later, None
-            self._attributes = {**make(*facts), **self._attributes}
-        return self._attributes
+    def say(self, write: Callable[..., bytes], *facts: Any) -> None:
+        """Adds the attributes that `write` makes of facts, by trace_words, once the span is written, when many are.
 
-    def set_later(self, make: Callable[..., Mapping[str, AttributeValue]], *facts: Any) -> None:
-        """Sets what `make` makes of facts, once somebody looks: the export, where it is made for many spans at a time.
-
-        Once a span; what is set itself counts more.
+        Said again with the same `write`, the later facts count. What is said is not to be set as well.
         """
         if not self.end_time:
-            self._later = make, facts
+            self.sayings[write] = facts
 
     @property
     def parent(self) -> SpanContext | None:
         """What it hangs on."""
-        if not self.parent_id:
-            return None
-        trace = self.trace
-        return SpanContext(trace.trace_id, self.parent_id, self.parent_is_remote, trace.flags, trace.state)
+        return self.trace.context(self.parent_id, is_remote=self.parent_is_remote) if self.parent_id else None
 
     @property
     def context(self) -> SpanContext:
         """What its children hang on. Made when it is asked for, which is seldom: ours need less."""
-        trace = self.trace
-        return SpanContext(trace.trace_id, self.span_id, False, trace.flags, trace.state)
+        return self.trace.context(self.span_id, is_remote=False)
 
     @property
     def traceparent(self) -> str:
         """The `traceparent` header for its children elsewhere."""
-        return f"00-{self.trace.id_text}-{self.span_id:016x}-{self.trace.flags_text}"
+        trace = self.trace
+        return f"00-{trace.id_text}-{self.span_id:016x}-{trace.flags_text}"
 
     def end(self, end_time: int | None = None) -> None:
         """It is over, now if no other time is told."""
         if not self.end_time:
-            self.end_time = end_time or time.time_ns()
+            self.end_time = end_time or time_ns()
             self._on_end(self)
 
     def get_span_context(self) -> SpanContext:
@@ -130,17 +163,21 @@ class Recorded(Span):
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Sets many."""
         if not self.end_time:
-            self._attributes.update(attributes)
+            if self.attributes is None:
+                self.attributes = {}
+            self.attributes.update(attributes)
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Sets one."""
         if not self.end_time:
-            self._attributes[key] = value
+            if self.attributes is None:
+                self.attributes = {}
+            self.attributes[key] = value
 
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         """Something happened, now if no other time is told."""
         if not self.end_time:
-            self.events = (*self.events, (timestamp or time.time_ns(), name, attributes or {}))
+            self.events = (*self.events, (timestamp or time_ns(), name, attributes or _NONE))
 
     def update_name(self, name: str) -> None:
         """Names it anew."""
@@ -199,22 +236,36 @@ class Tracer(trace.Tracer):
         set_status_on_exception: bool = True,  # noqa: ARG002
     ) -> Span:
         """Starts a span. Links are not kept; nothing here makes any."""
-        parent = (otel_context.get_current() if context is None else context).get(_SPAN_KEY, trace.INVALID_SPAN)
+        parent = (otel_context.get_current() if context is None else context).get(SPAN_KEY, trace.INVALID_SPAN)
         assert isinstance(parent, Span)
-        return self._below(parent, name, kind, dict(attributes) if attributes else {}, start_time or time.time_ns())
+        return self._below(parent, name, kind, dict(attributes) if attributes else None, start_time or time_ns())
 
     def start_child(self, parent: Span, name: str, kind: SpanKind) -> Span:
         """Starts a span below one that is at hand, which need not be looked for."""
-        return self._below(parent, name, kind, {}, time.time_ns())
+        if type(parent) is not Recorded:
+            return self._below(parent, name, kind, None, time_ns())
+        if not self._admits():
+            return NonRecordingSpan(parent.context)
+        return Recorded(
+            name, kind, self._scope, parent.trace, parent.span_id, False, None, time_ns(), self._on_end
+        )  # fmt: skip
 
     def _below(
-        self, parent: Span, name: str, kind: SpanKind, attributes: dict[str, AttributeValue], start_time: int
+        self, parent: Span, name: str, kind: SpanKind, attributes: dict[str, AttributeValue] | None, start_time: int
     ) -> Span:
         if not self._admits():
             # Its children are its parent's.
-            return trace.NonRecordingSpan(parent.get_span_context())
+            return NonRecordingSpan(parent.get_span_context())
         if type(parent) is Recorded:
             of, parent_id, is_remote = parent.trace, parent.span_id, False
+        elif type(parent) is Remote:
+            of, parent_id, is_remote = (
+                Trace(parent.trace_id, int(parent.flags, 16), _NO_STATE),
+                int(parent.span_id, 16),
+                True,
+            )
+        elif parent is trace.INVALID_SPAN:
+            of, parent_id, is_remote = self._new_trace(), 0, False
         else:
             of, parent_id, is_remote = self._continued(parent.get_span_context())
         return Recorded(name, kind, self._scope, of, parent_id, is_remote, attributes, start_time, self._on_end)
@@ -222,11 +273,13 @@ class Tracer(trace.Tracer):
     def _continued(self, context: SpanContext) -> tuple[Trace, int, bool]:
         """The trace that a span belongs to whose parent is elsewhere, or nowhere; and that parent."""
         if context.is_valid:
-            of = Trace(context.trace_id, context.trace_flags, context.trace_state)
+            of = Trace(f"{context.trace_id:032x}", context.trace_flags, context.trace_state)
             return of, context.span_id, context.is_remote
-        trace_id = random.getrandbits(128) or 1
-        flags = _SAMPLED if trace_id & (_RATIO_BITS - 1) < self._bound else _UNSAMPLED
-        return Trace(trace_id, flags, _NO_STATE), 0, False
+        return self._new_trace(), 0, False
+
+    def _new_trace(self) -> Trace:
+        number = getrandbits(128) or 1
+        return Trace(f"{number:032x}", int(number & (_RATIO_BITS - 1) < self._bound), _NO_STATE)
 
     def start_as_current_span(  # type: ignore[override]  # noqa: PLR0917  # the base class's makes decorators, too
         self,
@@ -242,10 +295,10 @@ class Tracer(trace.Tracer):
     ) -> AbstractContextManager[Span]:
         """Starts a span that is the current one in the block."""
         span = self.start_span(name, context, kind, attributes, links, start_time)
-        return _Current(span, record_exception, set_status_on_exception, end_on_exit)
+        return Current(span, record_exception, set_status_on_exception, end_on_exit)
 
 
-class _Current(AbstractContextManager[Span]):
+class Current(AbstractContextManager[Span]):
     """What the library's `use_span` does, at a third of its cost."""
 
     __slots__ = ("_ends", "_records", "_says_status", "_span", "_token")
@@ -257,7 +310,10 @@ class _Current(AbstractContextManager[Span]):
         self._ends = ends
 
     def __enter__(self) -> Span:
-        self._token = otel_context.attach(Context({**otel_context.get_current(), _SPAN_KEY: self._span}))
+        current = otel_context.get_current()
+        self._token = otel_context.attach(
+            Context({**current, SPAN_KEY: self._span} if current else {SPAN_KEY: self._span})
+        )
         return self._span
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
@@ -300,7 +356,7 @@ class Untraced(trace.Tracer):
 
     @staticmethod
     def _below(parent: Span) -> Span:
-        return trace.NonRecordingSpan(parent.get_span_context()) if parent.is_recording() else parent
+        return NonRecordingSpan(parent.get_span_context()) if parent.is_recording() else parent
 
     def start_as_current_span(  # type: ignore[override]  # noqa: PLR0917  # the base class's makes decorators, too
         self,
@@ -318,7 +374,7 @@ class Untraced(trace.Tracer):
         span = self.start_span(name, context)
         if context is None and span is trace.INVALID_SPAN:
             return nullcontext(span)
-        return _Current(span, record_exception, set_status_on_exception, end_on_exit)
+        return Current(span, record_exception, set_status_on_exception, end_on_exit)
 
 
 class Provider(trace.TracerProvider):

@@ -1,14 +1,15 @@
 """A generation's stay with one worker: the lease, the submission, and their spans."""
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable
+from functools import lru_cache
 
 from opentelemetry.trace import Span, SpanKind
-from opentelemetry.util.types import AttributeValue
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import router_pb2
 
+from services.common import trace_words
+from services.common.trace_spans import Recorded
 from services.common.tracing import child_of, gen_ai, traceparent_of
 from services.gateway.lease import Lease
 from services.gateway.router_client import OnQueued, RouterClient
@@ -17,15 +18,13 @@ from services.gateway.worker_sessions import WorkerSessions
 
 __all__ = ["Attempt"]
 
-_NOTHING: Final[Mapping[str, AttributeValue]] = {}
-
 
 class Attempt:
     """One lease, from its grant until it is given back. Leave none open."""
 
     __slots__ = ("_abort", "_asked", "_parent", "_routers", "_span", "lease")
 
-    def __init__(self, routers: RouterClient, lease: Lease, parent: Span, asked: Mapping[str, AttributeValue]) -> None:
+    def __init__(self, routers: RouterClient, lease: Lease, parent: Span, asked: tuple[str, str] | None) -> None:
         self._routers: RouterClient | None = routers
         self._parent = parent
         self._asked = asked
@@ -44,17 +43,14 @@ class Attempt:
     ) -> "Attempt":
         """Acquires a worker for a request; its spans are `parent`'s. Raises as `RouterClient.acquire` does."""
         with child_of(parent, "router.acquire", SpanKind.CLIENT) as span:
-            asked = _gen_ai(request) if span.is_recording() else _NOTHING
-            span.set_attributes(asked)
             acquire.traceparent = traceparent_of(span)
-            lease = await routers.acquire(acquire, on_queued)
-            if asked:
-                told: dict[str, AttributeValue] = {
-                    "tokenloom.worker": lease.worker_id,
-                    "tokenloom.reason": lease.reason,
-                    "tokenloom.queue_seconds": lease.queue_seconds,
-                }
-                span.set_attributes(told)
+            asked, lease = None, None
+            try:
+                lease = await routers.acquire(acquire, on_queued)
+            finally:
+                if type(span) is Recorded:
+                    asked = _asked(request)
+                    span.say(_acquired, asked, lease)
         return cls(routers, lease, parent, asked)
 
     def submit(
@@ -62,11 +58,9 @@ class Attempt:
     ) -> None:
         """Has the worker begin; `number` counts the attempts. Raises as `WorkerSessions.submit` does."""
         span = self._span = child_of(self._parent, "worker.generate", SpanKind.CLIENT)
-        if span.is_recording():
-            told = dict(self._asked or _gen_ai(submission.request))
-            told["tokenloom.worker"] = self.lease.worker_id
-            told["tokenloom.attempt"] = number
-            span.set_attributes(told)
+        if type(span) is Recorded:
+            asked = self._asked or _asked(submission.request)
+            span.say(_submitted, *asked, self.lease.worker_id, number)
         submission.traceparent = traceparent_of(span)
         self._abort = workers.submit(self.lease.endpoint, submission, stream)
 
@@ -84,5 +78,26 @@ class Attempt:
             routers.give_back(self.lease)
 
 
-def _gen_ai(request: pb.GenerateRequest) -> dict[str, AttributeValue]:
-    return gen_ai("chat" if request.HasField("chat") else "text_completion", request.model)
+def _asked(request: pb.GenerateRequest) -> tuple[str, str]:
+    """The operation, and the model."""
+    return "chat" if request.HasField("chat") else "text_completion", request.model
+
+
+def _acquired(asked: tuple[str, str], lease: Lease | None) -> bytes:
+    if lease is None:
+        return trace_words.said(gen_ai(*asked))
+    return (
+        _acquired_of(*asked, lease.worker_id)
+        + trace_words.text("tokenloom.reason", lease.reason)
+        + trace_words.fraction("tokenloom.queue_seconds", lease.queue_seconds)
+    )
+
+
+@lru_cache(1024)
+def _acquired_of(operation: str, model: str, worker: str) -> bytes:
+    return trace_words.said({**gen_ai(operation, model), "tokenloom.worker": worker})
+
+
+@lru_cache(1024)
+def _submitted(operation: str, model: str, worker: str, number: int) -> bytes:
+    return trace_words.said({**gen_ai(operation, model), "tokenloom.worker": worker, "tokenloom.attempt": number})
