@@ -10,7 +10,7 @@ import sys
 from services.common import tracing
 from services.common.entry import start
 from services.common.settings_gateway import GatewaySettings
-from services.common.trace_spans import Untraced
+from services.common.trace_untraced import Untraced
 from services.gateway.__main__ import main
 
 

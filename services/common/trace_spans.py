@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from random import getrandbits
 from time import time_ns
 from typing import Any, Final
@@ -23,12 +23,12 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.types import Attributes, AttributeValue
 
-__all__ = ["SPAN_KEY", "Current", "Event", "Provider", "Recorded", "Remote", "Trace", "Tracer", "Untraced"]
+from services.common.trace_context import SPAN_KEY, Current, Remote, failed
+
+__all__ = ["Event", "Provider", "Recorded", "Trace", "Tracer"]
 
 _FLAGS_TEXT: Final = tuple(f"{flags:02x}" for flags in range(256))
 _NO_STATE: Final = TraceState()
-(SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, Context())
-"""Where the library keeps the current span. Asking it each time takes five calls, a third of what a span costs."""
 # As the SDK's TraceIdRatioBased has it, so that whoever else samples by the same share takes the same traces.
 _RATIO_BITS: Final = 1 << 64
 
@@ -58,27 +58,6 @@ class Trace:
     def context(self, span_id: int, *, is_remote: bool) -> SpanContext:
         """What OpenTelemetry calls a span of it by."""
         return SpanContext(int(self.id_text, 16), span_id, is_remote, TraceFlags(self.flags), self.state)
-
-
-class Remote(NonRecordingSpan):
-    """A span elsewhere, as a `traceparent` header tells of it."""
-
-    def __init__(self, trace_id: str, span_id: str, flags: str) -> None:
-        """All in hexadecimal digits: 32, 16 and 2."""
-        self.trace_id, self.span_id, self.flags = trace_id, span_id, flags
-
-    @property
-    def traceparent(self) -> str:
-        """The header."""
-        return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
-
-    def get_span_context(self) -> SpanContext:
-        """What its children hang on. Ours need less."""
-        flags = TraceFlags(int(self.flags, 16))
-        return SpanContext(int(self.trace_id, 16), int(self.span_id, 16), is_remote=True, trace_flags=flags)
-
-    def __repr__(self) -> str:
-        return f"Remote({self.traceparent})"
 
 
 class Recorded(Span):
@@ -209,7 +188,7 @@ class Recorded(Span):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
         if isinstance(error, Exception):
             self.record_exception(error)
-            self.set_status(_failed(error))
+            self.set_status(failed(error))
         self.end()
 
 
@@ -246,9 +225,8 @@ class Tracer(trace.Tracer):
             return self._below(parent, name, kind, None, time_ns())
         if not self._admits():
             return NonRecordingSpan(parent.context)
-        return Recorded(
-            name, kind, self._scope, parent.trace, parent.span_id, False, None, time_ns(), self._on_end
-        )  # fmt: skip
+        of, parent_id = parent.trace, parent.span_id
+        return Recorded(name, kind, self._scope, of, parent_id, False, None, time_ns(), self._on_end)
 
     def _below(
         self, parent: Span, name: str, kind: SpanKind, attributes: dict[str, AttributeValue] | None, start_time: int
@@ -259,11 +237,8 @@ class Tracer(trace.Tracer):
         if type(parent) is Recorded:
             of, parent_id, is_remote = parent.trace, parent.span_id, False
         elif type(parent) is Remote:
-            of, parent_id, is_remote = (
-                Trace(parent.trace_id, int(parent.flags, 16), _NO_STATE),
-                int(parent.span_id, 16),
-                True,
-            )
+            of = Trace(parent.trace_id, int(parent.flags, 16), _NO_STATE)
+            parent_id, is_remote = int(parent.span_id, 16), True
         elif parent is trace.INVALID_SPAN:
             of, parent_id, is_remote = self._new_trace(), 0, False
         else:
@@ -298,85 +273,6 @@ class Tracer(trace.Tracer):
         return Current(span, record_exception, set_status_on_exception, end_on_exit)
 
 
-class Current(AbstractContextManager[Span]):
-    """What the library's `use_span` does, at a third of its cost."""
-
-    __slots__ = ("_ends", "_records", "_says_status", "_span", "_token")
-
-    def __init__(self, span: Span, records: bool, says_status: bool, ends: bool) -> None:
-        self._span = span
-        self._records = records
-        self._says_status = says_status
-        self._ends = ends
-
-    def __enter__(self) -> Span:
-        current = otel_context.get_current()
-        self._token = otel_context.attach(
-            Context({**current, SPAN_KEY: self._span} if current else {SPAN_KEY: self._span})
-        )
-        return self._span
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
-        otel_context.detach(self._token)
-        span = self._span
-        if isinstance(error, Exception):
-            if self._records:
-                span.record_exception(error)
-            if self._says_status:
-                span.set_status(_failed(error))
-        if self._ends:
-            span.end()
-
-
-class Untraced(trace.Tracer):
-    """Records nothing, as the library's own does that, at a third of its cost: spans only hand on their parents'."""
-
-    def start_span(  # noqa: PLR0917  # the signature is the base class's
-        self,
-        name: str,  # noqa: ARG002
-        context: Context | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,  # noqa: ARG002
-        attributes: Attributes = None,  # noqa: ARG002
-        links: Sequence[Link] | None = None,  # noqa: ARG002
-        start_time: int | None = None,  # noqa: ARG002
-        record_exception: bool = True,  # noqa: ARG002
-        set_status_on_exception: bool = True,  # noqa: ARG002
-    ) -> Span:
-        """What its children are to hang on."""
-        return self._below(trace.get_current_span(context))
-
-    def start_child(
-        self,
-        parent: Span,
-        name: str,  # noqa: ARG002
-        kind: SpanKind,  # noqa: ARG002
-    ) -> Span:
-        """The same below one that is at hand."""
-        return self._below(parent)
-
-    @staticmethod
-    def _below(parent: Span) -> Span:
-        return NonRecordingSpan(parent.get_span_context()) if parent.is_recording() else parent
-
-    def start_as_current_span(  # type: ignore[override]  # noqa: PLR0917  # the base class's makes decorators, too
-        self,
-        name: str,
-        context: Context | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,  # noqa: ARG002
-        attributes: Attributes = None,  # noqa: ARG002
-        links: Sequence[Link] | None = None,  # noqa: ARG002
-        start_time: int | None = None,  # noqa: ARG002
-        record_exception: bool = True,
-        set_status_on_exception: bool = True,
-        end_on_exit: bool = True,
-    ) -> AbstractContextManager[Span]:
-        """The same, as the current one in the block."""
-        span = self.start_span(name, context)
-        if context is None and span is trace.INVALID_SPAN:
-            return nullcontext(span)
-        return Current(span, record_exception, set_status_on_exception, end_on_exit)
-
-
 class Provider(trace.TracerProvider):
     """Makes tracers whose spans are all recorded, since how they end may matter, and given away when they have ended.
 
@@ -402,7 +298,3 @@ class Provider(trace.TracerProvider):
     ) -> Tracer:
         """A tracer whose spans say which module made them."""
         return Tracer(instrumenting_module_name, self._ratio, self._on_end, self._admits)
-
-
-def _failed(error: Exception) -> Status:
-    return Status(StatusCode.ERROR, f"{type(error).__name__}: {error}")

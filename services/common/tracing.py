@@ -14,9 +14,11 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from services.common.settings import TracingSettings
+from services.common.trace_context import SPAN_KEY, Current, Remote
 from services.common.trace_export import Outbound
 from services.common.trace_sampling import Keeper
-from services.common.trace_spans import SPAN_KEY, Current, Provider, Recorded, Remote, Tracer, Untraced
+from services.common.trace_spans import Provider, Recorded, Tracer
+from services.common.trace_untraced import Untraced
 
 __all__ = [
     "FIRST_OUTPUT",

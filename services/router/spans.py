@@ -6,7 +6,7 @@ from typing import Final
 from opentelemetry.trace import INVALID_SPAN, NoOpTracer, ProxyTracer, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from services.common.trace_spans import Untraced
+from services.common.trace_untraced import Untraced
 from services.common.tracing import context_from, gen_ai
 from services.router.request import Request
 from services.router.scheduler import Decision

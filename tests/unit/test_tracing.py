@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
+from services.common import trace_words
 from services.common.trace_export import Outbound, SpanCounts
 from services.common.trace_sampling import FAILOVER, Keeper
 from services.common.trace_spans import Provider, Recorded
@@ -194,6 +196,33 @@ def test_a_value_that_the_wire_has_no_form_for_spoils_nothing(value: Any, told: 
     (span,) = request.resource_spans[0].scope_spans[0].spans
     pairs = {pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "") for pair in span.attributes}
     assert pairs == {"odd": told, "fine": "yes"}
+
+
+def test_what_is_said_together_is_on_the_wire_as_if_it_were_set_one_by_one_and_said_again_counts_once() -> None:
+    def answered(model: str, tokens: int) -> bytes:
+        told = trace_words.said({"model": model, "reasons": ("stop", "length"), "none": ()})
+        return told + trace_words.number("tokens", tokens) + trace_words.fraction("seconds", 0.5)
+
+    spans = list[Recorded]()
+    for says in (True, False):
+        span = Provider(1.0, spans.append).get_tracer("test").start_span("a", attributes={"id": "ä"})
+        assert isinstance(span, Recorded)
+        if says:
+            span.say(answered, "before", -1)
+            span.say(answered, "after", 1 << 40)
+            span.say(partial(trace_words.text, "text"), "\ud800" * 200)
+        else:
+            span.set_attributes({"model": "after", "reasons": ("stop", "length"), "none": (), "tokens": 1 << 40})
+            span.set_attributes({"seconds": 0.5, "text": "\ud800" * 200})
+        span.end()
+        span.say(answered, "too late", 0)
+    request = ExportTraceServiceRequest.FromString(export_request(resource_message(RESOURCE), spans))
+    said, one_by_one = (
+        sorted((pair.key, pair.value.SerializeToString()) for pair in span.attributes)
+        for span in request.resource_spans[0].scope_spans[0].spans
+    )
+    assert said == one_by_one
+    assert len(said) == 7
 
 
 def test_what_fails_in_a_span_is_told_by_it_unless_that_is_not_wanted() -> None:
