@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from services.common.object_store import check_url, is_in_store
 from services.common.settings import Address, Count, Name, Positive, ProcessSettings
 
 __all__ = [
@@ -31,7 +32,7 @@ class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
 
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     path: str | None = None
-    """A folder or a Hugging Face id; null only for the simulated engine."""
+    """A folder, a Hugging Face id, or s3://BUCKET/PATH; null only for the simulated engine."""
     tool_call_parser: str | None = None
     """vLLM's parser of the function calls that the model writes, for example "hermes"; null refuses tools."""
     reasoning_parser: str | None = None
@@ -47,6 +48,8 @@ class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         """Checks what one key says about another one."""
+        if self.path is not None and is_in_store(self.path):
+            check_url(self.path, "path")
         names = [adapter.name for adapter in self.adapters]
         if self.adapters and self.adapters_dir is None:
             raise ValueError("adapters: need adapters_dir, the folder that they are in")
@@ -166,6 +169,8 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     upstream: UpstreamSettings | None = None
     """The server that does the work; for the engine "openai" alone."""
     watchdog: WatchdogSettings = WatchdogSettings()
+    model_cache: Annotated[str, Meta(min_length=1)] = "~/.cache/tokenloom/models"
+    """The folder that a model which is in S3 is fetched into; workers of a machine share it."""
     start_seconds: Positive = 1800.0
     """Longest that the engine's first start may take; a later one, five times what the first one took."""
     max_queued: Annotated[int, Meta(ge=0)] = 64

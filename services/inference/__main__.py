@@ -4,7 +4,9 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Iterator
 
+from services.common.config import ConfigError
 from services.common.engine_args import parallel_size
 from services.common.entry import start
 from services.common.settings_worker import WorkerSettings
@@ -23,6 +25,18 @@ async def main(settings: WorkerSettings, stop: asyncio.Event) -> int:
     except OSError as error:
         logging.getLogger(__name__).error("can't serve", extra={"cause": str(error)})  # noqa: TRY400  # a port that is taken needs no traceback
         return 1
+    except ExceptionGroup as errors:
+        wrong, others = errors.split(ConfigError)
+        if wrong is None or others is not None:
+            raise
+        cause = str(next(_leaves(wrong)))
+        logging.getLogger(__name__).error("can't serve", extra={"cause": cause})  # noqa: TRY400  # it names the key
+        return 2
+
+
+def _leaves(errors: BaseExceptionGroup[ConfigError]) -> Iterator[BaseException]:
+    for error in errors.exceptions:
+        yield from _leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
 
 
 def prepare(settings: WorkerSettings) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from services.common.config import ConfigError
+from services.common.object_store import is_in_store
 from services.common.settings_worker import WorkerSettings
 from services.inference.vllm_plugin import WORKER_PID_VARIABLE
 
@@ -43,7 +44,8 @@ def prepare_environment(settings: WorkerSettings) -> None:
     cuda = has_cuda()
     os.environ[WORKER_PID_VARIABLE] = str(os.getpid())
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CONFIGURE_LOGGING": "0"}
-    if settings.model.path is not None and Path(settings.model.path).is_dir():
+    path = settings.model.path
+    if path is not None and (is_in_store(path) or Path(path).is_dir()):
         defaults["HF_HUB_OFFLINE"] = "1"
     if not cuda:
         # One engine shares the machine with others and with the rest of the mesh.

@@ -20,6 +20,7 @@ from services.inference.generations import Generations
 from services.inference.gpus import gpu_uuids
 from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import LoadCollector, VllmCollector, WorkerMetrics
+from services.inference.model_fetch import with_local_model
 from services.inference.openai_engine import OpenAIEngine
 from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
@@ -84,6 +85,7 @@ class Worker:
             serving.cancel()
 
     async def _serve(self, server: rpc.Server, stop: asyncio.Event) -> None:
+        self._settings = await with_local_model(self._settings)
         async with self._make_engine() as engine:
             self._gate.open(engine)
             async with asyncio.TaskGroup() as tasks:

@@ -1,20 +1,17 @@
-"""A model's folder: its configuration, and how much its weights take."""
+"""What a model's configuration and files say of how large it is."""
 
 import json
-import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from services.common.config import ConfigError
+from services.mesh.model_files import ModelFiles, model_files
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
-_MOST_HEADER_BYTES: Final = 100 << 20
 # Weights of these types are loaded as the type that the model runs in.
-_CAST: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_CAST: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _FLAT_RATE: Final = 1.2
 
 
@@ -24,12 +21,14 @@ class Checkpoint:
 
     config: Mapping[str, Any]
     """Of its text part, where there are several."""
+    is_here: bool
+    """Whether it is on this machine."""
     dtype: str
     """What it was saved in."""
     quantization: str
     """How its weights are quantised; empty: they are not."""
     has_files: bool
-    """Whether its safetensors files are there, and their headers were read."""
+    """Whether it has safetensors files, whose headers were read."""
     stored_bytes: int
     """Of the tensors in them that are loaded as they are."""
     cast_values: int
@@ -48,20 +47,21 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str) -> Checkpoint:
-    """Reads the folder of a model, or of one that was downloaded from Hugging Face before. Nothing is fetched.
+    """Reads what a folder, a Hugging Face id or a URL in S3 says of a model. Weights are never fetched.
 
     Raises:
-        ConfigError: there is none, or it can't be read.
+        ConfigError: there is none, it can't be reached, or it can't be read.
     """
-    folder = _folder(model)
-    whole = _json(folder / "config.json")
+    files = model_files(model)
+    whole = _json(files.config(), model)
     text = whole.get("text_config") or whole.get("llm_config") or whole
     config = {**whole, **text} if isinstance(text, dict) else whole
     quantization = whole.get("quantization_config") or config.get("quantization_config") or {}
     quantized = str(quantization.get("quant_method") or "")
-    stored, cast, count = _sizes(folder, quantized=bool(quantized))
+    stored, cast, count = _sizes(files, quantized=bool(quantized))
     return Checkpoint(
         config=config,
+        is_here=files.is_here,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
         quantization=quantized,
         has_files=count > 0,
@@ -71,56 +71,26 @@ def read_checkpoint(model: str) -> Checkpoint:
     )
 
 
-def _folder(model: str) -> Path:
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    kept = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{model.replace('/', '--')}" / "snapshots"
-    found = sorted(kept.glob("*/config.json"), key=lambda path: path.stat().st_mtime) if kept.is_dir() else []
-    if not found:
-        raise ConfigError(f"model: there is no folder with a config.json, and no download of that name: {model!r}")
-    return found[-1].parent
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _json(text: bytes, model: str) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        read = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{model}: config.json: {error}") from error
     if not isinstance(read, dict):
-        raise ConfigError(f"{path}: expected an object")
+        raise ConfigError(f"{model}: config.json: expected an object")
     return read
 
 
-def _sizes(folder: Path, *, quantized: bool) -> tuple[int, int, int]:
+def _sizes(files: ModelFiles, *, quantized: bool) -> tuple[int, int, int]:
     """Bytes that stay as they are, values that are cast, and all values."""
     stored = cast = count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        for kind, values, size in _tensors(path):
-            count += values
-            if kind in _CAST and not quantized:
-                cast += values
-            else:
-                stored += size
+    for tensor in files.tensors():
+        count += tensor.values
+        if tensor.kind in _CAST and not quantized:
+            cast += tensor.values
+        else:
+            stored += tensor.size
     return stored, cast, count
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, int, int]]:
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= _MOST_HEADER_BYTES:
-                raise ConfigError(f"{path}: not a safetensors file")
-            header = json.loads(file.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                yield tensor["dtype"], math.prod(tensor["shape"]), end - begin
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not a safetensors file: {error}") from error
 
 
 def _parameters(config: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from services.mesh.config import MeshConfig, TlsConfig
 from services.mesh.containers import (
     DEMO_FOLDER,
     ENVOY_IMAGE,
+    FETCHED_FOLDER,
     NETWORK,
     REDIS_IMAGE,
     STATE_FOLDER,
@@ -58,6 +59,8 @@ def _service(mesh: MeshConfig, container: Container) -> dict[str, Any]:
         "init": True,
         "stop_grace_period": f"{math.ceil(mesh.drain_seconds) + _STOP_MARGIN_SECONDS}s",
         "healthcheck": _healthcheck(*_PROBE, "127.0.0.1:50051"),
+        # From the environment that compose itself runs in, or its .env.
+        **({"environment": list(container.variables)} if container.variables else {}),
         **_storage(container),
         **_devices(mesh, container),
         **_dependencies(container),
@@ -76,9 +79,9 @@ def _volumes(container: Container) -> Iterator[str]:
         yield "models:/models:ro"
     elif container.model_path is not None and container.model_path.startswith("/"):
         yield f"{container.model_path}:{container.model_path}:ro"
-    elif container.model_path is not None:
-        # A Hugging Face id: what is fetched once stays.
-        yield "models:/root/.cache/huggingface"
+    elif container.fetches is not None:
+        # What is fetched once stays.
+        yield f"models:{FETCHED_FOLDER if container.fetches == 'store' else '/root/.cache/huggingface'}"
     if container.adapters_dir is not None:
         yield f"{container.adapters_dir}:{container.adapters_dir}:ro"
 

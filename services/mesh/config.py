@@ -137,6 +137,9 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     """Files, and the batches of requests that are made of them."""
     gateways: Annotated[int, Meta(ge=1, le=64)] = 1
     """Gateway processes behind the one edge. Without Redis each gives away its part of a key's limits."""
+    model_cache: Annotated[str, Meta(min_length=1)] | None = None
+    """The folder of this machine that models in S3 are fetched into; null: `~/.cache/tokenloom/models`. Containers have
+    a volume for it."""
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """How long running streams may go on when the mesh is stopped."""
 

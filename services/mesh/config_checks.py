@@ -7,6 +7,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
+from services.common.object_store import is_in_store
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.config import MeshConfig
 from services.mesh.config_file import load_mesh
@@ -93,13 +94,12 @@ def _models(mesh: MeshConfig) -> Iterator[Finding]:
         try:
             found = read_checkpoint(model.path)
         except ConfigError as error:
-            if model.path.startswith("/"):
-                advice = "copy the whole model there: config.json, tokenizer and *.safetensors"
-                yield Finding(Level.TROUBLE, f"model {model.name}", str(error), advice)
-            else:
-                yield Finding(Level.NOTE, f"model {model.name}", f"{model.path} is downloaded at the first start")
+            yield _missing(model.name, model.path, error)
         else:
-            yield _weights(model.name, model.path, has_files=found.has_files)
+            if found.is_here:
+                yield _weights(model.name, model.path, has_files=found.has_files)
+            else:
+                yield Finding(Level.OK, f"model {model.name}", f"{model.path} is fetched at the first start")
 
 
 def _upstreams(mesh: MeshConfig) -> Iterator[Finding]:
@@ -120,6 +120,18 @@ def _upstream(worker: str, url: str) -> Finding:
         advice = "start it, or mend the url of the worker's upstream"
         return Finding(Level.TROUBLE, subject, f"{where} can't be reached: {error}", advice)
     return Finding(Level.OK, subject, f"{where} can be reached")
+
+
+def _missing(name: str, path: str, error: ConfigError) -> Finding:
+    advice = "mend that, or give the model as a folder"
+    if path.startswith("/"):
+        advice = "copy the whole model there: config.json, tokenizer and *.safetensors"
+    elif not is_in_store(path):
+        # Whoever runs the worker may well reach it.
+        return Finding(
+            Level.NOTE, f"model {name}", f"{path} is not here yet: {error}", "workers download it, if they can"
+        )
+    return Finding(Level.TROUBLE, f"model {name}", str(error), advice)
 
 
 def _weights(name: str, path: str, *, has_files: bool) -> Finding:

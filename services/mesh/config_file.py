@@ -28,6 +28,7 @@ def load_mesh(path: Path) -> MeshConfig:
     return msgspec.structs.replace(
         mesh,
         models=[_with_paths(model, path.parent) for model in mesh.models],
+        model_cache=_resolved(mesh.model_cache, path.parent),
         edge=_with_tls_paths(mesh.edge, path.parent),
     )
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from services.common.object_store import ENVIRONMENT, is_in_store
 from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
 from services.common.settings_gateway import GatewaySettings
 from services.common.settings_worker import WorkerSettings
@@ -16,6 +17,7 @@ from services.mesh.envoy_tls import EdgeTls
 __all__ = [
     "DEMO_FOLDER",
     "ENVOY_IMAGE",
+    "FETCHED_FOLDER",
     "METRICS_PORT",
     "NETWORK",
     "REDIS_IMAGE",
@@ -31,6 +33,8 @@ ENVOY_IMAGE: Final = "envoyproxy/envoy:v1.40.0"
 REDIS_IMAGE: Final = "redis:8-alpine"
 STATE_FOLDER: Final = "/var/lib/tokenloom"
 DEMO_FOLDER: Final = "/models/demo"
+FETCHED_FOLDER: Final = "/models/fetched"
+"""Where a worker's container has the volume with models that were in S3."""
 TLS_FILES: Final = {
     "certificate": "/run/secrets/edge/tls.crt",
     "key": "/run/secrets/edge/tls.key",
@@ -47,6 +51,7 @@ _ANY: Final = "0.0.0.0"  # noqa: S104  # inside a container, whose network is th
 _REDIS_URL: Final = "redis://redis:6379/0"
 # The first addresses of the network are Docker's own.
 _FIRST_HOST: Final = 10
+_HUB_ENVIRONMENT: Final = ("HF_TOKEN", "HF_ENDPOINT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +65,21 @@ class Container:
     settings: ProcessSettings
     worker: WorkerConfig | None = None
     model_path: str | None = None
-    """The folder or Hugging Face id that a worker loads."""
+    """The folder, Hugging Face id or URL that a worker loads."""
     adapters_dir: str | None = None
     """The folder that it may take adapters from."""
+
+    @property
+    def fetches(self) -> Literal["hub", "store"] | None:
+        """Where its model comes from, when it is no folder."""
+        if self.model_path is None or self.model_path.startswith("/"):
+            return None
+        return "store" if is_in_store(self.model_path) else "hub"
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Environment variables that it has to be given for that, where they are set."""
+        return {None: (), "hub": _HUB_ENVIRONMENT, "store": ENVIRONMENT}[self.fetches]
 
 
 def containers(mesh: MeshConfig) -> list[Container]:
@@ -148,6 +165,7 @@ def _worker(mesh: MeshConfig, pool: PoolConfig, worker: WorkerConfig, address: s
         routers=[f"{name}:{_GRPC}" for name in mesh.router_names],
         model=model,
         gpu=_gpu_inside(worker.gpu),
+        model_cache=FETCHED_FOLDER,
         **settings_from.worker(mesh, pool, worker),
     )
     return Container(

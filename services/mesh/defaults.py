@@ -6,6 +6,7 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
+from services.common.object_store import check_url, is_in_store
 from services.common.settings_worker import ModelSettings, SimSettings
 from services.mesh.config import DEMO_MODEL, MeshConfig, PoolConfig, WorkerConfig
 from services.mesh.config_rules import check_mesh
@@ -81,6 +82,9 @@ def _one_pool(model: ModelSettings, workers: list[WorkerConfig]) -> MeshConfig:
 def _model(path: str | None) -> ModelSettings:
     if path is None:
         return ModelSettings(name=DEMO_MODEL)
+    if is_in_store(path):
+        check_url(path, "--model")
+        return ModelSettings(name=path.rstrip("/").rpartition("/")[2], path=path)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return ModelSettings(name=folder.resolve().name, path=str(folder.resolve()))

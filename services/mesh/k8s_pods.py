@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from services.common.config import ConfigError
 from services.mesh.config import MeshConfig, WorkerConfig
-from services.mesh.containers import DEMO_FOLDER, METRICS_PORT, STATE_FOLDER, Container
+from services.mesh.containers import DEMO_FOLDER, FETCHED_FOLDER, METRICS_PORT, STATE_FOLDER, Container
 
 __all__ = ["GRPC_PORT", "HTTP_PORT", "Wishes", "claims", "labels", "labels_of", "pod", "resource_of", "slug"]
 
@@ -76,7 +76,7 @@ def claims(container: Container) -> list[dict[str, Any]]:
     """The volumes that a pod keeps when it moves to another node."""
     if container.service == "gateway":
         return [_claim("state", _STATE_SIZE)]
-    if _is_fetched(container.model_path):
+    if container.fetches is not None:
         return [_claim("model", _CACHE_SIZE)]
     return []
 
@@ -109,6 +109,8 @@ def _container(mesh: MeshConfig, container: Container, wishes: Wishes) -> dict[s
         "image": wishes.image,
         "command": ["python", "-m", f"services.{container.service}", "--config", file, *_set(container)],
         "env": [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in _WHERE.items()],
+        # Who may read the models, as AWS_ACCESS_KEY_ID or HF_TOKEN say it.
+        **({"envFrom": [{"secretRef": {"name": "models", "optional": True}}]} if container.fetches else {}),
         "ports": [
             {"name": "grpc", "containerPort": GRPC_PORT},
             {"name": "metrics", "containerPort": METRICS_PORT},
@@ -160,8 +162,9 @@ def _mounts(container: Container) -> list[dict[str, Any]]:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108  # where it is
     if container.model_path == DEMO_FOLDER:
         mounts.append({"name": "model", "mountPath": "/models", "readOnly": True})
-    if _is_fetched(container.model_path):
-        mounts.append({"name": "model", "mountPath": _CACHE_FOLDER})
+    if container.fetches is not None:
+        folder = FETCHED_FOLDER if container.fetches == "store" else _CACHE_FOLDER
+        mounts.append({"name": "model", "mountPath": folder})
     mounts += [{"name": name, "mountPath": path, "readOnly": True} for name, path in _folders(container)]
     return mounts
 
@@ -171,10 +174,6 @@ def _folders(container: Container) -> list[tuple[str, str]]:
     model = container.model_path
     local = model if model is not None and model.startswith("/") and model != DEMO_FOLDER else None
     return [(name, path) for name, path in (("model", local), ("adapters", container.adapters_dir)) if path is not None]
-
-
-def _is_fetched(model: str | None) -> bool:
-    return model is not None and not model.startswith("/")
 
 
 def _claim(name: str, size: str) -> dict[str, Any]:

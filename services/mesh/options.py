@@ -59,7 +59,9 @@ def _add_up(commands: Any) -> None:
     command = _command(commands, "up", up.up, "run the whole mesh on this machine")
     command.add_argument("--config", type=Path, metavar="FILE", help="a mesh.yaml; without one, the options say it")
     command.add_argument("--engine", choices=("vllm", "sim"), help="default: vllm")
-    command.add_argument("--model", metavar="PATH", help="a folder or a Hugging Face id; default: a small demo model")
+    command.add_argument(
+        "--model", metavar="PATH", help="a folder, a Hugging Face id or s3://BUCKET/PATH; default: a small demo model"
+    )
     command.add_argument("--workers", type=int, metavar="N", help="default: 1")
     command.add_argument("--sim", metavar="KEY=VALUE,…", help="how fast and large the simulated engine is")
     command.add_argument("--edge-port", type=values.port, metavar="P", help="default: 8080, or what mesh.yaml says")
@@ -247,7 +249,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="a mesh.yaml: checked, and each of its vLLM workers"
     )
-    command.add_argument("--model", metavar="PATH", help="a folder, or a Hugging Face id that was downloaded before")
+    command.add_argument("--model", metavar="PATH", help="a folder, a Hugging Face id or s3://BUCKET/PATH")
     command.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 24GiB")
     command.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="default: 0.8")
     for name, about in (

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -28,6 +29,7 @@ _START_SECONDS: Final = 60.0
 # Weights may come over a network, and kernels are compiled at the first start.
 _MODEL_START_SECONDS: Final = 1800.0
 _MOST_EDGE_THREADS: Final = 4
+_MODEL_CACHE: Final = str(Path("~/.cache/tokenloom/models").expanduser())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,7 @@ class _Planner:
             routers=routers,
             model=self._model(pool, worker),
             gpu=worker.gpu,
+            model_cache=self._mesh.model_cache or _MODEL_CACHE,
             **settings_from.worker(self._mesh, pool, worker),
         )
 

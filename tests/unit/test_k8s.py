@@ -13,6 +13,7 @@ from services.common.settings import ProcessSettings, RouterSettings, TelemetryS
 from services.common.settings_gateway import GatewaySettings
 from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
+from services.mesh.compose import compose_file
 from services.mesh.config_file import load_mesh
 from services.mesh.k8s import manifests
 from services.mesh.k8s_growth import Growth
@@ -132,6 +133,23 @@ def test_models_are_where_they_are_looked_for(tmp_path: Path) -> None:
     assert [claim["metadata"]["name"] for claim in fetched["volumeClaimTemplates"]] == ["model"]
     made = objects["StatefulSet", "cpu-0"]["spec"]["template"]["spec"]
     assert made["initContainers"][0]["command"][-1] == "/models/demo"
+
+
+def test_a_model_in_s3_has_a_volume_and_the_variables_that_its_worker_asks_with(tmp_path: Path) -> None:
+    text = "models: [{name: m, path: 's3://models/m'}]\npools: [{name: p, serves: [m], workers: [{name: w}]}]\n"
+    worker = rendered(tmp_path, text)["StatefulSet", "w"]["spec"]
+    assert [claim["metadata"]["name"] for claim in worker["volumeClaimTemplates"]] == ["model"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert {"name": "model", "mountPath": "/models/fetched"} in container["volumeMounts"]
+    assert container["envFrom"] == [{"secretRef": {"name": "models", "optional": True}}]
+    composed = compose_file(load_mesh(tmp_path / "mesh.yaml"))
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"} <= set(
+        composed["services"]["w"]["environment"]
+    )
+    assert composed["services"]["w"]["volumes"] == ["models:/models/fetched"]
+    settings = json.loads(composed["configs"]["w"]["content"])
+    assert settings["model_cache"] == "/models/fetched"
+    assert "environment" not in composed["services"]["gateway"]
 
 
 def test_selectors_fit_the_pods_they_are_for(tmp_path: Path) -> None:
