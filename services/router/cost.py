@@ -33,8 +33,13 @@ _TOLL: Final = 2.0
 Whoever looks at their own time alone crowds the fast card, where everybody behind them then waits, too (Pigou).
 Counting the line more than once leaves the fast card to those who gain most by it: bench/routing shows how much.
 """
-_TWICE: Final = 1.5
+_TWICE: Final = 2.5
 """What a second of prefill counts beyond itself where another worker would not need it: others wait for it."""
+_COMPANY: Final = 0.4
+"""What a second of decoding counts, beyond its weight, for a request that some worker knows the prompt of.
+
+What is cached draws all who know it to the same worker, and each slows the others down there.
+"""
 _SCARCE_SHARE: Final = 1 / 8
 """Of a worker's KV cache, what is not given away without counting it.
 
@@ -247,18 +252,22 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
     TTFT = wait + uncached / prefill rate + one decode step + delay
     cost = (TTFT + toll x wait + time until scarce KV cache is given back + twice x prefill of what another worker knows
             + weight x output x TPOT) x attempts
+
+    Of the backlog the toll is only for the share of the prompt that is not cached: whoever prefills little holds up
+    nobody behind it.
     """
     prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay = ahead
-    wait = slot
-    if clear_at > now:
-        wait += clear_at - now
-    total = demand.prompt + demand.output
+    prompt, output, known, weight = demand
+    backlog = clear_at - now if clear_at > now else 0.0
+    wait = slot + backlog
+    total = prompt + output
     if total > kv_free:
         wait += (total - kv_free) * kv_token
-    ttft = wait + (demand.prompt - cached) * prefill_token + tpot + delay
-    again = (demand.known - cached) * prefill_token
+    ttft = wait + (prompt - cached) * prefill_token + tpot + delay
+    again = (known - cached) * prefill_token
     scarce = (total - kv_spare) * kv_token if total > kv_spare else 0.0
-    cost = (ttft + _TOLL * wait + scarce + _TWICE * again + demand.output_weight * demand.output * tpot) * attempts
+    toll = _TOLL * (wait - backlog * cached / prompt if cached else wait)
+    cost = (ttft + toll + scarce + _TWICE * again + (weight + _COMPANY if known else weight) * output * tpot) * attempts
     return ttft, tpot, cost, slot, cached, delay
 
 
@@ -267,8 +276,9 @@ def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float
 
     This is where the time of a decision goes, so it is written out.
     """
-    total = demand.prompt + demand.output
-    prefill, steps, waits = demand.prompt + _TWICE * demand.known, 1.0 + demand.output_weight * demand.output, 1 + _TOLL
+    prompt, output, known, weight = demand
+    total, prefill, waits = prompt + output, prompt + _TWICE * known, 1.0 + _TOLL
+    steps = 1.0 + (weight + _COMPANY if known else weight) * output
     return [
         attempts
         * (
@@ -286,9 +296,11 @@ def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float
     ]
 
 
-def cheaper(ahead: Outlook, cached: float) -> float:
+def cheaper(ahead: Outlook, demand: Demand, now: float, cached: float) -> float:
     """How much less a request costs on a worker because of the tokens of its prompt that are cached there."""
-    return (1.0 + _TWICE) * cached * ahead.prefill_token_seconds * ahead.attempts
+    prefill_token, clear_at, _, _, _, _, _, attempts, _ = ahead
+    toll = _TOLL * (clear_at - now) / demand.prompt if clear_at > now else 0.0
+    return ((1.0 + _TWICE) * prefill_token + toll) * cached * attempts
 
 
 def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
@@ -327,7 +339,7 @@ class Forecast(Sequence[Prediction]):
         found = costs(self._outlooks, self._demand, self._now)
         for place, cached in enumerate(self._cached):
             if cached:
-                found[place] -= cheaper(self._outlooks[place], cached)
+                found[place] -= cheaper(self._outlooks[place], self._demand, self._now, cached)
         return found
 
     def __len__(self) -> int:

@@ -1,9 +1,11 @@
 """The cost model, as tables."""
 
+import random
+
 import pytest
 
 from services.router.correction import Correction, Delay
-from services.router.cost import Demand, Gauges, Rates, better, costs, outlook, predict
+from services.router.cost import Demand, Forecast, Gauges, Rates, better, costs, outlook, predict
 
 GAUGES = {
     "prefill_tokens_per_second": 1000.0,
@@ -71,7 +73,37 @@ def test_what_is_cached_is_not_prefilled() -> None:
 def test_to_compute_what_another_worker_has_costs_more_than_it_takes() -> None:
     ahead = outlook(Gauges(prefill_tokens_per_second=1000.0))
     cold, warm = (predict(ahead, Demand(500, 0, known=400), 0.0, cached) for cached in (0, 400))
-    assert cold[2] - warm[2] == pytest.approx(2.5 * 0.4)
+    assert cold[2] - warm[2] == pytest.approx(3.5 * 0.4)
+
+
+def test_who_finds_its_prompt_cached_pays_for_others_in_the_line_as_little_as_it_prefills() -> None:
+    idle, busy = (outlook(Gauges(prefill_tokens_per_second=1000.0, backlog_tokens=backlog)) for backlog in (0.0, 300.0))
+    for cached, share in ((0.0, 1.0), (400.0, 0.2)):
+        demand = Demand(500, 10, known=400)
+        at_once, later = (predict(one, demand, 0.0, cached) for one in (idle, busy))
+        assert later[0] - at_once[0] == pytest.approx(0.3)
+        assert later[2] - at_once[2] == pytest.approx(0.3 * (1 + 2 * share))
+
+
+def test_where_a_prompt_is_known_company_counts_more_than_else() -> None:
+    alone, crowd = (outlook(Gauges(**{**GAUGES, "max_running": 64, "occupied": count})) for count in (0, 20))  # type: ignore[arg-type]  # of a table
+    plain, known = (
+        predict(crowd, demand, 0.0)[2] - predict(alone, demand, 0.0)[2]
+        for demand in (Demand(500, 100), Demand(500, 100, known=400))
+    )
+    slower = crowd.token_seconds - alone.token_seconds
+    assert (plain, known) == pytest.approx((slower, slower * (1 + 0.4 * 100)))
+
+
+def test_the_cost_of_many_is_that_of_each() -> None:
+    rng = random.Random(7)
+    outlooks = [
+        outlook(Gauges(**{**GAUGES, "backlog_tokens": 900 * rng.random(), "occupied": rng.randrange(6)}))  # type: ignore[arg-type]  # of a table
+        for _ in range(40)
+    ]
+    cached = [rng.choice([0.0, 100.0, 400.0]) for _ in outlooks]
+    forecast = Forecast(outlooks, Demand(500, 80, max(cached), 0.01), 0.02, cached, None)
+    assert forecast.costs() == pytest.approx([one[2] for one in forecast])
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1.0, 1.0), (2.0, 1.0), (1.0, 3.0)])
