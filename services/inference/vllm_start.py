@@ -5,6 +5,8 @@ To be imported once the environment is prepared.
 
 import dataclasses
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +18,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import MPClient
 
 from services.common.config import ConfigError
+from services.common.cpu_cache import CPU_BLOCK_TOKENS, cpu_cache_bytes, free_memory
 from services.common.engine_args import check_engine_args
+from services.common.kv_cache import DTYPE_BYTES, KvCache, kv_cache
 from services.common.settings_worker import WorkerSettings
 from services.inference.engine import Capability, EngineCard
 from services.inference.vllm_arguments import vllm_arguments
@@ -35,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["start_backend"]
 
-_CPU_KV_CACHE_BYTES: Final = 64 << 20
-_CPU_BLOCK_SIZE: Final = 32
+_log = logging.getLogger(__name__)
+
 _MAX_RUNNING: Final = 64
 # Different adapters in one batch, each of which takes room on the card.
 _LORA_SLOTS: Final = 4
@@ -63,6 +67,7 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_eve
     processor = emitted_processor(config)
     if processor is not None:
         config.model_config.logits_processors = [*(config.model_config.logits_processors or ()), processor]
+    context = config.model_config.max_model_len
     with nursery.lent_to(engine_utils):
         try:
             llm = AsyncLLM.from_vllm_config(config, stat_loggers=[lambda _config, _index=0: stats])
@@ -74,6 +79,9 @@ def start_backend(settings: WorkerSettings, stats: Any, nursery: Nursery, kv_eve
     except BaseException:
         llm.shutdown(timeout=SHUTDOWN_SECONDS)
         raise
+    if (fits := llm.model_config.max_model_len) < context:
+        said = "the KV cache holds less than the model's context: engine_args.kv_cache_memory_bytes is its size"
+        _log.warning(said, extra={"context_tokens": context, "max_model_len": fits})
     # As vLLM does in the engine's process: else it reads the environment several times for each request.
     enable_envs_cache()
     return backend
@@ -95,11 +103,34 @@ def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
     given = {key: value for key, value in settings.engine_args.items() if key != "structured_outputs_config"}
     arguments = _defaults(settings, path, cuda=cuda) | vllm_arguments(given)
     try:
-        return AsyncEngineArgs(model=path, **arguments).create_engine_config()
+        config = AsyncEngineArgs(model=path, **arguments).create_engine_config()
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(
             f"vLLM refuses model.path {path!r} with engine_args {settings.engine_args}: {error}"
         ) from error
+    if not cuda:
+        _size_cpu_cache(config, given)
+    return config
+
+
+def _size_cpu_cache(config: Any, given: Mapping[str, Any]) -> None:
+    model, cache = config.model_config, config.cache_config
+    dtype_bytes = DTYPE_BYTES.get(cache.cache_dtype, float(model.dtype.itemsize))
+    parallel = config.parallel_config
+    try:
+        each = kv_cache(
+            model.hf_text_config.to_dict(),
+            dtype_bytes=dtype_bytes,
+            tensor_parallel=parallel.tensor_parallel_size,
+            pipeline_parallel=parallel.pipeline_parallel_size,
+        )
+    except ConfigError:
+        # A model of another build, or one that keeps no tokens.
+        each = KvCache(full_bytes=0, sliding_bytes=0, window=0, kind="unknown")
+    cache.kv_cache_memory_bytes = cpu_cache_bytes(each, model.max_model_len, free_bytes=free_memory(), arguments=given)
+    if given.get("max_model_len") is None:
+        # Then vLLM takes as much of the model's context as fits.
+        model.original_max_model_len = -1
 
 
 def _defaults(settings: WorkerSettings, path: str, *, cuda: bool) -> dict[str, Any]:
@@ -114,8 +145,7 @@ def _defaults(settings: WorkerSettings, path: str, *, cuda: bool) -> dict[str, A
         return defaults | {"gpu_memory_utilization": settings.gpu_memory_utilization}
     return defaults | {
         "enforce_eager": True,
-        "block_size": _CPU_BLOCK_SIZE,
-        "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
+        "block_size": CPU_BLOCK_TOKENS,
         "dtype": "float32" if _is_float32(path) else "bfloat16",
     }
 

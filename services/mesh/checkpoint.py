@@ -8,11 +8,12 @@ from typing import Any, Final
 from services.common.config import ConfigError
 from services.mesh.model_files import ModelFiles, model_files
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["Checkpoint", "described", "read_checkpoint"]
 
 # Weights of these types are loaded as the type that the model runs in.
 _CAST: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _FLAT_RATE: Final = 1.2
+_UNSAID_LENGTH: Final = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,29 @@ def read_checkpoint(model: str) -> Checkpoint:
         stored_bytes=stored,
         cast_values=cast,
         parameters=count or _parameters(config),
+    )
+
+
+def described(*, parameters: int, dtype: str, layers: int | None, heads: int | None, size: int | None) -> Checkpoint:
+    """A model that is known by its numbers alone: `heads` of keys and values of `size` each in `layers`, if known."""
+    config: dict[str, Any] = {}
+    if layers and heads and size:
+        config = {
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": size,
+            "max_position_embeddings": _UNSAID_LENGTH,
+        }
+    return Checkpoint(
+        config=config,
+        is_here=False,
+        dtype=dtype,
+        quantization="",
+        has_files=False,
+        stored_bytes=0,
+        cast_values=0,
+        parameters=parameters,
     )
 
 

@@ -1,17 +1,21 @@
 """Reads a mesh.yaml, and what the command line says instead of one."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import yaml
 
 from services.common import config
 from services.common.config import ConfigError
+from services.common.engine_args import check_engine_args
 from services.common.policy import policy_from
 from services.common.settings_worker import ModelSettings, SimSettings
 from services.mesh.config import EdgeConfig, MeshConfig
 from services.mesh.config_rules import check_mesh
 
-__all__ = ["load_mesh", "parse_sim"]
+__all__ = ["load_mesh", "parse_engine_args", "parse_sim"]
 
 
 def load_mesh(path: Path) -> MeshConfig:
@@ -40,15 +44,34 @@ def parse_sim(text: str) -> SimSettings:
         ConfigError: a key is unknown or a value doesn't fit.
     """
     raw: dict[str, float | str] = {}
-    for part in filter(None, text.split(",")):
-        key, separator, value = part.partition("=")
-        if not separator:
-            raise ConfigError(f"--sim: expected key=value, got the value {part!r}")
+    for key, value in _pairs("--sim", text):
         if key not in SimSettings.__struct_fields__:
             known = ", ".join(SimSettings.__struct_fields__)
             raise ConfigError(f"--sim: there is no key {key!r}, got the value {value!r}; the keys are {known}")
         raw[key] = _number(value)
     return config.convert(raw, SimSettings, where="--sim")
+
+
+def parse_engine_args(text: str) -> dict[str, Any]:
+    """The engine_args that `--engine-args key=value,…` asks for; a value is written as in YAML, without a comma.
+
+    Raises:
+        ConfigError: vLLM has no such argument, or it can't have the value.
+    """
+    try:
+        given = {key: yaml.safe_load(value) for key, value in _pairs("--engine-args", text)}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--engine-args: not as YAML has values: {text!r}") from error
+    check_engine_args(given, "--engine-args")
+    return given
+
+
+def _pairs(option: str, text: str) -> Iterator[tuple[str, str]]:
+    for part in filter(None, text.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise ConfigError(f"{option}: expected key=value, got the value {part!r}")
+        yield key, value
 
 
 def _number(text: str) -> float | str:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
@@ -20,7 +21,13 @@ _OTLP_PORT: Final = 4317
 
 
 def default_mesh(
-    *, engine: Literal["vllm", "sim"], workers: int, model: str | None, sim: SimSettings | None, gpus: int
+    *,
+    engine: Literal["vllm", "sim"],
+    workers: int,
+    model: str | None,
+    sim: SimSettings | None,
+    gpus: int,
+    engine_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> MeshConfig:
     """One pool of equal workers. `gpus`: how many this machine has; workers take turns on them.
 
@@ -30,13 +37,20 @@ def default_mesh(
     if workers < 1:
         raise ConfigError(f"--workers: expected at least 1, got the value {workers}")
     if engine == "sim":
+        if engine_args:
+            raise ConfigError("--engine-args: for --engine vllm alone")
         return _simulated(workers, model, sim)
     if sim is not None:
         raise ConfigError("--sim: for --engine sim alone")
     known = _model(model)
     share = _MEMORY_SHARE / max(1, -(-workers // gpus)) if gpus else _MEMORY_SHARE
     listed = [
-        WorkerConfig(name=f"worker-{index}", gpu=index % gpus if gpus else None, gpu_memory_utilization=share)
+        WorkerConfig(
+            name=f"worker-{index}",
+            gpu=index % gpus if gpus else None,
+            gpu_memory_utilization=share,
+            engine_args=dict(engine_args),
+        )
         for index in range(workers)
     ]
     return _one_pool(known, listed)

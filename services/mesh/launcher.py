@@ -178,6 +178,7 @@ class Launcher:
                 "",
                 f"tokenloom is ready at {self.url}; a browser shows its console there, with the key below",
                 "",
+                *_about_answers(self._mesh),
                 f"curl -N {self.url}/v1/chat/completions \\",
                 f"  -H 'Authorization: Bearer {self._admin_key}' \\",
                 "  -H 'Content-Type: application/json' \\",
@@ -204,6 +205,18 @@ async def _unless(stop: asyncio.Event, work: Any) -> bool:
 
 def _entry(plan: ProcessPlan, pid: int | None) -> dict[str, Any]:
     return {"name": plan.name, "service": plan.service, "pid": pid, "ports": plan.ports}
+
+
+def _about_answers(mesh: MeshConfig) -> Iterator[str]:
+    """What nobody should wonder about in the first answer."""
+    real = "a folder, a Hugging Face id or s3://BUCKET/PATH"
+    if any(_needs_demo_model(mesh)):
+        yield "The demo model has random weights: its answers are gibberish, and that is all they can be."
+        yield f"For real ones stop this and: tokenloom up --model MODEL   ({real})"
+        yield ""
+    elif all(worker.engine == "sim" for pool in mesh.pools for worker in pool.workers):
+        yield "The engines are simulated: their answers are made-up words. For real ones: tokenloom up --model MODEL"
+        yield ""
 
 
 def _needs_demo_model(mesh: MeshConfig) -> Iterator[bool]:

@@ -64,6 +64,7 @@ def _add_up(commands: Any) -> None:
     )
     command.add_argument("--workers", type=int, metavar="N", help="default: 1")
     command.add_argument("--sim", metavar="KEY=VALUE,…", help="how fast and large the simulated engine is")
+    command.add_argument("--engine-args", metavar="KEY=VALUE,…", help="vLLM's own, such as max_model_len=8192")
     command.add_argument("--edge-port", type=values.port, metavar="P", help="default: 8080, or what mesh.yaml says")
     command.add_argument(
         "--otlp-endpoint", metavar="HOST:PORT", type=values.address, help="where spans go, over OTLP gRPC"
@@ -245,18 +246,25 @@ def _add_k8s(target: ArgumentParser) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    command = _command(commands, "plan", plan_command.plan, "whether a model fits a GPU; whether a mesh.yaml is right")
+    command = _command(commands, "plan", plan_command.plan, "whether a model fits; whether a mesh.yaml is right")
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="a mesh.yaml: checked, and each of its vLLM workers"
     )
     command.add_argument("--model", metavar="PATH", help="a folder, a Hugging Face id or s3://BUCKET/PATH")
-    command.add_argument("--gpu-memory", metavar="SIZE", help="of each GPU, such as 24GiB")
+    command.add_argument("--parameters", metavar="COUNT", help="a model by its size instead, such as 8B")
+    command.add_argument(
+        "--gpu-memory", metavar="SIZE,…", help="of each GPU: 24GiB, or 45,45,24; default: of this machine's"
+    )
+    command.add_argument("--cpu-memory", metavar="SIZE", help="for engines on a CPU; default: what is free here")
     command.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="default: 0.8")
     for name, about in (
         ("--tensor-parallel-size", "GPUs that each layer is spread over; default: 1"),
         ("--pipeline-parallel-size", "GPUs that the layers are spread over; default: 1"),
         ("--max-model-len", "longest sequence, in tokens; default: the model's own"),
         ("--typical-length", "a usual sequence, in tokens; default: 2048"),
+        ("--layers", "with --parameters: the model's num_hidden_layers"),
+        ("--kv-heads", "with --parameters: its num_key_value_heads"),
+        ("--head-dim", "with --parameters: its head_dim"),
     ):
         command.add_argument(name, type=int, metavar="N", help=about)
     command.add_argument("--dtype", metavar="TYPE", help="what the model runs in; default: what it was saved in")

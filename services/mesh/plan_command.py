@@ -1,64 +1,85 @@
-"""tokenloom plan: whether a model fits a GPU, and whether a mesh.yaml is right, before anything starts."""
+"""tokenloom plan: whether a model fits, and whether a mesh.yaml is right, before anything starts."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 from services.common.config import ConfigError
-from services.common.engine_args import check_engine_args
-from services.mesh.checkpoint import Checkpoint, read_checkpoint
+from services.common.engine_args import check_engine_args, parallel_size
+from services.mesh.checkpoint import Checkpoint, described, read_checkpoint
 from services.mesh.config import MeshConfig
 from services.mesh.config_file import load_mesh
 from services.mesh.config_rules import check_folders
-from services.mesh.fit import Fit, fit, parse_memory
+from services.mesh.fit import Fit, fit, fit_cpu
+from services.mesh.places import Place, Places
+from services.mesh.plan_words import as_json, in_words
 
 __all__ = ["plan"]
 
-_GIB: Final = 1 << 30
-_BILLION: Final = 10**9
 _SHARE: Final = 0.8
 _ARGUMENTS: Final = ("tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "dtype", "kv_cache_dtype")
+_SHAPE: Final = ("layers", "kv_heads", "head_dim")
+_PARAMETERS: Final = re.compile(r"(?P<count>\d+(?:\.\d+)?)\s*(?P<unit>[MBT])?", re.IGNORECASE)
+_UNITS: Final = {"": 1, "M": 10**6, "B": 10**9, "T": 10**12}
+_FITS, _DOES_NOT_FIT, _NOT_KNOWN = 0, 1, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
-    """A model on a worker."""
+    """A model in a place."""
 
     name: str
-    model: str
+    checkpoint: Checkpoint
+    place: Place
     share: float
     arguments: Mapping[str, Any]
 
 
 def plan(arguments: Namespace) -> int:
-    """Says it; the exit code is 0 when everything fits, and 1 when something doesn't.
+    """Says it; the exit code is 0 when everything fits, 1 when something doesn't, and 3 when that can't be told.
 
     Raises:
         ConfigError: the options or the mesh.yaml can't be used.
     """
-    if (arguments.config is None) == (arguments.model is None):
-        raise ConfigError("plan: give either --model PATH or --config FILE")
-    gpu_bytes = None if arguments.gpu_memory is None else parse_memory(arguments.gpu_memory)
-    if arguments.model is not None:
-        questions = [_of_options(arguments)]
+    ways = (arguments.config, arguments.model, arguments.parameters)
+    if sum(way is not None for way in ways) != 1:
+        raise ConfigError("plan: give either --model PATH, --parameters 8B or --config FILE")
+    places = Places(arguments)
+    if arguments.config is None:
+        questions = list(_of_options(arguments, places))
     else:
-        mesh = check_folders(load_mesh(arguments.config), str(arguments.config))
-        questions = list(_of_mesh(mesh, arguments))
-    answers = [_answer(question, gpu_bytes, arguments.typical_length) for question in questions]
+        questions = list(_of_mesh(check_folders(load_mesh(arguments.config), str(arguments.config)), arguments, places))
+    found = [(question, _answer(question, arguments.typical_length)) for question in questions]
     if arguments.json:
-        _print(json.dumps({"config": _text(arguments.config), "models": [answer for answer, _ in answers]}, indent=2))
+        models = [as_json(one.name, one.checkpoint, fits, one.place, one.share) for one, fits in found]
+        config = None if arguments.config is None else str(arguments.config)
+        _print(json.dumps({"config": config, "models": models}, indent=2))
     else:
         if arguments.config is not None:
-            _print(f"{arguments.config} is right")
-        for _, lines in answers:
-            _print("\n".join(lines))
-    return 1 if any(answer["fits"] is False for answer, _ in answers) else 0
+            _print(_of_config(str(arguments.config), questions))
+        for one, fits in found:
+            _print("\n".join(in_words(one.name, one.checkpoint, fits, one.place, one.share)))
+    if any(one.place.bytes is not None and not fits.fits for one, fits in found):
+        return _DOES_NOT_FIT
+    return _NOT_KNOWN if any(one.place.bytes is None for one in questions) else _FITS
 
 
-def _of_options(arguments: Namespace) -> _Question:
+def _of_config(name: str, questions: list[_Question]) -> str:
+    unknown = sum(question.place.bytes is None for question in questions)
+    if not unknown:
+        return f"{name} is right"
+    return (
+        f"{name} has no mistakes in its keys; whether {unknown} of its {len(questions)} vLLM workers fit is not known"
+    )
+
+
+def _of_options(arguments: Namespace, places: Places) -> Iterator[_Question]:
+    _refuse(arguments, _SHAPE if arguments.parameters is None else (), "goes with --parameters")
     given = {name: getattr(arguments, name) for name in _ARGUMENTS if getattr(arguments, name) is not None}
     for name, value in given.items():
         # In the words of the option that says it.
@@ -66,93 +87,61 @@ def _of_options(arguments: Namespace) -> _Question:
     share = _SHARE if arguments.gpu_memory_utilization is None else arguments.gpu_memory_utilization
     if not 0 < share <= 1:
         raise ConfigError(f"--gpu-memory-utilization: expected above 0 to 1, got the value {share}")
-    return _Question(name=arguments.model, model=arguments.model, share=share, arguments=given)
+    if arguments.model is not None:
+        checkpoint, name = read_checkpoint(arguments.model), arguments.model
+    else:
+        checkpoint, name = _described(arguments), f"a model of {arguments.parameters}"
+    for place in places.for_model(parallel_size(given)):
+        yield _Question(name=name, checkpoint=checkpoint, place=place, share=share, arguments=given)
 
 
-def _of_mesh(mesh: MeshConfig, arguments: Namespace) -> Iterator[_Question]:
-    for name in (*_ARGUMENTS, "gpu_memory_utilization"):
-        if getattr(arguments, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option}: not together with --config, which says it itself")
+def _described(arguments: Namespace) -> Checkpoint:
+    found = _PARAMETERS.fullmatch(arguments.parameters.strip())
+    if found is None or not float(found["count"]):
+        raise ConfigError(f"--parameters: expected a number such as 8B, got the value {arguments.parameters!r}")
+    shape = [getattr(arguments, name) for name in _SHAPE]
+    if any(shape) and not all(shape):
+        raise ConfigError("--layers, --kv-heads and --head-dim: all of them, or none")
+    for name, value in zip(_SHAPE, shape, strict=True):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got the value {value}")
+    return described(
+        parameters=int(float(found["count"]) * _UNITS[(found["unit"] or "").upper()]),
+        dtype=arguments.dtype or "bfloat16",
+        layers=arguments.layers,
+        heads=arguments.kv_heads,
+        size=arguments.head_dim,
+    )
+
+
+def _of_mesh(mesh: MeshConfig, arguments: Namespace, places: Places) -> Iterator[_Question]:
+    options = (*_ARGUMENTS, *_SHAPE, "gpu_memory_utilization")
+    _refuse(arguments, options, "not together with --config, which says it itself")
+    read = cache(read_checkpoint)
     for pool in mesh.pools:
         for worker in pool.workers:
             path = mesh.model(pool.model_of(worker)).path
             if worker.engine == "vllm" and path is not None:
-                name = f"worker {worker.name}, model {pool.model_of(worker)}"
-                share = worker.gpu_memory_utilization
-                yield _Question(name=name, model=path, share=share, arguments=worker.engine_args)
+                yield _Question(
+                    name=f"worker {worker.name}, model {pool.model_of(worker)}",
+                    checkpoint=read(path),
+                    place=places.for_worker(worker.gpu, parallel_size(worker.engine_args)),
+                    share=worker.gpu_memory_utilization,
+                    arguments=worker.engine_args,
+                )
 
 
-def _answer(question: _Question, gpu_bytes: int | None, typical: int | None) -> tuple[dict[str, Any], list[str]]:
-    checkpoint = read_checkpoint(question.model)
-    found = fit(
-        checkpoint, gpu_bytes=gpu_bytes or 0, share=question.share, arguments=question.arguments, typical_tokens=typical
-    )
-    knows_gpu = gpu_bytes is not None
-    answer: dict[str, Any] = {
-        "name": question.name,
-        "parameters": checkpoint.parameters,
-        "gpus": found.gpus,
-        "weight_bytes_per_gpu": round(found.weight_bytes),
-        "weights_known_by": found.weights_known_by,
-        "kv_cache_bytes_per_token": round(found.cache.bytes_per_token),
-        "kv_cache_kind": found.cache.kind,
-        "overhead_bytes_per_gpu": round(found.overhead_bytes),
-        "max_model_len": found.max_model_len,
-        "typical_length": found.typical_tokens,
-        "fits": found.fits if knows_gpu else None,
-    }
-    if knows_gpu:
-        answer |= {
-            "gpu_memory_utilization": question.share,
-            "budget_bytes_per_gpu": round(found.budget_bytes),
-            "kv_cache_bytes_per_gpu": round(found.cache_bytes),
-            "kv_cache_tokens": found.cache_tokens,
-            "concurrency_at_max_model_len": found.at_max_len,
-            "concurrency_at_typical_length": found.at_typical,
-            "longest_request": found.longest,
-        }
-    return answer, list(_lines(question, checkpoint, found, gpu_bytes))
+def _refuse(arguments: Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}")
 
 
-def _lines(question: _Question, checkpoint: Checkpoint, found: Fit, gpu_bytes: int | None) -> Iterator[str]:
-    on = "one GPU" if found.gpus == 1 else f"each of {found.gpus} GPUs"
-    yield f"{question.name}: {_count(checkpoint.parameters)} parameters"
-    yield f"  weights      {_gib(found.weight_bytes)} on {on} ({found.weights_known_by})"
-    yield f"  KV cache     {found.cache.bytes_per_token / 1024:.1f} KiB a token on {on} ({found.cache.kind})"
-    yield f"  allowance    {_gib(found.overhead_bytes)} for CUDA, one step's activations and its logits"
-    if gpu_bytes is None:
-        yield "  whether it fits depends on the GPU: say --gpu-memory 24GiB, for example"
-        return
-    yield f"  GPU          {_gib(gpu_bytes)}, of which vLLM may take {question.share:g}, {_gib(found.budget_bytes)}"
-    if found.fits:
-        yield f"  left         {_gib(found.cache_bytes)} for the KV cache, {found.cache_tokens:,} tokens"
-        yield f"  it fits: {_requests(found.at_max_len)} of {found.max_model_len:,} tokens at the same time, or"
-        yield f"  {_requests(found.at_typical)} of {found.typical_tokens:,} tokens"
-    elif found.cache_bytes <= 0:
-        yield f"  it does not fit: weights and allowance are {_gib(-found.cache_bytes)} more than there is"
-    else:
-        yield (
-            f"  it does not fit: {_gib(found.cache_bytes)} are left for the KV cache, and one request of "
-            f"{found.max_model_len:,} tokens needs {_gib(found.cache.sequence_bytes(found.max_model_len))}; "
-            f"with max_model_len {found.longest} it would"
-        )
-
-
-def _requests(count: int) -> str:
-    return "1 request" if count == 1 else f"{count:,} requests"
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} billion" if parameters >= _BILLION / 10 else f"{parameters / 1e6:.2f} million"
-
-
-def _gib(count: float) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.2f} MiB"
-
-
-def _text(path: Any) -> str | None:
-    return None if path is None else str(path)
+def _answer(question: _Question, typical: int | None) -> Fit:
+    checkpoint, arguments, size = question.checkpoint, question.arguments, question.place.bytes or 0
+    if question.place.kind == "cpu":
+        return fit_cpu(checkpoint, free_bytes=size, arguments=arguments, typical_tokens=typical)
+    return fit(checkpoint, gpu_bytes=size, share=question.share, arguments=arguments, typical_tokens=typical)
 
 
 def _print(text: str) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from services.common.config import ConfigError
 from services.common.process import run
 from services.mesh.config import MeshConfig
-from services.mesh.config_file import load_mesh, parse_sim
+from services.mesh.config_file import load_mesh, parse_engine_args, parse_sim
 from services.mesh.config_rules import check_folders
 from services.mesh.defaults import count_gpus, default_mesh, otlp_endpoint_of
 from services.mesh.launcher import Launcher
@@ -99,15 +99,17 @@ def _without_config(arguments: Namespace) -> MeshConfig:
         workers=1 if arguments.workers is None else arguments.workers,
         model=arguments.model,
         sim=None if arguments.sim is None else parse_sim(arguments.sim),
+        engine_args=parse_engine_args(arguments.engine_args or ""),
         gpus=count_gpus(),
     )
 
 
 def _with_config(arguments: Namespace) -> MeshConfig:
-    for name in ("engine", "workers", "model", "sim"):
+    for name in ("engine", "workers", "model", "sim", "engine_args"):
         value = getattr(arguments, name)
         if value is not None:
-            raise ConfigError(f"--{name}: not together with --config, which says it itself; got the value {value!r}")
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: not together with --config, which says it itself; got the value {value!r}")
     return check_folders(load_mesh(arguments.config), str(arguments.config))
 
 

@@ -88,6 +88,9 @@ def test_the_launcher_prints_a_curl_that_works(vllm_mesh: Mesh) -> None:
     command = printed[printed.index("curl ") :].partition("\n\n")[0]
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=True)
     assert ran.stdout.startswith("data: ")
+    # Nobody is to take the demo model for what the mesh can do.
+    assert "answers are gibberish" in printed
+    assert "tokenloom up --model MODEL" in printed
     assert ran.stdout.endswith("data: [DONE]\n\n")
 
 

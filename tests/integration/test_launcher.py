@@ -87,6 +87,7 @@ def test_the_first_request_after_mesh_json_works(mesh: Mesh) -> None:
 def test_the_printed_curl_streams(mesh: Mesh) -> None:
     said = (mesh.state_dir.parent / "state.log").read_text()
     assert "starting worker-0 (sim)…  ready in" in said
+    assert "The engines are simulated: their answers are made-up words" in said
     command = said[said.index("curl -N") :]
     if shutil.which("curl") is None:
         pytest.skip("there is no curl here")

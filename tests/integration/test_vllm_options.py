@@ -1,12 +1,16 @@
 """The table of engine options, against the vLLM that is installed; and what becomes of options in vLLM's hands."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.common.config import ConfigError
+from services.common.cpu_cache import free_memory
 from services.common.vllm_options import OPTIONS, VERSION
 from services.inference.vllm_environment import prepare_environment, vllm_version
 from tests.support.demo_model import demo_model
@@ -30,10 +34,11 @@ def environment() -> Iterator[None]:
     os.environ.update(kept)
 
 
-def config(**arguments: Any) -> Any:
+def config(model: Path | None = None, **arguments: Any) -> Any:
     from services.inference.vllm_start import _vllm_config  # noqa: PLC0415  # once the environment is prepared
 
-    return _vllm_config(worker_settings(str(demo_model()), engine_args=arguments), str(demo_model()), cuda=False)
+    path = str(model or demo_model())
+    return _vllm_config(worker_settings(path, engine_args=arguments), path, cuda=False)
 
 
 def test_the_table_is_what_the_installed_vllm_takes() -> None:
@@ -69,6 +74,36 @@ def test_options_of_every_kind_reach_vllm() -> None:
     assert (made.model_config.max_model_len, made.model_config.max_logprobs) == (256, 5)
     # What is ours stays so.
     assert made.scheduler_config.policy == "priority"
+
+
+def test_on_a_cpu_the_kv_cache_holds_the_models_context_or_requests_are_as_long_as_it_holds(tmp_path: Path) -> None:
+    """A model of 28 layers with 8 heads of 128 takes 112 KiB a token, as Qwen3-0.6B does."""
+    free = free_memory()
+    shape = {"num_hidden_layers": 28, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    each = 28 * 8 * 128 * 2 * 2
+
+    def of(context: int, **arguments: Any) -> Any:
+        made = json.loads((demo_model() / "config.json").read_text())
+        path = tmp_path / str(context)
+        shutil.copytree(demo_model(), path, dirs_exist_ok=True)
+        (path / "config.json").write_text(
+            json.dumps({**made, **shape, "max_position_embeddings": context, "dtype": "bfloat16"})
+        )
+        return config(path, **arguments)
+
+    small = of(256)
+    assert small.cache_config.kv_cache_memory_bytes == 64 << 20
+    whole = of(4096)
+    assert 4096 * each < whole.cache_config.kv_cache_memory_bytes < 4096 * each * 1.03
+    cut = of(1 << 20)
+    assert cut.model_config.original_max_model_len == -1
+    assert cut.cache_config.kv_cache_memory_bytes <= min(4 << 30, free * 0.3)
+    assert of(1 << 20, kv_cache_memory_bytes=1 << 20).cache_config.kv_cache_memory_bytes == 1 << 20
+    asked = of(1 << 20, max_model_len=8192)
+    assert asked.model_config.original_max_model_len == 8192
+    assert asked.cache_config.kv_cache_memory_bytes > 8192 * each
+    with pytest.raises(ConfigError, match=r"engine_args\.max_model_len: a request of 1048576 tokens needs a KV cache"):
+        of(1 << 20, max_model_len=1 << 20)
 
 
 def test_parallel_engines_are_configured_as_asked() -> None:

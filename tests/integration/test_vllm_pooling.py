@@ -10,13 +10,13 @@ import pytest
 import pytest_asyncio
 
 from services.common.errors import MeshError, Reason
+from services.common.kv_cache import kv_cache
 from services.inference.engine import Capability, Engine
 from services.inference.pooling import EmbedJob, Pooler, ScoreJob
 from services.inference.request import Generation, Sampling
 from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_nursery import prepare_process
 from services.mesh.checkpoint import read_checkpoint
-from services.mesh.kv_cache import kv_cache
 from tests.support.demo_model import demo_model
 from tests.support.engine_process import worker_settings
 from tests.support.sinks import Kept

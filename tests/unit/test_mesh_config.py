@@ -15,7 +15,7 @@ from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
 from services.mesh.compose_observed import observed_compose_file
 from services.mesh.config import MeshConfig
-from services.mesh.config_file import load_mesh, parse_sim
+from services.mesh.config_file import load_mesh, parse_engine_args, parse_sim
 from services.mesh.config_rules import check_folders, check_mesh
 from services.mesh.defaults import default_mesh, otlp_endpoint_of
 from services.mesh.plan import plan_processes
@@ -205,6 +205,23 @@ def test_workers_take_turns_on_the_gpus_and_share_their_memory() -> None:
     mesh = default_mesh(engine="vllm", workers=3, model=None, sim=None, gpus=2)
     assert [worker.gpu for worker in mesh.pools[0].workers] == [0, 1, 0]
     assert {worker.gpu_memory_utilization for worker in mesh.pools[0].workers} == {0.4}
+
+
+def test_up_takes_arguments_of_the_engine_and_names_those_that_are_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    given = parse_engine_args("max_model_len=8192,dtype=bfloat16,enforce_eager=true")
+    assert given == {"max_model_len": 8192, "dtype": "bfloat16", "enforce_eager": True}
+    mesh = default_mesh(engine="vllm", workers=1, model=None, sim=None, gpus=0, engine_args=given)
+    assert mesh.pools[0].workers[0].engine_args == given
+    for option, said in (
+        ("max_model_length=1", "did you mean max_model_len"),
+        ("max_model_len=many", "--engine-args.max_model_len"),
+        ("max_model_len", "expected key=value"),
+        ("dtype={", "--engine-args"),
+    ):
+        assert main(["up", "--engine-args", option]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["up", "--engine", "sim", "--engine-args", "dtype=half"]) == 2
+    assert "--engine vllm alone" in capsys.readouterr().err
 
 
 def test_a_model_is_named_after_its_folder(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """The arithmetic of `tokenloom plan`, against what is known of public models and of a checkpoint made here."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from services.common.config import ConfigError
+from services.common.kv_cache import kv_cache
 from services.mesh.__main__ import main
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.fit import fit, parse_memory
-from services.mesh.kv_cache import kv_cache
 
 GIB = 1 << 30
 LLAMA_3_8B: dict[str, Any] = {
@@ -185,7 +190,8 @@ def test_the_sum_adds_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("512 MiB", GIB // 2), ("7", 7)]
+    ("text", "size"),
+    [("24GiB", 24 * GIB), ("24G", 24 * GIB), ("24GB", 24 * 10**9), ("512 MiB", GIB // 2), ("7", 7 * GIB)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_memory(text) == size
@@ -210,8 +216,6 @@ def test_the_command_says_in_words_and_by_its_exit_code_whether_a_model_fits(
     assert "it does not fit: weights and allowance are" in capsys.readouterr().out
     assert main(["plan", "--model", model, "--gpu-memory", "24GiB", "--max-model-len", "200000"]) == 1
     assert "with max_model_len" in capsys.readouterr().out
-    assert main(["plan", "--model", model]) == 0
-    assert "--gpu-memory" in capsys.readouterr().out
     assert main(["plan", "--model", model, "--gpu-memory", "24GiB", "--json"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)["models"]
     assert answer["fits"] is True
@@ -226,10 +230,14 @@ def test_the_command_checks_a_mesh_yaml(tmp_path: Path, capsys: pytest.CaptureFi
         "pools: [{name: p, serves: [big], workers: [{name: w, gpu: 0, engine_args: {max_model_len: 4096}}]}]\n"
     )
     config.write_text(text)
-    assert main(["plan", "--config", str(config)]) == 0
-    assert "mesh.yaml is right" in capsys.readouterr().out
+    assert main(["plan", "--config", str(config)]) == 3
+    said = capsys.readouterr().out
+    assert "mesh.yaml has no mistakes in its keys; whether 1 of its 1 vLLM workers fit is not known" in said
+    assert "--gpu-memory" in said
     assert main(["plan", "--config", str(config), "--gpu-memory", "24GiB"]) == 0
-    assert "of 4,096 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mesh.yaml is right" in said
+    assert "of 4,096 tokens" in said
     assert main(["plan", "--config", str(config), "--gpu-memory", "12GiB"]) == 1
     capsys.readouterr()
     config.write_text(text.replace("max_model_len", "max_model_length"))
@@ -237,9 +245,138 @@ def test_the_command_checks_a_mesh_yaml(tmp_path: Path, capsys: pytest.CaptureFi
     assert "did you mean max_model_len?" in capsys.readouterr().err
 
 
+def test_each_worker_of_an_unequal_fleet_is_held_against_its_own_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder(tmp_path / "big", LLAMA_3_8B, {"w": ("BF16", [8 * 10**9], 16 * 10**9)})
+    config = tmp_path / "mesh.yaml"
+    workers = "{name: a, gpu: 0}, {name: b, gpu: '1,2', engine_args: {tensor_parallel_size: 2}}, {name: c, gpu: 2}"
+    config.write_text(
+        f"models: [{{name: big, path: ./big}}]\npools: [{{name: p, serves: [big], workers: [{workers}]}}]\n".replace(
+            "{name: c, gpu: 2}", "{name: c, gpu: 3}"
+        )
+    )
+    command = ["plan", "--config", str(config), "--json", "--gpu-memory"]
+    assert main([*command, "45,45,24,12"]) == 1
+    answers = json.loads(capsys.readouterr().out)["models"]
+    assert [answer["memory_bytes"] // GIB for answer in answers] == [45, 24, 12]
+    assert [answer["fits"] for answer in answers] == [True, True, False]
+    assert main([*command, "45,45,24"]) == 2
+    assert "--gpu-memory: has 3 sizes, and none for gpu 3" in capsys.readouterr().err
+    assert main(["plan", "--model", str(tmp_path / "big"), "--gpu-memory", "45,45,12"]) == 1
+    said = capsys.readouterr().out
+    assert (said.count("it fits"), said.count("it does not fit")) == (1, 1)
+
+
+def test_a_machine_without_cards_is_held_against_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(folder(tmp_path, LLAMA_3_8B, {"w": ("BF16", [25 * 10**7], 5 * 10**8)}))
+    command = ["plan", "--model", model, "--json", "--cpu-memory"]
+    assert main([*command, "32GiB"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["models"]
+    assert (answer["device"], answer["max_model_len"]) == ("cpu", 8192)
+    # All of the context, which takes 1 GiB, and not more.
+    assert GIB < answer["kv_cache_bytes_per_gpu"] < 1.02 * GIB
+    assert main([*command, "3500MiB"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["models"]
+    # A quarter of what is free holds this much of it.
+    assert answer["max_model_len"] == 3500 * 2**20 // 4 // 131_072
+    assert main([*command, "2GiB"]) == 1
+    capsys.readouterr()
+    assert main([*command, "4GiB", "--max-model-len", "60000"]) == 2
+    assert (
+        "engine_args.max_model_len: a request of 60000 tokens needs a KV cache of 7.33 GiB" in capsys.readouterr().err
+    )
+
+
+def test_a_model_is_planned_by_its_size_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--parameters", "8B", "--gpu-memory"]
+    assert main([*command, "24GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "weights      17.88 GiB on one GPU (estimated: 8.00 billion parameters of 2 bytes, times 1.2)" in said
+    assert "the weights fit, and leave 0.32 GiB; for how many requests that is, is not known" in said
+    assert main([*command, "20GiB"]) == 1
+    capsys.readouterr()
+    shape = ["--layers", "32", "--kv-heads", "8", "--head-dim", "128", "--max-model-len", "4096", "--json"]
+    assert main([*command, "48GiB", *shape]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)["models"]
+    assert answer["kv_cache_bytes_per_token"] == 131_072
+    assert answer["max_model_len"] == 4096
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """The Hugging Face Hub as far as files go: each has its size, its hash, and can be read in parts."""
+
+    folder: Path
+    read: ClassVar[list[str]] = []
+
+    def log_message(self, format: str, *_: Any) -> None:  # noqa: A002
+        """Says nothing."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = self.folder / self.path.rpartition("/resolve/main/")[2]
+        if not self.path.startswith("/org/model/resolve/main/") or not path.is_file():
+            self.send_response(404)
+            self.send_header("x-error-code", "EntryNotFound" if "/org/model/" in self.path else "RepoNotFound")
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
+        content, asked = path.read_bytes(), self.headers.get("range", "")
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            content = content[int(first) : int(last) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("content-length", str(len(content)))
+        self.send_header("etag", '"1"')
+        self.send_header("x-repo-commit", "0" * 40)
+        self.end_headers()
+        if with_body:
+            self.read.append(f"{path.name} {len(content)}")
+            self.wfile.write(content)
+
+
+def test_a_model_of_the_hub_is_planned_by_its_headers_without_a_download(tmp_path: Path) -> None:
+    """In a process of its own: the library reads the environment once."""
+    pytest.importorskip("huggingface_hub")
+    _Hub.folder = folder(tmp_path / "hub", LLAMA_3_8B, {"w": ("BF16", [8 * 10**9], 16 * 10**9)})
+    with (_Hub.folder / "model.safetensors").open("ab") as weights:
+        weights.truncate(64 << 20)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+
+    def plan(model: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "services.mesh", "plan", "--model", model, "--gpu-memory", "24GiB"]
+        return subprocess.run(
+            command, env={**os.environ, **hub}, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    try:
+        known = plan("org/model")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert known.returncode == 0, known.stderr
+    assert "8.00 billion parameters" in known.stdout
+    assert "of the checkpoint's files" in known.stdout
+    assert max(int(entry.split()[1]) for entry in _Hub.read) <= 100_001
+    away = plan("org/elsewhere")
+    assert away.returncode == 2
+    assert "no download of that name: 'org/elsewhere', and the Hugging Face Hub can't be asked" in away.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--parameters", "many"], "--parameters"),
+        (["--parameters", "8B", "--layers", "32"], "--kv-heads"),
+        (["--parameters", "8B", "--cpu-memory", "much"], "--cpu-memory"),
+        (["--model", "{model}", "--layers", "32"], "--layers: goes with --parameters"),
         ([], "--model"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--model", "{model}", "--gpu-memory", "lots"], "--gpu-memory"),
