@@ -13,19 +13,29 @@ from services.common.policy import Policy
 __all__ = [
     "Address",
     "Count",
+    "Fallbacks",
+    "LogLevel",
     "MetricsPushSettings",
     "Name",
     "Positive",
     "ProcessSettings",
     "RouterSettings",
+    "SampleSeconds",
     "TelemetrySettings",
     "TracingSettings",
+    "Waiting",
 ]
 
 Address = Annotated[str, Meta(pattern=r"^.+:\d{1,5}$", description="host:port; port 0 takes any free one")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+SampleSeconds = Annotated[float, Meta(ge=0.1, le=60)]
+Waiting = Annotated[int, Meta(ge=0, le=1_000_000)]
+Fallbacks = Annotated[int, Meta(ge=0, le=8)]
 
 
 class TracingSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +71,7 @@ class ProcessSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     """Which ones."""
     metrics_push: MetricsPushSettings | None = None
     """Where metrics go, over OTLP gRPC; null: they wait for scrapes only."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
 
 
 class TelemetrySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -69,7 +79,7 @@ class TelemetrySettings(ProcessSettings, kw_only=True, frozen=True, forbid_unkno
 
     node: str = ""
     """The name of this machine in readings; empty: its host name."""
-    sample_seconds: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    sample_seconds: SampleSeconds = 1.0
     own_gpus: bool = True
     """Whether this machine's GPUs are sampled; a hub on a machine without any needs not."""
     agents: list[Address] = []
@@ -84,14 +94,14 @@ class RouterSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     picker: Address | None = None
     """Where it serves the endpoint picker for our own edge, and sessions of gateways, over a leaner server than that of
     `listen`, which serves both for anybody else; null does without."""
-    picker_fallbacks: Annotated[int, Meta(ge=0, le=8)] = 0
+    picker_fallbacks: Fallbacks = 0
     """How many further endpoints other gateways are named after the one picked, for those that can try one after the
     other (Envoy's override_host policy). An ORIGINAL_DST cluster takes none."""
     telemetry: list[Address] = []
     """Telemetry agents whose GPU readings are joined to the workers."""
     isolate_tenants: bool = True
     """Whether workers keep what tenants' prompts leave in caches apart."""
-    max_waiting: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024
+    max_waiting: Waiting = 1024
     """Requests that may wait for a worker; the next one is refused with NO_CAPACITY."""
     max_wait_seconds: Positive = 60.0
     """Longest that a request waits before it is refused."""

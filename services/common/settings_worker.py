@@ -31,6 +31,7 @@ class ModelSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """One model, as mesh.yaml lists it."""
 
     name: Annotated[str, Meta(min_length=1, max_length=256)]
+    """What requests call it."""
     path: str | None = None
     """A folder, a Hugging Face id, or s3://BUCKET/PATH; null only for the simulated engine."""
     tool_call_parser: str | None = None

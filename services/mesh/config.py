@@ -6,7 +6,17 @@ import msgspec
 from msgspec import Meta
 
 from services.common.policy import Policy
-from services.common.settings import Address, MetricsPushSettings, Name, TracingSettings
+from services.common.settings import (
+    Address,
+    Count,
+    Fallbacks,
+    LogLevel,
+    MetricsPushSettings,
+    Name,
+    SampleSeconds,
+    TracingSettings,
+    Waiting,
+)
 from services.common.settings_gateway import BatchSettings, JwtSettings, LedgerSettings
 from services.common.settings_guardrails import GuardrailSettings
 from services.common.settings_worker import ModelSettings, SimSettings, UpstreamSettings, WatchdogSettings
@@ -41,6 +51,7 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     """One engine."""
 
     name: Name
+    """What it is called in metrics, logs and commands."""
     engine: Literal["vllm", "sim", "openai"] = "vllm"
     """vLLM here, a simulation, or a server with OpenAI's API anywhere."""
     model: str | None = None
@@ -57,6 +68,9 @@ class WorkerConfig(_Struct, kw_only=True, frozen=True):
     """The server that does the work; for `engine: openai` alone."""
     watchdog: WatchdogSettings = WatchdogSettings()
     """When an engine that makes no progress is given up."""
+    max_queued: Annotated[int, Meta(ge=0, le=65_536)] = 64
+    """Requests that may wait inside the engine beyond those that run; the next one goes elsewhere, or waits in the
+    router."""
 
 
 class PoolConfig(_Struct, kw_only=True, frozen=True):
@@ -64,6 +78,7 @@ class PoolConfig(_Struct, kw_only=True, frozen=True):
 
     name: Name
     serves: Annotated[list[str], Meta(min_length=1)]
+    """Names of `models`."""
     workers: Annotated[list[WorkerConfig], Meta(min_length=1)]
 
     def model_of(self, worker: WorkerConfig) -> str:
@@ -94,7 +109,9 @@ class EdgeConfig(_Struct, kw_only=True, frozen=True):
     """Where clients come in."""
 
     host: str = "127.0.0.1"
+    """The address that it listens at: this one for this machine alone, 0.0.0.0 for others, too."""
     port: Port = 8080
+    """For HTTP and gRPC."""
     admin_port: Port | None = None
     """Envoy's own admin interface, on the loopback address; null takes a free port."""
     tls: TlsConfig | None = None
@@ -108,12 +125,15 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     """The whole mesh."""
 
     models: Annotated[list[ModelSettings], Meta(min_length=1)]
+    """What is served; a worker runs one of them."""
     pools: Annotated[list[PoolConfig], Meta(min_length=1)]
+    """The workers, by what they serve; routing chooses among pools."""
     routing: Policy = Policy()
     """Which model, which pools and how well, by what a request is; may be changed while the mesh runs."""
     routers: Annotated[int, Meta(ge=1, le=8)] = 1
     """Replicas of the router. The first one decides; the others know the fleet, too, and step in at once."""
     edge: EdgeConfig = EdgeConfig()
+    """Where clients come in."""
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
     tracing: TracingSettings = TracingSettings()
@@ -121,7 +141,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     metrics_push: MetricsPushSettings | None = None
     """Where our processes' metrics go, over OTLP gRPC, beside being served for scrapes; null: nowhere."""
     redis_url: str | None = None
-    """Where GPU readings are published besides gRPC and Prometheus, and replicas of the gateway share limits."""
+    """Where GPU readings are published besides gRPC and Prometheus, and replicas of the gateway share limits and
+    conversations."""
     database_url: str | None = None
     """Where keys, usage and audit are, `postgresql://…`; null: a SQLite file in the state folder."""
     jwt: JwtSettings | None = None
@@ -140,6 +161,22 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     model_cache: Annotated[str, Meta(min_length=1)] | None = None
     """The folder of this machine that models in S3 are fetched into; null: `~/.cache/tokenloom/models`. Containers have
     a volume for it."""
+    max_waiting: Waiting = 1024
+    """Requests that may wait in the router for a worker; the next one is refused with 503."""
+    max_wait_seconds: Annotated[float, Meta(gt=0, le=3600)] = 60.0
+    """Longest that a request waits there, whatever its class allows."""
+    request_timeout_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+    """Longest that a request over the OpenAI API may take, its wait included."""
+    fleet_memory_seconds: Annotated[float, Meta(ge=0, le=3600)] = 60.0
+    """How long gateways place requests among the workers that were ready last while no router answers."""
+    new_forms_per_minute: Count = 120
+    """Forms of outputs, such as JSON schemas, that a tenant may bring to a worker that were not compiled before."""
+    picker_fallbacks: Fallbacks = 0
+    """Further endpoints that other gateways than our own edge are named after the one picked."""
+    sample_seconds: SampleSeconds = 1.0
+    """Between two readings of the GPUs."""
+    log_level: LogLevel = "info"
+    """Of every process but Envoy."""
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """How long running streams may go on when the mesh is stopped."""
 

@@ -11,7 +11,7 @@ from services.common.object_store import is_in_store
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.config import MeshConfig
 from services.mesh.config_file import load_mesh
-from services.mesh.config_rules import check_folders
+from services.mesh.config_rules import advice_on, check_folders
 from services.mesh.finding import Finding, Level
 from services.mesh.ports import check_free
 
@@ -29,6 +29,9 @@ def config_findings(path: Path, *, runs: bool) -> Iterator[Finding]:
         return
     pools, workers = len(mesh.pools), mesh.worker_count
     yield Finding(Level.OK, "configuration", f"{path}: {pools} pools, {workers} workers")
+    for note in advice_on(mesh):
+        subject, _, said = note.partition(": ")
+        yield Finding(Level.NOTE, subject, said, "set redis_url, or have one gateway")
     yield from _models(mesh)
     yield from _upstreams(mesh)
     if not runs:

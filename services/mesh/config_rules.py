@@ -2,6 +2,7 @@
 
 import os
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +11,7 @@ from services.common.engine_args import check_engine_args, parallel_size
 from services.common.settings_worker import ModelSettings
 from services.mesh.config import DEMO_MODEL, MOST_MEMORY, MeshConfig, PoolConfig, TlsConfig, WorkerConfig
 
-__all__ = ["check_folders", "check_mesh"]
+__all__ = ["advice_on", "check_folders", "check_mesh"]
 
 # Shares such as a third are written with few digits.
 _ROUNDING: Final = 0.001
@@ -33,6 +34,15 @@ def check_mesh(mesh: MeshConfig, where: str) -> MeshConfig:
     _check_shares(where, mesh.pools)
     mesh.routing.check(f"{where}: routing", pools=mesh.pool_names, models=mesh.model_names)
     return mesh
+
+
+def advice_on(mesh: MeshConfig) -> Iterator[str]:
+    """What is no mistake, and yet seldom meant."""
+    if mesh.gateways > 1 and mesh.redis_url is None:
+        yield (
+            f"gateways: {mesh.gateways} of them without redis_url: each remembers conversations of its own, so that "
+            "previous_response_id gets 404 from the others, and gives away its part of each key's limits"
+        )
 
 
 def check_folders(mesh: MeshConfig, where: str) -> MeshConfig:

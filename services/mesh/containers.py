@@ -114,6 +114,7 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
     telemetry = TelemetrySettings(
         **_everywhere(mesh, "telemetry"),
         redis_url=mesh.redis_url or _REDIS_URL,
+        **settings_from.telemetry(mesh),
     )
     yield Container(name="telemetry", service="telemetry", address=next(hosts), settings=telemetry)
     for name in mesh.router_names:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from services.common.config import ConfigError
-from services.common.cpu_cache import cpu_cache_bytes
+from services.common.cpu_cache import CPU_BLOCK_TOKENS, cpu_cache_bytes
 from services.common.engine_args import parallel_size
 from services.common.kv_cache import DTYPE_BYTES, KvCache, kv_cache
 from services.mesh.checkpoint import Checkpoint
@@ -137,8 +137,9 @@ def fit_cpu(
     )
     limit = cpu_cache_bytes(found.cache, found.max_model_len, free_bytes=free_bytes, arguments=arguments)
     if not arguments.get("max_model_len") and found.knows_cache and found.cache.full_bytes:
-        # Requests are as long as there is room for.
-        longest = min(found.max_model_len, int(limit // found.cache.bytes_per_token))
+        # Requests are as long as there is room for, less a block that vLLM keeps for itself.
+        blocks = int(limit // (found.cache.bytes_per_token * CPU_BLOCK_TOKENS))
+        longest = min(found.max_model_len, max(1, (blocks - 1) * CPU_BLOCK_TOKENS))
         found = replace(found, max_model_len=longest, typical_tokens=min(found.typical_tokens, longest))
     return replace(found, cache_limit=limit)
 

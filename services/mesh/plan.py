@@ -68,7 +68,13 @@ class _Planner:
 
     def plans(self) -> Iterator[ProcessPlan]:
         """In the order in which a request needs them last to first."""
-        telemetry = self._python("telemetry", "telemetry", TelemetrySettings, redis_url=self._mesh.redis_url)
+        telemetry = self._python(
+            "telemetry",
+            "telemetry",
+            TelemetrySettings,
+            redis_url=self._mesh.redis_url,
+            **settings_from.telemetry(self._mesh),
+        )
         yield telemetry
         routers = [self._router(name, _grpc(telemetry)) for name in self._mesh.router_names]
         yield from routers

@@ -14,7 +14,7 @@ from services.common.engine_args import check_engine_args, parallel_size
 from services.mesh.checkpoint import Checkpoint, described, read_checkpoint
 from services.mesh.config import MeshConfig
 from services.mesh.config_file import load_mesh
-from services.mesh.config_rules import check_folders
+from services.mesh.config_rules import advice_on, check_folders
 from services.mesh.fit import Fit, fit, fit_cpu
 from services.mesh.places import Place, Places
 from services.mesh.plan_words import as_json, in_words
@@ -51,17 +51,18 @@ def plan(arguments: Namespace) -> int:
         raise ConfigError("plan: give either --model PATH, --parameters 8B or --config FILE")
     places = Places(arguments)
     if arguments.config is None:
-        questions = list(_of_options(arguments, places))
+        questions, notes = list(_of_options(arguments, places)), list[str]()
     else:
-        questions = list(_of_mesh(check_folders(load_mesh(arguments.config), str(arguments.config)), arguments, places))
+        mesh = check_folders(load_mesh(arguments.config), str(arguments.config))
+        questions, notes = list(_of_mesh(mesh, arguments, places)), list(advice_on(mesh))
     found = [(question, _answer(question, arguments.typical_length)) for question in questions]
     if arguments.json:
         models = [as_json(one.name, one.checkpoint, fits, one.place, one.share) for one, fits in found]
         config = None if arguments.config is None else str(arguments.config)
-        _print(json.dumps({"config": config, "models": models}, indent=2))
+        _print(json.dumps({"config": config, "notes": notes, "models": models}, indent=2))
     else:
         if arguments.config is not None:
-            _print(_of_config(str(arguments.config), questions))
+            _print("\n".join((_of_config(str(arguments.config), questions), *(f"  note: {note}" for note in notes))))
         for one, fits in found:
             _print("\n".join(in_words(one.name, one.checkpoint, fits, one.place, one.share)))
     if any(one.place.bytes is not None and not fits.fits for one, fits in found):

@@ -14,13 +14,17 @@ from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.compose import compose_file
 from services.mesh.compose_observed import observed_compose_file
-from services.mesh.config import MeshConfig
+from services.mesh.config import EdgeConfig, MeshConfig, PoolConfig, WorkerConfig
+from services.mesh.config_checks import config_findings
 from services.mesh.config_file import load_mesh, parse_engine_args, parse_sim
 from services.mesh.config_rules import check_folders, check_mesh
+from services.mesh.containers import containers
 from services.mesh.defaults import default_mesh, otlp_endpoint_of
+from services.mesh.finding import Level
 from services.mesh.plan import plan_processes
 from services.mesh.policy_watch import PolicyWatch
 from services.mesh.state import State
+from tests.support.mesh_reference import reference
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = """
@@ -402,3 +406,58 @@ def test_spans_go_where_opentelemetrys_variable_says(url: str, expected: str | N
 def test_a_variable_that_names_no_plain_endpoint_is_refused_by_name(url: str) -> None:
     with pytest.raises(ConfigError, match=rf"OTEL_EXPORTER_OTLP_ENDPOINT: .* got the value '{url}'"):
         otlp_endpoint_of({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
+
+
+def test_the_reference_of_mesh_yaml_has_every_key_as_the_code_has_it() -> None:
+    written = (ROOT / "docs" / "mesh-yaml.md").read_text()
+    assert written == reference(), "python -m tests.support.mesh_reference > docs/mesh-yaml.md"
+    keys = {field for shape in (MeshConfig, PoolConfig, WorkerConfig, EdgeConfig) for field in shape.__struct_fields__}
+    assert not [key for key in keys if f"| `{key}` |" not in written]
+
+
+BOUNDS: dict[str, tuple[Any, Any]] = {
+    "max_waiting": (7, -1),
+    "max_wait_seconds": (9.5, 0),
+    "request_timeout_seconds": (99.0, 0),
+    "fleet_memory_seconds": (5.0, -1),
+    "new_forms_per_minute": (11, 0),
+    "picker_fallbacks": (2, 9),
+    "sample_seconds": (0.5, 0.01),
+    "log_level": ("warning", "loud"),
+}
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_a_bound_reaches_the_processes_it_is_for_here_and_in_containers(tmp_path: Path, key: str) -> None:
+    right, wrong = BOUNDS[key]
+    mesh = load(tmp_path, f"{key}: {right}{EXAMPLE}")
+    for configs in (
+        [json.loads(plan.config) for plan in plan_processes(mesh, State(tmp_path)) if plan.service != "envoy"],
+        [json.loads(msgspec.json.encode(container.settings)) for container in containers(mesh)],
+    ):
+        said = [config[key] for config in configs if key in config]
+        assert said
+        assert set(said) == {right}
+    with pytest.raises(ConfigError, match=rf"{key}: .*, got the value {wrong!r}"):
+        load(tmp_path, f"{key}: {wrong}{EXAMPLE}")
+
+
+def test_the_queue_of_an_engine_is_its_workers(tmp_path: Path) -> None:
+    mesh = load(tmp_path, EXAMPLE.replace("engine: sim,", "engine: sim, max_queued: 3,"))
+    queues = {plan.name: json.loads(plan.config).get("max_queued") for plan in plan_processes(mesh, State(tmp_path))}
+    assert (queues["sim-0"], queues["l40-0"]) == (3, 64)
+
+
+def test_gateways_that_share_nothing_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mesh.yaml"
+    config.write_text(
+        "gateways: 2\nmodels: [{name: s}]\npools: [{name: p, serves: [s], workers: [{name: w, engine: sim}]}]\n"
+    )
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "note: gateways: 2 of them without redis_url" in capsys.readouterr().out
+    found = {one.subject: one for one in config_findings(config, runs=True)}
+    assert found["gateways"].level is Level.NOTE
+    assert "previous_response_id gets 404" in found["gateways"].said
+    config.write_text(config.read_text() + "redis_url: redis://127.0.0.1:1/0\n")
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "note:" not in capsys.readouterr().out
