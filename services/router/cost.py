@@ -1,6 +1,6 @@
 """What a request would cost on a worker, in seconds. Pure functions of a snapshot."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple, overload
 
 from services.common.policy import SloClass
@@ -33,12 +33,13 @@ _TOLL: Final = 2.0
 Whoever looks at their own time alone crowds the fast card, where everybody behind them then waits, too (Pigou).
 Counting the line more than once leaves the fast card to those who gain most by it: bench/routing shows how much.
 """
-_TWICE: Final = 2.5
+_TWICE: Final = 2.0
 """What a second of prefill counts beyond itself where another worker would not need it: others wait for it."""
-_COMPANY: Final = 0.4
-"""What a second of decoding counts, beyond its weight, for a request that some worker knows the prompt of.
+_COMPANY: Final = 0.6
+"""What a second counts by which those who decode on a worker slow down a request that some worker knows the prompt of.
 
-What is cached draws all who know it to the same worker, and each slows the others down there.
+What is cached draws all who know it to the same worker. Only what others add counts: with what the worker takes alone,
+all who know something would be drawn to the fast card, whoever has it cached.
 """
 _SCARCE_SHARE: Final = 1 / 8
 """Of a worker's KV cache, what is not given away without counting it.
@@ -159,6 +160,8 @@ class Outlook(NamedTuple):
     """How often a request is tried here until it succeeds, on average."""
     delay_seconds: float = 0.0
     """What the first token takes beyond all that is reckoned here."""
+    company_seconds: float = 0.0
+    """Of a decode step, what those who are there already add to it."""
 
 
 class Demand(NamedTuple):
@@ -220,7 +223,8 @@ def outlook(gauges: GaugeValues, hope: Rates = PRIOR, now: float = 0.0) -> Outlo
     if more is None:
         more = hope.decode_step_per_sequence_seconds
     too_many = occupied - slots + 1
-    token = (step + (slots - 1 if too_many > 0 else occupied) * more) * slowdown * decode_factor
+    company = (slots - 1 if too_many > 0 else occupied) * more
+    token = (step + company) * slowdown * decode_factor
     prefill_token = slowdown * prefill_factor / (rate or hope.prefill_tokens_per_second)
     service = service or PRIOR_OUTPUT_TOKENS * token
     if too_many <= 0:
@@ -240,6 +244,7 @@ def outlook(gauges: GaugeValues, hope: Rates = PRIOR, now: float = 0.0) -> Outlo
         service / (kv_used if kv_used > 1.0 else 1.0),
         1.0 / (1.0 - min(failure_share, _MOST_FAILURES)) if failure_share else 1.0,
         delay,
+        company * slowdown * decode_factor,
     )
     # Outlook(*fields), in half the time.
     return tuple.__new__(Outlook, fields)
@@ -251,12 +256,12 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
     wait = backlog + wait for a slot + wait for KV cache
     TTFT = wait + uncached / prefill rate + one decode step + delay
     cost = (TTFT + toll x wait + time until scarce KV cache is given back + twice x prefill of what another worker knows
-            + weight x output x TPOT) x attempts
+            + weight x output x TPOT + what company slows down where something is known) x attempts
 
     Of the backlog the toll is only for the share of the prompt that is not cached: whoever prefills little holds up
     nobody behind it.
     """
-    prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay = ahead
+    prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay, company = ahead
     prompt, output, known, weight = demand
     backlog = clear_at - now if clear_at > now else 0.0
     wait = slot + backlog
@@ -267,19 +272,20 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
     again = (known - cached) * prefill_token
     scarce = (total - kv_spare) * kv_token if total > kv_spare else 0.0
     toll = _TOLL * (wait - backlog * cached / prompt if cached else wait)
-    cost = (ttft + toll + scarce + _TWICE * again + (weight + _COMPANY if known else weight) * output * tpot) * attempts
+    if known:
+        toll += _COMPANY * output * company
+    cost = (ttft + toll + scarce + _TWICE * again + weight * output * tpot) * attempts
     return ttft, tpot, cost, slot, cached, delay
 
 
-def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float]:
+def costs(outlooks: Sequence[Outlook], demand: Demand, now: float) -> list[float]:
     """The cost on each of several workers of which none has anything of the prompt cached, as `predict` has it.
 
     This is where the time of a decision goes, so it is written out.
     """
     prompt, output, known, weight = demand
-    total, prefill, waits = prompt + output, prompt + _TWICE * known, 1.0 + _TOLL
-    steps = 1.0 + (weight + _COMPANY if known else weight) * output
-    return [
+    total, prefill, steps, waits = prompt + output, prompt + _TWICE * known, 1.0 + weight * output, 1.0 + _TOLL
+    found = [
         attempts
         * (
             prefill * prefill_token
@@ -292,13 +298,18 @@ def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float
                 else 0.0
             )
         )
-        for prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay in outlooks
+        for prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay, _ in outlooks
     ]
+    if not known:
+        return found
+    # Spelled out apart, since most prompts are known to nobody.
+    company = _COMPANY * output
+    return [cost + company * ahead[9] * ahead[7] for cost, ahead in zip(found, outlooks, strict=True)]
 
 
 def cheaper(ahead: Outlook, demand: Demand, now: float, cached: float) -> float:
     """How much less a request costs on a worker because of the tokens of its prompt that are cached there."""
-    prefill_token, clear_at, _, _, _, _, _, attempts, _ = ahead
+    prefill_token, clear_at, _, _, _, _, _, attempts, _, _ = ahead
     toll = _TOLL * (clear_at - now) / demand.prompt if clear_at > now else 0.0
     return ((1.0 + _TWICE) * prefill_token + toll) * cached * attempts
 

@@ -73,7 +73,7 @@ def test_what_is_cached_is_not_prefilled() -> None:
 def test_to_compute_what_another_worker_has_costs_more_than_it_takes() -> None:
     ahead = outlook(Gauges(prefill_tokens_per_second=1000.0))
     cold, warm = (predict(ahead, Demand(500, 0, known=400), 0.0, cached) for cached in (0, 400))
-    assert cold[2] - warm[2] == pytest.approx(3.5 * 0.4)
+    assert cold[2] - warm[2] == pytest.approx(3.0 * 0.4)
 
 
 def test_who_finds_its_prompt_cached_pays_for_others_in_the_line_as_little_as_it_prefills() -> None:
@@ -85,14 +85,18 @@ def test_who_finds_its_prompt_cached_pays_for_others_in_the_line_as_little_as_it
         assert later[2] - at_once[2] == pytest.approx(0.3 * (1 + 2 * share))
 
 
-def test_where_a_prompt_is_known_company_counts_more_than_else() -> None:
-    alone, crowd = (outlook(Gauges(**{**GAUGES, "max_running": 64, "occupied": count})) for count in (0, 20))  # type: ignore[arg-type]  # of a table
-    plain, known = (
-        predict(crowd, demand, 0.0)[2] - predict(alone, demand, 0.0)[2]
-        for demand in (Demand(500, 100), Demand(500, 100, known=400))
+def test_where_a_prompt_is_known_those_who_decode_there_count_for_more_than_else_and_a_slow_card_does_not() -> None:
+    of = {"decode_step_per_sequence_seconds": 0.001, "max_running": 64}
+    alone, crowd, slow = (
+        outlook(Gauges(**{**GAUGES, **of, "occupied": count, "decode_step_seconds": step}))  # type: ignore[arg-type]  # of a table
+        for count, step in ((0, 0.010), (20, 0.010), (0, 0.030))
     )
-    slower = crowd.token_seconds - alone.token_seconds
-    assert (plain, known) == pytest.approx((slower, slower * (1 + 0.4 * 100)))
+    for other, more in ((crowd, 0.020 * (1 + 0.6 * 100)), (slow, 0.020)):
+        plain, known = (
+            predict(other, demand, 0.0)[2] - predict(alone, demand, 0.0)[2]
+            for demand in (Demand(500, 100), Demand(500, 100, known=400))
+        )
+        assert (plain, known) == pytest.approx((0.020, more))
 
 
 def test_the_cost_of_many_is_that_of_each() -> None:
