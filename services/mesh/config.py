@@ -162,7 +162,7 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     """The folder of this machine that models in S3 are fetched into; null: `~/.cache/tokenloom/models`. Containers have
     a volume for it."""
     max_waiting: Waiting = 1024
-    """Requests that may wait in the router for a worker; the next one is refused with 503."""
+    """Requests that may wait in the router for a worker; the next one is refused with 429, `no_capacity`."""
     max_wait_seconds: Annotated[float, Meta(gt=0, le=3600)] = 60.0
     """Longest that a request waits there, whatever its class allows."""
     request_timeout_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0

@@ -461,3 +461,25 @@ def test_gateways_that_share_nothing_are_told_of(tmp_path: Path, capsys: pytest.
     config.write_text(config.read_text() + "redis_url: redis://127.0.0.1:1/0\n")
     assert main(["plan", "--config", str(config)]) == 0
     assert "note:" not in capsys.readouterr().out
+
+
+def test_what_the_readmes_say_of_mesh_yaml_is_taken(tmp_path: Path) -> None:
+    """Whole files as they are; other blocks beside a fleet of their own."""
+    fleet = yaml.safe_load("models: [{name: llama}, {name: llama-small}, {name: llama-next}]\npools:\n" + PARTS)
+    blocks = [
+        block.partition("```")[0]
+        for name in ("README.md",)
+        for block in (ROOT / name).read_text().split("```yaml\n")[1:]
+    ]
+    assert len(blocks) >= 7
+    for block in blocks:
+        said = yaml.safe_load(block)
+        if isinstance(said, dict) and said.keys() != {"models"}:
+            load(tmp_path, yaml.safe_dump(said if "pools" in said else {**fleet, **said}))
+
+
+PARTS = """\
+  - {name: large, serves: [llama, llama-next], workers: [{name: a, engine: sim, model: llama},
+     {name: b, engine: sim, model: llama-next}]}
+  - {name: small, serves: [llama-small], workers: [{name: c, engine: sim}]}
+"""
