@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import vllm.platforms
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import disable_envs_cache, enable_envs_cache
@@ -99,6 +100,12 @@ def _close_context(error: BaseException) -> None:
 
 def _vllm_config(settings: WorkerSettings, path: str, *, cuda: bool) -> Any:
     check_engine_args(settings.engine_args, "engine_args")
+    if not vllm.platforms.current_platform.device_type:
+        # Where its own build finds nothing to run on it is of no platform, and says so much later, in no words of use.
+        raise ConfigError(
+            'engine: "vllm" is installed for GPUs, and finds none here; does nvidia-smi, and may this container use '
+            "them? Without a GPU, install locks/cpu.lock"
+        )
     # The defaults have those of its settings in them that forms allow.
     given = {key: value for key, value in settings.engine_args.items() if key != "structured_outputs_config"}
     arguments = _defaults(settings, path, cuda=cuda) | vllm_arguments(given)

@@ -124,3 +124,11 @@ def test_what_only_vllm_can_refuse_is_refused_with_its_words(arguments: dict[str
     with pytest.raises(ConfigError) as caught:
         config(**arguments)
     assert said in str(caught.value)
+
+
+def test_a_vllm_for_gpus_that_finds_none_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import platforms  # noqa: PLC0415  # once the environment is prepared
+
+    monkeypatch.setattr(platforms, "current_platform", platforms.interface.UnspecifiedPlatform())
+    with pytest.raises(ConfigError, match='engine: "vllm" is installed for GPUs, and finds none here'):
+        config()
