@@ -25,6 +25,7 @@ __all__ = [
     "recovery",
     "retries",
     "shared",
+    "shared_unequal",
     "unequal",
 ]
 
@@ -123,6 +124,19 @@ def shared(seed: int, seconds: float) -> Iterator[Figure]:
     yield "requests of the busiest worker over the mean", ours.request_imbalance(since=_WARM_SECONDS)
     for policy in CHOICES:
         yield f"p90 over {policy}", _ratio(ours, run(policy, EQUAL, trace, seed=seed), 0.9)
+
+
+def shared_unequal(seed: int, seconds: float) -> Iterator[Figure]:
+    """Unequal cards, conversations that begin with one of twelve system prompts: a slow card may know most."""
+    for rate in (8.0, 20.0):
+        trace = conversations(rate, seconds, seed=seed)
+        ours = run(TOKENLOOM, UNEQUAL, trace, seed=seed)
+        yield f"{rate:g}/s: hit rate", ours.hit_rate
+        yield f"{rate:g}/s: p50 in ms", 1000 * ours.ttft(0.5, since=_WARM_SECONDS)
+        yield f"{rate:g}/s: p90 in ms", 1000 * ours.ttft(0.9, since=_WARM_SECONDS)
+        yield f"{rate:g}/s: p99 in ms", 1000 * ours.ttft(0.99, since=_WARM_SECONDS)
+        for policy in ("least requests", "prefix only"):
+            yield f"{rate:g}/s: p90 over {policy}", _ratio(ours, run(policy, UNEQUAL, trace, seed=seed), 0.9)
 
 
 def noisy(seed: int, seconds: float) -> Iterator[Figure]:
