@@ -91,11 +91,13 @@ def cards_here() -> Mapping[str, int]:
         return found
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
-            card = pynvml.nvmlDeviceGetHandleByIndex(index)
-            size = int(pynvml.nvmlDeviceGetMemoryInfo(card).total)
-            found[str(index)] = found[str(pynvml.nvmlDeviceGetUUID(card))] = size
-    except pynvml.NVMLError as error:
-        raise ConfigError(f"NVML: a card doesn't tell its memory ({error}): say --gpu-memory") from error
+            try:
+                card = pynvml.nvmlDeviceGetHandleByIndex(index)
+                size = int(pynvml.nvmlDeviceGetMemoryInfo(card).total)
+                found[str(index)] = found[str(pynvml.nvmlDeviceGetUUID(card))] = size
+            except pynvml.NVMLError:
+                # One that is lost doesn't keep others from being known; what is to run on it isn't answered for.
+                continue
     finally:
         pynvml.nvmlShutdown()
     return found

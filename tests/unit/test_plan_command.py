@@ -16,6 +16,7 @@ from services.common.kv_cache import kv_cache
 from services.mesh.__main__ import main
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.fit import fit, parse_memory
+from tests.support.nvml.stub import L40, RTX_4090, NvmlStub
 
 GIB = 1 << 30
 LLAMA_3_8B: dict[str, Any] = {
@@ -266,6 +267,26 @@ def test_each_worker_of_an_unequal_fleet_is_held_against_its_own_card(
     assert main(["plan", "--model", str(tmp_path / "big"), "--gpu-memory", "45,45,12"]) == 1
     said = capsys.readouterr().out
     assert (said.count("it fits"), said.count("it does not fit")) == (1, 1)
+
+
+def test_the_cards_of_this_machine_need_not_be_told(tmp_path: Path) -> None:
+    folder(tmp_path / "big", LLAMA_3_8B, {"w": ("BF16", [8 * 10**9], 16 * 10**9)})
+    lost = {**{name: getattr(L40, name) for name in L40.__dataclass_fields__}, "uuid": "GPU-lost", "error": 15}
+    stub = NvmlStub(tmp_path)
+    stub.show([L40, RTX_4090, type(L40)(**lost)])
+    config = tmp_path / "mesh.yaml"
+    workers = "{name: a, gpu: GPU-l40}, {name: b, gpu: 1}, {name: c, gpu: 2}"
+    config.write_text(
+        f"models: [{{name: big, path: ./big}}]\npools: [{{name: p, serves: [big], workers: [{workers}]}}]\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "services.mesh", "plan", "--config", str(config), "--json"],
+        env=stub.environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    answers = json.loads(ran.stdout)["models"]
+    assert [answer.get("memory_bytes", 0) // GIB for answer in answers] == [45, 24, 0]
+    assert [answer["fits"] for answer in answers] == [True, True, None]
+    assert ran.returncode == 3
 
 
 def test_a_machine_without_cards_is_held_against_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
