@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
+from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.config import MeshConfig, TlsConfig
 from services.mesh.containers import (
     DEMO_FOLDER,
@@ -59,12 +60,20 @@ def _service(mesh: MeshConfig, container: Container) -> dict[str, Any]:
         "init": True,
         "stop_grace_period": f"{math.ceil(mesh.drain_seconds) + _STOP_MARGIN_SECONDS}s",
         "healthcheck": _healthcheck(*_PROBE, "127.0.0.1:50051"),
-        # From the environment that compose itself runs in, or its .env.
-        **({"environment": list(container.variables)} if container.variables else {}),
+        **_environment(container),
         **_storage(container),
         **_devices(mesh, container),
         **_dependencies(container),
     }
+
+
+def _environment(container: Container) -> dict[str, Any]:
+    # What has no value is from the environment that compose itself runs in, or its .env.
+    named = list(container.variables)
+    if container.service == "gateway":
+        # Commands that are run beside a gateway find its database there.
+        named.append(f"{SETTINGS_VARIABLE}={_CONFIG_FOLDER}/{container.name}.json")
+    return {"environment": named} if named else {}
 
 
 def _storage(container: Container) -> dict[str, Any]:

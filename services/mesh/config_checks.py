@@ -7,15 +7,18 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from services.common.config import ConfigError
+from services.common.errors import MeshError
 from services.common.object_store import is_in_store
+from services.mesh.books import database_of_folder, shown
 from services.mesh.checkpoint import read_checkpoint
 from services.mesh.config import MeshConfig
 from services.mesh.config_file import load_mesh
 from services.mesh.config_rules import advice_on, check_folders
 from services.mesh.finding import Finding, Level
 from services.mesh.ports import check_free
+from services.mesh.state import State
 
-__all__ = ["config_findings", "database_finding", "port_finding", "redis_finding"]
+__all__ = ["config_findings", "database_finding", "folder_finding", "port_finding", "redis_finding"]
 
 _WAIT_SECONDS: Final = 3.0
 
@@ -56,7 +59,7 @@ def redis_finding(url: str) -> Finding:
     """Does Redis answer?"""
     import redis  # noqa: PLC0415  # needed here alone
 
-    where = _without_password(url)
+    where = shown(url)
     client = redis.Redis.from_url(url, socket_timeout=_WAIT_SECONDS, socket_connect_timeout=_WAIT_SECONDS)
     try:
         client.ping()
@@ -73,17 +76,27 @@ def database_finding(where: str) -> Finding:
     from services.common.database import Database, DatabaseError  # noqa: PLC0415  # slow to import
     from services.common.tables import KEYS  # noqa: PLC0415  # slow to import
 
-    shown = _without_password(where) if "://" in where else where
+    name = shown(where)
     if "://" not in where and not Path(where).exists():
-        return Finding(Level.OK, "database", f"{shown} is made at the first start")
+        return Finding(Level.OK, "database", f"{name} is made at the first start")
     try:
         with Database(where) as database, database.reading() as connection:
             count = len(connection.execute(KEYS.select()).fetchall())
     except DatabaseError as error:
         said = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
         advice = "keys can't be checked without it: start it, or mend database_url and the rights of its user"
-        return Finding(Level.TROUBLE, "database", f"{shown}: {said}", advice)
-    return Finding(Level.OK, "database", f"{shown}: {count} key{'' if count == 1 else 's'}")
+        return Finding(Level.TROUBLE, "database", f"{name}: {said}", advice)
+    return Finding(Level.OK, "database", f"{name}: {count} key{'' if count == 1 else 's'}")
+
+
+def folder_finding(state: State) -> Finding:
+    """The same of the mesh that runs in a folder, or ran there last."""
+    try:
+        return database_finding(database_of_folder(state))
+    except MeshError as error:
+        if state.running_pid() is None:
+            return Finding(Level.OK, "database", f"{state.keys} is made at the first start")
+        return Finding(Level.TROUBLE, "database", error.message, "wait for it, or see what its launcher says")
 
 
 def _models(mesh: MeshConfig) -> Iterator[Finding]:
@@ -115,7 +128,7 @@ def _upstreams(mesh: MeshConfig) -> Iterator[Finding]:
 def _upstream(worker: str, url: str) -> Finding:
     """Does anybody listen there? What the server says is the worker's matter, which has its key."""
     parts, subject = urlsplit(url), f"server behind {worker}"
-    where = _without_password(url)
+    where = shown(url)
     try:
         address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection(address, timeout=_WAIT_SECONDS).close()
@@ -141,8 +154,3 @@ def _weights(name: str, path: str, *, has_files: bool) -> Finding:
     if has_files:
         return Finding(Level.OK, f"model {name}", f"{path} is there, weights included")
     return Finding(Level.NOTE, f"model {name}", f"{path} has no safetensors files", "vLLM may find other weights there")
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else url

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Final
 
-from services.mesh.config_checks import config_findings, database_finding, port_finding
+from services.mesh.config_checks import config_findings, folder_finding, port_finding
 from services.mesh.edge_client import door_of
 from services.mesh.finding import Finding, Level
 from services.mesh.machine_checks import machine_findings
@@ -50,7 +50,7 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
         yield from config_findings(arguments.config, runs=runs)
     elif not runs:
         yield port_finding(_EDGE_HOST, _EDGE_PORT)
-        yield database_finding(state.database)
+        yield folder_finding(state)
     yield from mesh_findings(state, requests=requests)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from services.common.config import ConfigError
+from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.config import MeshConfig, WorkerConfig
 from services.mesh.containers import DEMO_FOLDER, FETCHED_FOLDER, METRICS_PORT, STATE_FOLDER, Container
 
@@ -108,7 +109,11 @@ def _container(mesh: MeshConfig, container: Container, wishes: Wishes) -> dict[s
         "name": container.service,
         "image": wishes.image,
         "command": ["python", "-m", f"services.{container.service}", "--config", file, *_set(container)],
-        "env": [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in _WHERE.items()],
+        "env": [
+            *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in _WHERE.items()),
+            # Commands that are run beside a gateway find its database there.
+            *([{"name": SETTINGS_VARIABLE, "value": file}] if container.service == "gateway" else []),
+        ],
         # Who may read the models, as AWS_ACCESS_KEY_ID or HF_TOKEN say it.
         **({"envFrom": [{"secretRef": {"name": "models", "optional": True}}]} if container.fetches else {}),
         "ports": [

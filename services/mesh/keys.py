@@ -12,6 +12,7 @@ from services.common.config import ConfigError
 from services.common.endpoints import ENDPOINTS
 from services.common.quota import KeyLimits
 from services.mesh.actor import local_actor
+from services.mesh.books import find_database
 from services.mesh.state import State
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ def _open(arguments: Namespace) -> "KeyStore":
     # Importing SQLAlchemy takes longer than most commands: only those that need it do.
     from services.common.keystore import KeyStore  # noqa: PLC0415
 
-    state = State(arguments.state_dir)
-    state.make()
-    return KeyStore(state.database)
+    return KeyStore(find_database(State(arguments.state_dir)))
 
 
 def _show(arguments: Namespace, key_id: str, key: str) -> None:

@@ -63,7 +63,9 @@ class Launcher:
 
     async def run(self, stop: asyncio.Event) -> int:
         """Runs the mesh until `stop` is set; returns the exit code."""
-        self._admin_key = self._state.admin_key(database_of(self._mesh, self._state))
+        database = database_of(self._mesh, self._state)
+        self._state.write_database(database)
+        self._admin_key = self._state.admin_key(database)
         try:
             if not await _unless(stop, self._make_model()):
                 return 0

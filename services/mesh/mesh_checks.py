@@ -13,7 +13,7 @@ from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import admin_pb2
 
 from services.common.errors import MeshError, Reason
-from services.mesh.config_checks import database_finding, redis_finding
+from services.mesh.config_checks import folder_finding, redis_finding
 from services.mesh.edge_client import Door, ask_gateway, ask_router
 from services.mesh.finding import Finding, Level
 from services.mesh.fleet_view import FleetView, Trouble
@@ -114,15 +114,14 @@ def _last_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _stores(state: State) -> Iterator[Finding]:
-    yield database_finding(state.database)
-    for name in ("gateway", "gateway-0", "telemetry"):
-        try:
-            settings = json.loads(state.config(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if url := settings.get("redis_url"):
-            yield redis_finding(url)
-            return
+    yield folder_finding(state)
+    try:
+        # Of all processes it alone has one file whatever the mesh is made of; all are told the same.
+        settings = json.loads(state.config("telemetry").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if url := settings.get("redis_url"):
+        yield redis_finding(url)
 
 
 def _edge(door: Door) -> Finding:

@@ -43,14 +43,9 @@ class State:
         return self.folder / "keys.db"
 
     @property
-    def database(self) -> str:
-        """Where the mesh's keys are: what its gateway was told last, or the file."""
-        try:
-            written = json.loads(self.config("gateway").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return str(self.keys)
-        found: str = written.get("database") or str(self.keys)
-        return found
+    def database_file(self) -> Path:
+        """Which database the mesh that runs told its gateways, or the one that ran last."""
+        return self.folder / "database.json"
 
     @property
     def policy(self) -> Path:
@@ -121,6 +116,18 @@ class State:
         except FileNotFoundError:
             return None
         return mesh
+
+    def write_database(self, where: str) -> None:
+        """Says which database the gateways of this launcher are told. Its URL may hold a password."""
+        write_private(self.database_file, json.dumps({"database": where, "launcher": os.getpid()}) + "\n")
+
+    def read_database(self) -> tuple[str, int] | None:
+        """What was said of it last, and by which launcher (its process id); None when nothing was."""
+        try:
+            said: dict[str, Any] = json.loads(self.database_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return said["database"], said["launcher"]
 
     def admin_key(self, database: str) -> str:
         """The key with every right, made at the first call and the same ever after unless it is revoked."""

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from services.mesh.actor import local_actor
+from services.mesh.books import find_database
 from services.mesh.state import State
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ def audit_trail(arguments: Namespace) -> int:
 def _open(arguments: Namespace) -> "Database":
     from services.common.database import Database  # noqa: PLC0415  # as above
 
-    state = State(arguments.state_dir)
-    state.make()
-    return Database(state.database)
+    return Database(find_database(State(arguments.state_dir)))
 
 
 def _text(value: Any) -> str:

@@ -70,9 +70,9 @@ def large_mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Ite
 
 @pytest.fixture(scope="session")
 def doubled_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    """Two of each process that there may be two of, with simulated workers."""
+    """Two of each process that there may be two of, with simulated workers, and a database that is named."""
     folder = tmp_path_factory.mktemp("doubled")
-    (folder / "mesh.yaml").write_text(_DOUBLED)
+    (folder / "mesh.yaml").write_text(f"{_DOUBLED}database_url: sqlite:///{folder}/shared.db\n")
     with running_mesh(folder / "state", "--config", str(folder / "mesh.yaml")) as mesh:
         yield mesh
 

@@ -1,15 +1,19 @@
 """Several gateways behind one edge: any of them may die."""
 
 import asyncio
+import json
 import os
 import signal
+from functools import partial
 
+import httpx
 import openai
 import pytest
 
 from services.inference.sim_text import expected_text, tokenize
+from tests.support.commands import tokenloom
 from tests.support.mesh import Mesh
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,22 @@ async def until_both_serve(mesh: Mesh) -> None:
             await asyncio.gather(*asks)
 
 
+def opens(url: str, headers: dict[str, str]) -> bool:
+    return httpx.get(url, headers=headers).status_code == 200
+
+
 async def test_both_gateways_serve(mesh: Mesh) -> None:
     await until_both_serve(mesh)
+
+
+def test_a_key_of_the_command_line_opens_every_gateway(mesh: Mesh) -> None:
+    made = json.loads(tokenloom(mesh, "keys", "create", "--name", "ada", "--json").stdout)
+    headers = {"authorization": f"Bearer {made['key']}"}
+    for name in ("gateway-0", "gateway-1"):
+        models = f"http://127.0.0.1:{mesh.process(name)['ports']['http']}/v1/models"
+        wait_until(partial(opens, models, headers), within=5)
+    listed = json.loads(tokenloom(mesh, "keys", "list", "--json").stdout)
+    assert [key["name"] for key in listed] == ["admin", "ada"]
 
 
 async def test_with_an_sdks_own_retries_no_request_fails_when_a_gateway_is_killed(mesh: Mesh) -> None:

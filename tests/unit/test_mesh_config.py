@@ -270,7 +270,8 @@ def test_wrong_options_are_one_line_and_exit_code_2(
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = ["--state-dir", str(tmp_path / "state")]
+    state = ["--state-dir", str(tmp_path)]
+    State(tmp_path).write_database(str(tmp_path / "keys.db"))
     assert main(["keys", "create", "--name", "ada", "--models", "demo, sim", "--priority", "-1", "--json", *state]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["key"].startswith("tl-")
