@@ -37,10 +37,17 @@ class Lifecycle:
                 return
             if not self._generations.is_idle:
                 raise MeshError(Reason.FAILED_PRECONDITION, "generations run; drain the worker first")
-            with self._gate.holding(State.ASLEEP, "the worker falls asleep"):
+            self._gate.hold(State.ASLEEP, "the worker falls asleep")
+            try:
                 await self._gate.engine.sleep(level or 1)
-            self._asleep = True
-            self._gate.hold(State.ASLEEP, "the worker is asleep")
+            except Exception:
+                self._gate.release()
+                raise
+            except BaseException:
+                # Whoever asked is gone, but the engine may go on falling asleep: wake() brings it back in any case.
+                self._fallen_asleep()
+                raise
+            self._fallen_asleep()
 
     async def wake(self) -> None:
         """Takes the GPU's memory again and serves; nothing happens when the worker is awake."""
@@ -67,6 +74,10 @@ class Lifecycle:
                     ),
                 )
                 await self._gate.engine.reload_weights(path)
+
+    def _fallen_asleep(self) -> None:
+        self._asleep = True
+        self._gate.hold(State.ASLEEP, "the worker is asleep")
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:

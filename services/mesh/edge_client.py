@@ -6,6 +6,7 @@ import os
 import urllib.error
 import urllib.request
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +19,13 @@ from services.common.errors import TABLE, MeshError, Reason
 from services.common.status import error_from_call
 from services.mesh.state import State
 
-__all__ = ["KEY_VARIABLE", "Door", "ask_gateway", "ask_router", "door_of"]
+__all__ = ["KEY_VARIABLE", "Door", "ask_gateway", "ask_router", "door_of", "stream_router"]
 
 KEY_VARIABLE: Final = "TOKENLOOM_API_KEY"
 """Where the key of a mesh that runs elsewhere is found: an option would show it to everybody on the machine."""
 _TIMEOUT_SECONDS: Final = 10.0
+# Workers that do something in turn have bounds of their own, which the router keeps.
+_STREAM_SECONDS: Final = 24 * 3600.0
 _MAX_MESSAGE: Final = [("grpc.max_receive_message_length", 16 << 20)]
 
 
@@ -77,17 +80,30 @@ def door_of(arguments: Namespace) -> Door:
     return _door(State(arguments.state_dir))
 
 
-def ask_router(where: State | Door, method: str, request: Any) -> Any:
+def ask_router(door: Door, method: str, request: Any) -> Any:
     """The answer of RouterAdminService to a unary call.
 
     Raises:
-        MeshError: no mesh runs in the folder, or it refused.
+        MeshError: it refused, or can't be reached.
     """
-    door = _door(where) if isinstance(where, State) else where
     with door.channel() as channel:
         stub = admin_pb2_grpc.RouterAdminServiceStub(channel)
         try:
             return getattr(stub, method)(request, metadata=door.metadata, timeout=_TIMEOUT_SECONDS)
+        except grpc.RpcError as error:
+            raise error_from_call(error) from error  # type: ignore[arg-type]  # it has what that reads
+
+
+def stream_router(door: Door, method: str, request: Any) -> Iterator[Any]:
+    """The messages that RouterAdminService streams, as they come.
+
+    Raises:
+        MeshError: it refused, or was lost.
+    """
+    with door.channel() as channel:
+        stub = admin_pb2_grpc.RouterAdminServiceStub(channel)
+        try:
+            yield from getattr(stub, method)(request, metadata=door.metadata, timeout=_STREAM_SECONDS)
         except grpc.RpcError as error:
             raise error_from_call(error) from error  # type: ignore[arg-type]  # it has what that reads
 
@@ -131,7 +147,8 @@ def _error_of(status: int, body: bytes) -> MeshError:
 
 
 def _door(state: State) -> Door:
-    mesh = state.read_mesh()
-    if mesh is None:
-        raise MeshError(Reason.NO_READY_WORKER, f"no mesh runs in {state.folder}")
+    mesh, runs = state.read_mesh(), state.running_pid() is not None
+    if mesh is None or not runs:
+        said = f"the mesh in {state.folder} is starting or stopping" if runs else f"no mesh runs in {state.folder}"
+        raise MeshError(Reason.NO_READY_WORKER, said)
     return Door(str(mesh["operators"]), str(mesh["admin_key"]))

@@ -168,7 +168,7 @@ _ADVICE: Final = {
 _OUT: Final = {
     "drained": "tokenloom workers undrain gives it work again",
     "cordoned": "tokenloom workers undrain gives it work again",
-    "asleep": "Wake of its WorkerService brings it back",
+    "asleep": "tokenloom workers wake brings it back",
     "silent": "its process hangs, or its machine or network is too busy: see its log, and how loaded the machine is",
     "gpu lost": "see what is said of its card; it takes work again once the card is well",
 }

@@ -1,18 +1,17 @@
 """The commands of `tokenloom`, and their options."""
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from services.common.endpoints import ENDPOINTS
-from services.mesh import bench, doctor, explain, keys, plan_command, policies, render, top, up, usage, workers
+from services.mesh import bench, doctor, explain, keys, plan_command, policies, render, top, up, usage
 from services.mesh import option_values as values
 from services.mesh.edge_client import KEY_VARIABLE
+from services.mesh.option_parts import add_command, add_door, add_state
+from services.mesh.options_workers import add_adapters, add_workers
 
 __all__ = ["command_line"]
-
-_DEFAULT_STATE: Final = Path(".tokenloom")
 
 
 class _Parser(ArgumentParser):
@@ -27,13 +26,14 @@ def command_line() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
     for name, run, about in (("status", up.status, "what runs"), ("down", up.down, "stop it, draining first")):
-        command = _command(commands, name, run, about)
-        _add_state(command)
+        command = add_command(commands, name, run, about)
+        add_state(command)
         if name == "status":
             command.add_argument("--json", action="store_true")
     _add_keys(commands)
     _add_usage(commands)
-    _add_workers(commands)
+    add_workers(commands)
+    add_adapters(commands)
     _add_policy(commands)
     _add_explain(commands)
     _add_top(commands)
@@ -44,19 +44,8 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[Namespace], int] | None, about: str) -> ArgumentParser:
-    command: ArgumentParser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-    if run is not None:
-        command.set_defaults(run=run)
-    return command
-
-
-def _add_state(command: ArgumentParser) -> None:
-    command.add_argument("--state-dir", type=Path, default=_DEFAULT_STATE, metavar="DIR", help="default: %(default)s")
-
-
 def _add_up(commands: Any) -> None:
-    command = _command(commands, "up", up.up, "run the whole mesh on this machine")
+    command = add_command(commands, "up", up.up, "run the whole mesh on this machine")
     command.add_argument("--config", type=Path, metavar="FILE", help="a mesh.yaml; without one, the options say it")
     command.add_argument("--engine", choices=("vllm", "sim"), help="default: vllm")
     command.add_argument(
@@ -73,16 +62,16 @@ def _add_up(commands: Any) -> None:
     command.add_argument(
         "--restart", action=BooleanOptionalAction, default=True, help="start what dies again (default: yes)"
     )
-    _add_state(command)
+    add_state(command)
 
 
 def _add_keys(commands: Any) -> None:
-    actions = _command(commands, "keys", None, "API keys").add_subparsers(required=True, metavar="ACTION")
-    create = _command(actions, "create", keys.create, "make a key; it is shown once")
+    actions = add_command(commands, "keys", None, "API keys").add_subparsers(required=True, metavar="ACTION")
+    create = add_command(actions, "create", keys.create, "make a key; it is shown once")
     _add_key_options(create)
-    listing = _command(actions, "list", keys.list_keys, "list the keys")
-    revoke = _command(actions, "revoke", keys.revoke, "end a key")
-    rotate = _command(actions, "rotate", keys.rotate, "give a key a new secret; it is shown once")
+    listing = add_command(actions, "list", keys.list_keys, "list the keys")
+    revoke = add_command(actions, "revoke", keys.revoke, "end a key")
+    rotate = add_command(actions, "rotate", keys.rotate, "give a key a new secret; it is shown once")
     rotate.add_argument(
         "--grace", type=values.duration, metavar="TIME", help="how long the old one works on; default: 0"
     )
@@ -91,7 +80,7 @@ def _add_keys(commands: Any) -> None:
     for action in (create, listing, rotate):
         action.add_argument("--json", action="store_true")
     for action in (create, listing, revoke, rotate):
-        _add_state(action)
+        add_state(action)
 
 
 def _add_key_options(create: ArgumentParser) -> None:
@@ -115,39 +104,28 @@ def _add_key_options(create: ArgumentParser) -> None:
     create.add_argument("--expires", type=values.duration, metavar="TIME", help="how long it works: 90s, 15m, 12h, 30d")
 
 
-def _add_workers(commands: Any) -> None:
-    actions = _command(commands, "workers", None, "the workers").add_subparsers(required=True, metavar="ACTION")
-    listing = _command(actions, "list", workers.list_workers, "what the router knows of each")
-    listing.add_argument("--json", action="store_true")
-    _add_state(listing)
-    for name, run, about in (
-        ("drain", workers.drain, "have one finish what it has and take nothing new"),
-        ("undrain", workers.undrain, "give one that was drained or cordoned work again"),
-        ("cordon", workers.cordon, "give one no new work, without telling it"),
-    ):
-        action = _command(actions, name, run, about)
-        action.add_argument("worker", metavar="WORKER")
-        _add_state(action)
-
-
 def _add_policy(commands: Any) -> None:
-    actions = _command(commands, "policy", None, "the routing policy").add_subparsers(required=True, metavar="ACTION")
-    _add_state(_command(actions, "show", policies.show, "the one in force, as JSON"))
-    applying = _command(actions, "apply", policies.apply, "put another one in force, until the mesh is started again")
+    actions = add_command(commands, "policy", None, "the routing policy").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    add_door(add_command(actions, "show", policies.show, "the one in force, as JSON"))
+    applying = add_command(
+        actions, "apply", policies.apply, "put another one in force, until the mesh is started again"
+    )
     applying.add_argument("file", type=Path, metavar="FILE", help="a mesh.yaml, or a file with its `routing` alone")
-    _add_state(applying)
+    add_door(applying)
 
 
 def _add_explain(commands: Any) -> None:
     about = "why a request went where it went, and where its time went"
-    command = _command(commands, "explain", explain.explain, about)
+    command = add_command(commands, "explain", explain.explain, about)
     command.add_argument("request_id", metavar="REQUEST_ID", help="from the answer's x-request-id")
     command.add_argument("--json", action="store_true")
-    _add_door(command)
+    add_door(command)
 
 
 def _add_top(commands: Any) -> None:
-    command = _command(commands, "top", top.top, "GPUs, workers, queues and tenants, live")
+    command = add_command(commands, "top", top.top, "GPUs, workers, queues and tenants, live")
     command.add_argument("--once", action="store_true", help="show it once, as a script or a pipe gets it")
     command.add_argument("--json", action="store_true", help="one JSON object for each time that it is shown")
     command.add_argument(
@@ -157,47 +135,39 @@ def _add_top(commands: Any) -> None:
         metavar="SECONDS",
         help="least time between two; default: %(default)s",
     )
-    _add_door(command)
+    add_door(command)
 
 
 def _add_doctor(commands: Any) -> None:
     about = "what is wrong with this machine or mesh, and what to do about it"
-    command = _command(commands, "doctor", doctor.doctor, about)
+    command = add_command(commands, "doctor", doctor.doctor, about)
     command.add_argument("--config", type=Path, metavar="FILE", help="a mesh.yaml: checked, and what it names")
     command.add_argument("--thorough", action="store_true", help="load vLLM, too, which takes a while")
     command.add_argument("--no-requests", action="store_true", help="ask no model for a token")
     command.add_argument("--json", action="store_true")
-    _add_door(command)
-
-
-def _add_door(command: ArgumentParser) -> None:
-    _add_state(command)
-    command.add_argument(
-        "--edge",
-        type=values.url,
-        metavar="URL",
-        help=f"a mesh that runs elsewhere; its admin key is read from {KEY_VARIABLE}",
-    )
+    add_door(command)
 
 
 def _add_usage(commands: Any) -> None:
-    reporting = _command(commands, "usage", usage.show, "what was used, by month, tenant and model, and what it cost")
+    reporting = add_command(
+        commands, "usage", usage.show, "what was used, by month, tenant and model, and what it cost"
+    )
     reporting.add_argument("--tenant")
     reporting.add_argument("--model")
     reporting.add_argument("--month", type=values.month, metavar="YYYY-MM")
     actions = reporting.add_subparsers(metavar="ACTION")
-    erase = _command(actions, "erase", usage.erase, "delete a tenant's usage")
+    erase = add_command(actions, "erase", usage.erase, "delete a tenant's usage")
     erase.add_argument("--tenant", required=True)
-    trail = _command(commands, "audit", usage.audit_trail, "who changed what, newest first")
+    trail = add_command(commands, "audit", usage.audit_trail, "who changed what, newest first")
     trail.add_argument("--limit", type=values.at_least_one, default=100, metavar="N", help="default: %(default)s")
     for command in (reporting, trail):
         command.add_argument("--json", action="store_true")
     for command in (reporting, erase, trail):
-        _add_state(command)
+        add_state(command)
 
 
 def _add_render(commands: Any) -> None:
-    targets = _command(commands, "render", None, "deploy files from a mesh.yaml").add_subparsers(
+    targets = add_command(commands, "render", None, "deploy files from a mesh.yaml").add_subparsers(
         required=True, metavar="TARGET"
     )
     for name, run, about in (
@@ -206,7 +176,7 @@ def _add_render(commands: Any) -> None:
         ("envoy", render.envoy, "the edge's Envoy configuration for containers"),
         ("k8s", render.k8s, "Kubernetes manifests"),
     ):
-        target = _command(targets, name, run, about)
+        target = add_command(targets, name, run, about)
         target.add_argument("--config", type=Path, required=True, metavar="FILE", help="a mesh.yaml")
         target.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
         if name == "k8s":
@@ -246,7 +216,7 @@ def _add_k8s(target: ArgumentParser) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    command = _command(commands, "plan", plan_command.plan, "whether a model fits; whether a mesh.yaml is right")
+    command = add_command(commands, "plan", plan_command.plan, "whether a model fits; whether a mesh.yaml is right")
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="a mesh.yaml: checked, and each of its vLLM workers"
     )
@@ -275,8 +245,8 @@ def _add_plan(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    command = _command(commands, "bench", bench.bench, "put a load on an endpoint and measure how it is served")
-    _add_state(command)
+    command = add_command(commands, "bench", bench.bench, "put a load on an endpoint and measure how it is served")
+    add_state(command)
     command.add_argument(
         "--edge",
         type=values.url,

@@ -2,13 +2,13 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from services.mesh.actor import local_actor
 from services.mesh.books import find_database
 from services.mesh.state import State
+from services.mesh.table import print_table
 
 if TYPE_CHECKING:
     from services.common.database import Database
@@ -39,7 +39,7 @@ def show(arguments: Namespace) -> int:
     if arguments.json:
         print(json.dumps(lines, indent=2))
     else:
-        _print([_COLUMNS, *([_text(line[name]) for name in _COLUMNS] for line in lines)])
+        print_table([_COLUMNS, *([_text(line[name]) for name in _COLUMNS] for line in lines)])
     return 0
 
 
@@ -76,9 +76,3 @@ def _open(arguments: Namespace) -> "Database":
 
 def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _print(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,33 +1,36 @@
-"""tokenloom workers list, drain, undrain and cordon."""
+"""tokenloom workers: list them, take them out of service and back, put them to sleep, give them other weights."""
 
 from argparse import Namespace
 
 from google.protobuf.json_format import MessageToJson
+from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import admin_pb2
 
-from services.mesh.edge_client import ask_router
-from services.mesh.state import State
+from services.mesh.edge_client import ask_router, door_of
+from services.mesh.rolling import roll
+from services.mesh.table import print_table
 
-__all__ = ["cordon", "drain", "list_workers", "undrain"]
+__all__ = ["cordon", "drain", "list_workers", "reload", "sleep", "undrain", "wake"]
 
 
 def list_workers(arguments: Namespace) -> int:
-    """Lists the workers as the router sees them."""
-    answer = ask_router(State(arguments.state_dir), "ListWorkers", admin_pb2.ListWorkersRequest())
+    """Lists the workers as the router sees them, and why some are slow."""
+    answer = ask_router(door_of(arguments), "ListWorkers", admin_pb2.ListWorkersRequest())
     if arguments.json:
         print(MessageToJson(answer, preserving_proto_field_name=True))
         return 0
-    rows = [("NAME", "POOL", "MODELS", "STATE", "LEASES", "RUNNING", "KV", "REPORT"), *map(_row, answer.workers)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    heads = ("NAME", "POOL", "MODELS", "STATE", "LEASES", "RUNNING", "KV", "REPORT")
+    print_table([heads, *map(_row, answer.workers)])
+    for worker in answer.workers:
+        for reason in worker.slow_reasons:
+            print(f"{worker.registration.worker_id} is slow: {reason}")
     return 0
 
 
 def drain(arguments: Namespace) -> int:
     """Has a worker finish what it has and take nothing new."""
     request = admin_pb2.DrainWorkerRequest(worker_id=arguments.worker)
-    ask_router(State(arguments.state_dir), "DrainWorker", request)
+    ask_router(door_of(arguments), "DrainWorker", request)
     print(f"{arguments.worker} is drained: it finishes what it has and gets nothing new")
     return 0
 
@@ -35,7 +38,7 @@ def drain(arguments: Namespace) -> int:
 def undrain(arguments: Namespace) -> int:
     """Gives a worker that was drained or cordoned new work again."""
     request = admin_pb2.UndrainWorkerRequest(worker_id=arguments.worker)
-    ask_router(State(arguments.state_dir), "UndrainWorker", request)
+    ask_router(door_of(arguments), "UndrainWorker", request)
     print(f"{arguments.worker} gets work again")
     return 0
 
@@ -43,9 +46,24 @@ def undrain(arguments: Namespace) -> int:
 def cordon(arguments: Namespace) -> int:
     """Gives a worker no new work, without telling it."""
     request = admin_pb2.CordonWorkerRequest(worker_id=arguments.worker)
-    ask_router(State(arguments.state_dir), "CordonWorker", request)
+    ask_router(door_of(arguments), "CordonWorker", request)
     print(f"{arguments.worker} is cordoned: it gets nothing new")
     return 0
+
+
+def sleep(arguments: Namespace) -> int:
+    """Has workers give their GPUs' memory back, in turn."""
+    return roll(arguments, "sleeps", sleep=worker_pb2.SleepRequest(level=arguments.level))
+
+
+def wake(arguments: Namespace) -> int:
+    """Has workers take their GPUs' memory again, in turn."""
+    return roll(arguments, "is awake", wake=worker_pb2.WakeRequest())
+
+
+def reload(arguments: Namespace) -> int:
+    """Has workers replace their weights, in turn, so that the others serve meanwhile."""
+    return roll(arguments, "has other weights", reload_weights=worker_pb2.ReloadWeightsRequest(path=arguments.path))
 
 
 def _row(worker: admin_pb2.Worker) -> tuple[str, ...]:

@@ -4,18 +4,22 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final
 
+from google.protobuf.message import Message
+from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
 from services.common.policy import policy_json
 from services.common.rpc import metadata_of
-from services.router import wire
+from services.router import rolling, wire
 from services.router.admission import Admission
 from services.router.decisions import Decisions
 from services.router.fleet import Clock, Fleet
+from services.router.operations import Operation, Operations
 from services.router.policy import Policies
 from services.router.policy_file import PolicyFile
 from services.router.slowness import slow_reasons
@@ -24,6 +28,14 @@ __all__ = ["AdminServicer"]
 
 _BETWEEN_UPDATES_SECONDS: Final = 0.1
 _MOST_TENANTS: Final = 64
+# As the log has them.
+_WORDS: Final[dict[type[Message], str]] = {
+    worker_pb2.SleepRequest: "sleep",
+    worker_pb2.WakeRequest: "wake",
+    worker_pb2.ReloadWeightsRequest: "reload",
+    worker_pb2.LoadAdapterRequest: "load_adapter",
+    worker_pb2.UnloadAdapterRequest: "unload_adapter",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -46,6 +58,7 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         self._policies = policies
         self._policy_file = policy_file
         self._clock = clock
+        self._operations = Operations(fleet, clock)
         self._closing = asyncio.Event()
         self._watches: set[asyncio.Event] = set()
 
@@ -100,6 +113,48 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         self._found(request.worker_id, "worker.cordon", context, self._fleet.cordon(request.worker_id, True))
         return admin_pb2.CordonWorkerResponse()
 
+    async def SleepWorker(self, request: admin_pb2.SleepWorkerRequest, context: Any) -> admin_pb2.SleepWorkerResponse:
+        """Has a worker give its GPU's memory back."""
+        await self._operate(request.worker_id, worker_pb2.SleepRequest(level=request.level), context)
+        return admin_pb2.SleepWorkerResponse()
+
+    async def WakeWorker(self, request: admin_pb2.WakeWorkerRequest, context: Any) -> admin_pb2.WakeWorkerResponse:
+        """Has a worker take its GPU's memory again."""
+        await self._operate(request.worker_id, worker_pb2.WakeRequest(), context)
+        return admin_pb2.WakeWorkerResponse()
+
+    async def ReloadWeights(
+        self, request: admin_pb2.ReloadWeightsRequest, context: Any
+    ) -> admin_pb2.ReloadWeightsResponse:
+        """Has a worker replace its weights."""
+        await self._operate(request.worker_id, worker_pb2.ReloadWeightsRequest(path=request.path), context)
+        return admin_pb2.ReloadWeightsResponse()
+
+    async def LoadAdapter(self, request: admin_pb2.LoadAdapterRequest, context: Any) -> admin_pb2.LoadAdapterResponse:
+        """Has a worker serve an adapter."""
+        operation = worker_pb2.LoadAdapterRequest(name=request.name, path=request.path)
+        loaded = await self._operate(request.worker_id, operation, context)
+        return admin_pb2.LoadAdapterResponse(model=loaded.model)
+
+    async def UnloadAdapter(
+        self, request: admin_pb2.UnloadAdapterRequest, context: Any
+    ) -> admin_pb2.UnloadAdapterResponse:
+        """Has a worker serve an adapter no more."""
+        await self._operate(request.worker_id, worker_pb2.UnloadAdapterRequest(name=request.name), context)
+        return admin_pb2.UnloadAdapterResponse()
+
+    async def RollWorkers(
+        self, request: admin_pb2.RollWorkersRequest, context: Any
+    ) -> AsyncIterator[admin_pb2.RollWorkersResponse]:
+        """Has several workers do the same in turn."""
+        field, meant = rolling.meant(request)
+        operation = rolling.operation(request)
+        async with aclosing(self._operations.roll(meant, operation, field=field)) as rolled:
+            async for done in rolled:
+                if done.error is None and not done.unchanged:
+                    _note(f"worker.{_WORDS[type(operation)]}", context, done.worker_id)
+                yield rolling.told(done)
+
     async def GetPolicy(self, request: admin_pb2.GetPolicyRequest, context: Any) -> admin_pb2.GetPolicyResponse:
         """The policy in force."""
         del request, context
@@ -147,7 +202,16 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
     def _found(self, worker_id: str, what: str, context: Any, found: bool) -> None:
         if not found:
             raise MeshError(Reason.NOT_FOUND, "no worker of this name is registered", field="worker_id")
-        _log.info("operated", extra={"audit": what, "by": _caller(context), "worker": worker_id})
+        _note(what, context, worker_id)
+
+    async def _operate(self, worker_id: str, operation: Operation, context: Any) -> Any:
+        answer = await self._operations.run(worker_id, operation)
+        _note(f"worker.{_WORDS[type(operation)]}", context, worker_id)
+        return answer
+
+
+def _note(what: str, context: Any, worker_id: str) -> None:
+    _log.info("operated", extra={"audit": what, "by": _caller(context), "worker": worker_id})
 
 
 def _caller(context: Any) -> str:

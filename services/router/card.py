@@ -21,6 +21,7 @@ class WorkerState(Enum):
     READY = "ready"
     DRAINING = "draining"
     UNAVAILABLE = "unavailable"
+    ASLEEP = "asleep"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

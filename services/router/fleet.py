@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from services.common.errors import MeshError, Reason
-from services.router.card import Card, Load
+from services.router.card import Card, Load, WorkerState
 from services.router.cost import PRIOR, Prediction, Rates, better
 from services.router.reading import HEALTHY, Condition, worst
 from services.router.request import Request
@@ -114,7 +114,8 @@ class Fleet:
         now = self._clock()
         while self._missed and next(iter(self._missed.values())) < now - _MISSED_SECONDS:
             self._missed.popitem(last=False)
-        out = {*self._drained, *self._cordoned}
+        asleep = {name for name, worker in self._workers.items() if worker.load.state is WorkerState.ASLEEP}
+        out = {*self._drained, *self._cordoned, *asleep}
         workers = [worker for worker in self._workers.values() if worker.worker_id not in out]
         healthy = sum(worker.is_ready(now) for worker in workers)
         if expected:

@@ -48,6 +48,7 @@ _STATES: Final = {
     router_pb2.WORKER_STATE_READY: WorkerState.READY,
     router_pb2.WORKER_STATE_DRAINING: WorkerState.DRAINING,
     router_pb2.WORKER_STATE_UNAVAILABLE: WorkerState.UNAVAILABLE,
+    router_pb2.WORKER_STATE_ASLEEP: WorkerState.ASLEEP,
 }
 _TASKS: Final = {
     router_pb2.TASK_UNSPECIFIED: "generate",

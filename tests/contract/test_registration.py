@@ -23,12 +23,11 @@ from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call
 from services.inference.engine import Load
 from services.inference.gpus import gpu_uuids
-from services.inference.registration import Registration, registration_to_proto
 from services.inference.sim_engine import SimEngine
 from tests.support.measured import measured
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
-from tests.support.workers import SimWorker, sim_worker, worker_config, worker_process
+from tests.support.workers import registered, sim_worker, worker_config, worker_process
 
 READY, DRAINING, UNAVAILABLE = (
     router_pb2.WORKER_STATE_READY,
@@ -90,19 +89,6 @@ async def router_at(address: str = "127.0.0.1:0") -> AsyncIterator[tuple[Recordi
 
     async with rpc.serve(address, register, grace_seconds=0) as server:
         yield recorder, f"127.0.0.1:{server.port}"
-
-
-@asynccontextmanager
-async def registered(worker: SimWorker, *routers: str) -> AsyncIterator[None]:
-    who = registration_to_proto(
-        worker.engine.card, worker_id="sim-0", endpoint=worker.address, pool="p", gpus=["GPU-1"]
-    )
-    keeping = asyncio.create_task(Registration(who, worker.gate, report_seconds=0.1).keep(routers))
-    try:
-        yield
-    finally:
-        keeping.cancel()
-        await asyncio.wait([keeping])
 
 
 async def test_a_worker_says_who_it_is_and_then_how_it_is() -> None:

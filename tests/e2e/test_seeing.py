@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.commands import command, tokenloom
 from tests.support.mesh import Mesh
-from tests.support.uneven_mesh import ended
+from tests.support.uneven_mesh import MODEL, ended
 from tests.support.waiting import wait_until
 
 SLOW = "a decode step takes"
@@ -121,6 +121,48 @@ def test_doctor_has_an_exit_code_and_advice_for_what_does_not_work(uneven_mesh: 
     place = next(place for place, line in enumerate(lines) if "quick-1: takes no work: cordoned" in line)
     assert lines[place].startswith("TROUBLE")
     assert lines[place + 1].strip() == "→ tokenloom workers undrain gives it work again"
+
+
+def test_workers_sleep_wake_and_reload_by_commands_and_doctor_names_the_one_to_use(uneven_mesh: Mesh) -> None:
+    slept = tokenloom(uneven_mesh, "workers", "sleep", "quick-1")
+    assert (slept.returncode, slept.stdout.startswith("quick-1 sleeps")) == (0, True), slept.stderr
+    try:
+        wait_until(lambda: "asleep" in listed(uneven_mesh)["quick-1"], within=5)
+        told = tokenloom(uneven_mesh, "doctor", "--no-requests").stdout.splitlines()
+        place = next(place for place, line in enumerate(told) if "quick-1: takes no work: asleep" in line)
+        assert told[place + 1].strip() == "→ tokenloom workers wake brings it back"
+    finally:
+        woken = tokenloom(uneven_mesh, "workers", "wake", "--pool", "large")
+    assert [line.split()[0] for line in woken.stdout.splitlines()] == ["quick-0", "quick-1", "slow-0"]
+    assert " ready " in listed(uneven_mesh)["quick-1"]
+    reloaded = tokenloom(uneven_mesh, "workers", "reload", "--model", MODEL)
+    assert [line.split()[0] for line in reloaded.stdout.splitlines()] == ["quick-0", "quick-1", "slow-0"]
+    failed = tokenloom(uneven_mesh, "workers", "reload", "--all", "--path", "/nowhere")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("tokenloom: evil-0: path: ")
+    assert failed.stderr.endswith("left as they are: quick-0, quick-1, slow-0\n")
+
+
+def test_commands_for_workers_and_adapters_reach_a_mesh_that_runs_elsewhere(
+    uneven_mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENLOOM_API_KEY", uneven_mesh.key)
+    edge = ("--edge", uneven_mesh.edge)
+    shown = command("workers", *edge).stdout
+    assert f"slow-0 is slow: {SLOW}" in shown
+    assert command("workers", *edge, "wake", "quick-0").returncode == 0
+    assert '"pools"' in command("policy", "show", *edge).stdout
+    assert command("adapters", "list", *edge).stdout.split() == ["NAME", "MODEL", "WORKERS"]
+    refused = command("adapters", "load", "poet", "poet-1", "--model", MODEL, *edge)
+    assert refused.returncode == 1
+    assert "takes no adapters" in refused.stderr
+    unknown = command("adapters", "unload", "poet", *edge)
+    assert (unknown.returncode, "no worker" in unknown.stderr) == (1, True)
+
+
+def listed(mesh: Mesh) -> dict[str, str]:
+    """The lines of `workers list`, by worker."""
+    return {line.split()[0]: line for line in tokenloom(mesh, "workers", "list").stdout.splitlines()}
 
 
 def test_explain_tells_where_the_time_of_a_slow_request_went_and_why(uneven_mesh: Mesh) -> None:

@@ -236,6 +236,25 @@ async def test_admin_routes_are_for_admin_keys(client: httpx.AsyncClient) -> Non
     assert explained.json() == {"decisions": [{"reason": "abc-1"}]}
 
 
+async def test_workers_are_put_to_sleep_and_given_adapters_and_weights_over_rest(client: httpx.AsyncClient) -> None:
+    sleep = "/api/v1/workers/w0:sleep"
+    assert (await client.post(sleep, json={"level": 1})).status_code == 403
+    assert (await client.post(sleep, json={"level": 1}, headers=ADMIN)).json() == {}
+    refused = await client.post(sleep, json={"level": 2}, headers=ADMIN)
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "failed_precondition")
+    for operation in ("wake", "reload", "unloadAdapter"):
+        answer = await client.post(f"/api/v1/workers/w0:{operation}", json={}, headers=ADMIN)
+        assert (answer.status_code, answer.json()) == (200, {})
+    loaded = await client.post("/api/v1/workers/w0:loadAdapter", json={"name": "poet", "path": "poet-1"}, headers=ADMIN)
+    assert loaded.json() == {"model": {"name": "poet", "base_model": "poet-1"}}
+    rolled = await client.post("/api/v1/workers:roll", json={"all": True, "wake": {}}, headers=ADMIN)
+    assert rolled.status_code == 200
+    events = [json.loads(line.removeprefix("data:")) for line in rolled.text.splitlines() if line]
+    assert [event["worker_id"] for event in events] == ["w0", "w1"]
+    assert events[0]["left_worker_ids"] == ["w1"]
+    assert events[1]["error"]["message"] == "wake"
+
+
 async def test_gpus_are_listed_and_watched(client: httpx.AsyncClient) -> None:
     assert (await client.get("/api/v1/gpus")).json() == {"gpus": [{"name": "L40"}]}
     watched = await client.get("/api/v1/gpus:watch")

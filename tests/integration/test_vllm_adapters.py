@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client import CollectorRegistry
 from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common import rpc
 from services.common.config import ConfigError
@@ -245,17 +246,20 @@ async def test_over_grpc_adapters_come_and_go_as_models_and_routers_learn_of_it(
         InferenceServicer(gate, generations),
         WorkerServicer(gate, generations, Lifecycle(gate, generations, drain_seconds=1.0)),
     )
-    who = registration_to_proto(engine.card, worker_id="w", endpoint="127.0.0.1:5001", pool="p", gpus=[])
     async with (
-        running_router() as (router, _),
+        running_router() as (router, to_router),
         rpc.serve("127.0.0.1:0", lambda server: register(server, *services), grace_seconds=0) as server,
         rpc.channel(f"127.0.0.1:{server.port}") as channel,
         asyncio.TaskGroup() as tasks,
     ):
+        who = registration_to_proto(engine.card, worker_id="w", endpoint=f"127.0.0.1:{server.port}", pool="p", gpus=[])
         keeping = tasks.create_task(Registration(who, gate, report_seconds=0.1).keep([f"127.0.0.1:{router.port}"]))
         await eventually(lambda: router.fleet.knows("first"), within=5)
         worker = worker_pb2_grpc.WorkerServiceStub(channel)
-        loaded = await worker.LoadAdapter(worker_pb2.LoadAdapterRequest(name="poet", path="poet"))
+        # As an operator does it; what comes after is the worker's own.
+        admin: Any = admin_pb2_grpc.RouterAdminServiceStub(to_router)
+        load = admin_pb2.LoadAdapterRequest(worker_id="w", name="poet", path="poet")
+        loaded = await admin.LoadAdapter(load)
         assert (loaded.model.name, loaded.model.base_model) == ("poet", "demo")
         await eventually(lambda: bool(list(router.fleet.serving("poet"))), within=2)
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -269,9 +273,14 @@ async def test_over_grpc_adapters_come_and_go_as_models_and_routers_learn_of_it(
         events = [event async for event in inference.Generate(request)]
         assert events[0].started.model == "poet"
         assert [token for event in events for token in event.delta.token_ids] == await said(engine, "poet")
-        await worker.UnloadAdapter(worker_pb2.UnloadAdapterRequest(name="poet"))
+        unload = admin_pb2.RollWorkersRequest(model="poet", unload_adapter=worker_pb2.UnloadAdapterRequest(name="poet"))
+        assert [answer.worker_id async for answer in admin.RollWorkers(unload)] == ["w"]
         await eventually(lambda: not router.fleet.knows("poet"), within=2)
         for call, reason in (
+            (
+                admin.LoadAdapter(admin_pb2.LoadAdapterRequest(worker_id="w", name="x", path="..")),
+                Reason.INVALID_REQUEST,
+            ),
             (worker.UnloadAdapter(worker_pb2.UnloadAdapterRequest(name="poet")), Reason.NOT_FOUND),
             (worker.LoadAdapter(worker_pb2.LoadAdapterRequest(name="x", path="../x")), Reason.INVALID_REQUEST),
             (inference.Tokenize(inference_pb2.TokenizeRequest(model="poet", text="x")), Reason.MODEL_NOT_FOUND),

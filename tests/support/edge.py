@@ -335,6 +335,34 @@ class Admin(admin_pb2_grpc.RouterAdminServiceServicer):
         """Cordons."""
         return admin_pb2.CordonWorkerResponse()
 
+    async def SleepWorker(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Refuses one level."""
+        if request.level != 1:
+            raise MeshError(Reason.FAILED_PRECONDITION, f"{request.worker_id} can't")
+        return admin_pb2.SleepWorkerResponse()
+
+    async def WakeWorker(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Wakes."""
+        return admin_pb2.WakeWorkerResponse()
+
+    async def ReloadWeights(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Reloads."""
+        return admin_pb2.ReloadWeightsResponse()
+
+    async def LoadAdapter(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Says what it was asked for."""
+        return admin_pb2.LoadAdapterResponse(model=inference_pb2.ModelCard(name=request.name, base_model=request.path))
+
+    async def UnloadAdapter(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Unloads."""
+        return admin_pb2.UnloadAdapterResponse()
+
+    async def RollWorkers(self, request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ARG002
+        """One that does it, one that fails."""
+        yield admin_pb2.RollWorkersResponse(worker_id="w0", left_worker_ids=["w1"])
+        failed = status_from_error(MeshError(Reason.FAILED_PRECONDITION, request.WhichOneof("operation")))
+        yield admin_pb2.RollWorkersResponse(worker_id="w1", error=failed)
+
     async def GetPolicy(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
         """Has the first one."""
         return admin_pb2.GetPolicyResponse(policy_json="{}", version=1)

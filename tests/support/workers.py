@@ -27,6 +27,7 @@ from services.inference.generations import Generations
 from services.inference.lifecycle import Lifecycle
 from services.inference.metrics import WorkerMetrics
 from services.inference.pooling_calls import PoolingCalls
+from services.inference.registration import Registration, registration_to_proto
 from services.inference.servicer import InferenceServicer, WorkerServicer, register
 from services.inference.sim_engine import SimEngine
 from services.inference.sim_pooling import SimPooler
@@ -39,6 +40,7 @@ __all__ = [
     "WorkerProcess",
     "WorkerSessionClient",
     "open_session",
+    "registered",
     "sim_worker",
     "worker_config",
     "worker_process",
@@ -117,6 +119,20 @@ async def sim_worker(
             registry=registry,
             server=server,
         )
+
+
+@asynccontextmanager
+async def registered(worker: SimWorker, *routers: str, worker_id: str = "sim-0") -> AsyncIterator[None]:
+    """Keeps a worker registered with routers, which it reports to ten times a second."""
+    who = registration_to_proto(
+        worker.engine.card, worker_id=worker_id, endpoint=worker.address, pool="p", gpus=["GPU-1"]
+    )
+    keeping = asyncio.create_task(Registration(who, worker.gate, report_seconds=0.1).keep(routers))
+    try:
+        yield
+    finally:
+        keeping.cancel()
+        await asyncio.wait([keeping])
 
 
 class WorkerSessionClient:

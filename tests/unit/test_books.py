@@ -9,7 +9,8 @@ import pytest
 from services.common.keystore import KeyStore
 from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.compose import compose_file
-from services.mesh.config import MeshConfig, load_mesh
+from services.mesh.config import MeshConfig
+from services.mesh.config_file import load_mesh
 from services.mesh.k8s import manifests
 from services.mesh.k8s_pods import Wishes
 from services.mesh.state import State

@@ -15,6 +15,7 @@ from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.compose import compose_file
+from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.config_file import load_mesh
 from services.mesh.k8s import manifests
 from services.mesh.k8s_growth import Growth
@@ -150,7 +151,7 @@ def test_a_model_in_s3_has_a_volume_and_the_variables_that_its_worker_asks_with(
     assert composed["services"]["w"]["volumes"] == ["models:/models/fetched"]
     settings = json.loads(composed["configs"]["w"]["content"])
     assert settings["model_cache"] == "/models/fetched"
-    assert "environment" not in composed["services"]["gateway"]
+    assert composed["services"]["gateway"]["environment"] == [f"{SETTINGS_VARIABLE}=/etc/tokenloom/gateway.json"]
 
 
 def test_selectors_fit_the_pods_they_are_for(tmp_path: Path) -> None:

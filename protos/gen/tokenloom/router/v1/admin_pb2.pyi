@@ -10,7 +10,9 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 from tokenloom.inference.v1 import inference_pb2 as _inference_pb2
+from tokenloom.inference.v1 import worker_pb2 as _worker_pb2
 from tokenloom.router.v1 import router_pb2 as _router_pb2
 import builtins as _builtins
 import sys
@@ -420,6 +422,343 @@ class CordonWorkerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CordonWorkerResponse: _TypeAlias = CordonWorkerResponse  # noqa: Y015
+
+@_typing.final
+class SleepWorkerRequest(_message.Message):
+    """A worker to put to sleep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Which."""
+    level: _builtins.int
+    """How deep: 1 keeps the weights in main memory, 2 drops them. 0 means 1."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        level: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepWorkerRequest: _TypeAlias = SleepWorkerRequest  # noqa: Y015
+
+@_typing.final
+class SleepWorkerResponse(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepWorkerResponse: _TypeAlias = SleepWorkerResponse  # noqa: Y015
+
+@_typing.final
+class WakeWorkerRequest(_message.Message):
+    """A worker to wake."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Which."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeWorkerRequest: _TypeAlias = WakeWorkerRequest  # noqa: Y015
+
+@_typing.final
+class WakeWorkerResponse(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeWorkerResponse: _TypeAlias = WakeWorkerResponse  # noqa: Y015
+
+@_typing.final
+class ReloadWeightsRequest(_message.Message):
+    """A worker to give other weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Which."""
+    path: _builtins.str
+    """A checkpoint of the same shape, on the worker's machine. Empty: where the present ones came from."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadWeightsRequest: _TypeAlias = ReloadWeightsRequest  # noqa: Y015
+
+@_typing.final
+class ReloadWeightsResponse(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadWeightsResponse: _TypeAlias = ReloadWeightsResponse  # noqa: Y015
+
+@_typing.final
+class LoadAdapterRequest(_message.Message):
+    """An adapter to serve."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """On which worker."""
+    name: _builtins.str
+    """The name that requests use as their model."""
+    path: _builtins.str
+    """Its directory on the worker's machine, inside the one that the worker takes adapters from."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class LoadAdapterResponse(_message.Message):
+    """What was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> _inference_pb2.ModelCard:
+        """The adapter's card."""
+
+    def __init__(
+        self,
+        *,
+        model: _inference_pb2.ModelCard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterRequest(_message.Message):
+    """An adapter to serve no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """On which worker."""
+    name: _builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterResponse(_message.Message):
+    """Nothing to say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class RollWorkersRequest(_message.Message):
+    """What several workers are to do, one after the other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
+    RELOAD_WEIGHTS_FIELD_NUMBER: _builtins.int
+    LOAD_ADAPTER_FIELD_NUMBER: _builtins.int
+    UNLOAD_ADAPTER_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The one of this name."""
+    pool: _builtins.str
+    """Those of this pool."""
+    model: _builtins.str
+    """Those that serve this model."""
+    all: _builtins.bool
+    """Every worker; false means none."""
+    @_builtins.property
+    def sleep(self) -> _worker_pb2.SleepRequest:
+        """As SleepWorker."""
+
+    @_builtins.property
+    def wake(self) -> _worker_pb2.WakeRequest:
+        """As WakeWorker."""
+
+    @_builtins.property
+    def reload_weights(self) -> _worker_pb2.ReloadWeightsRequest:
+        """As ReloadWeights."""
+
+    @_builtins.property
+    def load_adapter(self) -> _worker_pb2.LoadAdapterRequest:
+        """As LoadAdapter."""
+
+    @_builtins.property
+    def unload_adapter(self) -> _worker_pb2.UnloadAdapterRequest:
+        """As UnloadAdapter."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        model: _builtins.str = ...,
+        all: _builtins.bool = ...,
+        sleep: _worker_pb2.SleepRequest | None = ...,
+        wake: _worker_pb2.WakeRequest | None = ...,
+        reload_weights: _worker_pb2.ReloadWeightsRequest | None = ...,
+        load_adapter: _worker_pb2.LoadAdapterRequest | None = ...,
+        unload_adapter: _worker_pb2.UnloadAdapterRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "load_adapter", b"load_adapter", "model", b"model", "operation", b"operation", "pool", b"pool", "reload_weights", b"reload_weights", "sleep", b"sleep", "unload_adapter", b"unload_adapter", "wake", b"wake", "worker_id", b"worker_id", "workers", b"workers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "load_adapter", b"load_adapter", "model", b"model", "operation", b"operation", "pool", b"pool", "reload_weights", b"reload_weights", "sleep", b"sleep", "unload_adapter", b"unload_adapter", "wake", b"wake", "worker_id", b"worker_id", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["sleep", "wake", "reload_weights", "load_adapter", "unload_adapter"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    _WhichOneofReturnType_workers: _TypeAlias = _typing.Literal["worker_id", "pool", "model", "all"]  # noqa: Y015
+    _WhichOneofArgType_workers: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_workers) -> _WhichOneofReturnType_workers | None: ...
+
+Global___RollWorkersRequest: _TypeAlias = RollWorkersRequest  # noqa: Y015
+
+@_typing.final
+class RollWorkersResponse(_message.Message):
+    """A worker that is done with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    LEFT_WORKER_IDS_FIELD_NUMBER: _builtins.int
+    UNCHANGED_REASON_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Which."""
+    unchanged_reason: _builtins.str
+    """Why there was nothing to do there: the adapter is there already, or gone already. Empty otherwise."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long it took, until it took work again where that was waited for."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why it failed, with a google.rpc.ErrorInfo. Absent: it did not."""
+
+    @_builtins.property
+    def left_worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Workers that are left, by name: those whose turn comes, or, after a failure that ends it, would have come."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        error: _status_pb2.Status | None = ...,
+        left_worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+        unchanged_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "error", b"error", "left_worker_ids", b"left_worker_ids", "unchanged_reason", b"unchanged_reason", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollWorkersResponse: _TypeAlias = RollWorkersResponse  # noqa: Y015
 
 @_typing.final
 class GetPolicyRequest(_message.Message):

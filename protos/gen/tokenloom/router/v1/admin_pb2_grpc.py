@@ -60,6 +60,36 @@ class RouterAdminServiceStub:
                 request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerRequest.SerializeToString,
                 response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerResponse.FromString,
                 _registered_method=True)
+        self.SleepWorker = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/SleepWorker',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SleepWorkerRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SleepWorkerResponse.FromString,
+                _registered_method=True)
+        self.WakeWorker = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/WakeWorker',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.WakeWorkerRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.WakeWorkerResponse.FromString,
+                _registered_method=True)
+        self.ReloadWeights = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/ReloadWeights',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.ReloadWeightsRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.ReloadWeightsResponse.FromString,
+                _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/LoadAdapter',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/tokenloom.router.v1.RouterAdminService/UnloadAdapter',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.RollWorkers = channel.unary_stream(
+                '/tokenloom.router.v1.RouterAdminService/RollWorkers',
+                request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.RollWorkersRequest.SerializeToString,
+                response_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.RollWorkersResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/tokenloom.router.v1.RouterAdminService/GetPolicy',
                 request_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.GetPolicyRequest.SerializeToString,
@@ -116,6 +146,61 @@ class RouterAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SleepWorker(self, request, context):
+        """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
+        where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
+        done it within 120 s fails with DEADLINE_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WakeWorker(self, request, context):
+        """Has a worker take its GPU's memory again and serve; nothing happens when it is awake. Errors as of SleepWorker; it
+        may take 600 s.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadWeights(self, request, context):
+        """Has a worker replace its model's weights in place. What runs there is finished first, within the worker's drain
+        bound, and goes on elsewhere after that. FAILED_PRECONDITION when the worker sleeps or the checkpoint can't be used;
+        the worker goes on with the weights that it had. Other errors as of SleepWorker; it may take 600 s. A worker process
+        that is started again has the weights of its configuration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Has a worker serve a LoRA adapter under its own name. ALREADY_EXISTS when it has a model of that name;
+        INVALID_ARGUMENT when the adapter can't be taken, with what is wrong with it; FAILED_PRECONDITION when the worker
+        takes none, or no more. Other errors as of SleepWorker; it may take 150 s. A worker process that is started again has
+        the adapters of its configuration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Has a worker serve a LoRA adapter no more; generations that use it go on. NOT_FOUND when there is no such worker, or
+        no such adapter on it. Other errors as of SleepWorker; it may take 150 s.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollWorkers(self, request, context):
+        """Has several workers do the same, one after the other, in the order of their names, so that the others serve
+        meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
+        it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
+        meant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPolicy(self, request, context):
         """Shows the routing policy in force.
         """
@@ -164,6 +249,36 @@ def add_RouterAdminServiceServicer_to_server(servicer, server):
                     servicer.CordonWorker,
                     request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerRequest.FromString,
                     response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerResponse.SerializeToString,
+            ),
+            'SleepWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepWorker,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SleepWorkerRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.SleepWorkerResponse.SerializeToString,
+            ),
+            'WakeWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.WakeWorker,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.WakeWorkerRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.WakeWorkerResponse.SerializeToString,
+            ),
+            'ReloadWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadWeights,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.ReloadWeightsRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.ReloadWeightsResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'RollWorkers': grpc.unary_stream_rpc_method_handler(
+                    servicer.RollWorkers,
+                    request_deserializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.RollWorkersRequest.FromString,
+                    response_serializer=tokenloom_dot_router_dot_v1_dot_admin__pb2.RollWorkersResponse.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -317,6 +432,168 @@ class RouterAdminService:
             '/tokenloom.router.v1.RouterAdminService/CordonWorker',
             tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerRequest.SerializeToString,
             tokenloom_dot_router_dot_v1_dot_admin__pb2.CordonWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SleepWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/SleepWorker',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.SleepWorkerRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.SleepWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WakeWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/WakeWorker',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.WakeWorkerRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.WakeWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/ReloadWeights',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.ReloadWeightsRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.ReloadWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/LoadAdapter',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/UnloadAdapter',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tokenloom.router.v1.RouterAdminService/RollWorkers',
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.RollWorkersRequest.SerializeToString,
+            tokenloom_dot_router_dot_v1_dot_admin__pb2.RollWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

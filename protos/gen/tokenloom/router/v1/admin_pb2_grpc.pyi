@@ -43,6 +43,37 @@ class RouterAdminServiceStub:
     """Gives a drained worker new work again. NOT_FOUND when it is not registered."""
     CordonWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CordonWorkerRequest, _admin_pb2.CordonWorkerResponse]
     """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it."""
+    SleepWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SleepWorkerRequest, _admin_pb2.SleepWorkerResponse]
+    """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
+    where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
+    done it within 120 s fails with DEADLINE_EXCEEDED.
+    """
+    WakeWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.WakeWorkerRequest, _admin_pb2.WakeWorkerResponse]
+    """Has a worker take its GPU's memory again and serve; nothing happens when it is awake. Errors as of SleepWorker; it
+    may take 600 s.
+    """
+    ReloadWeights: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReloadWeightsRequest, _admin_pb2.ReloadWeightsResponse]
+    """Has a worker replace its model's weights in place. What runs there is finished first, within the worker's drain
+    bound, and goes on elsewhere after that. FAILED_PRECONDITION when the worker sleeps or the checkpoint can't be used;
+    the worker goes on with the weights that it had. Other errors as of SleepWorker; it may take 600 s. A worker process
+    that is started again has the weights of its configuration.
+    """
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadAdapterRequest, _admin_pb2.LoadAdapterResponse]
+    """Has a worker serve a LoRA adapter under its own name. ALREADY_EXISTS when it has a model of that name;
+    INVALID_ARGUMENT when the adapter can't be taken, with what is wrong with it; FAILED_PRECONDITION when the worker
+    takes none, or no more. Other errors as of SleepWorker; it may take 150 s. A worker process that is started again has
+    the adapters of its configuration.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadAdapterRequest, _admin_pb2.UnloadAdapterResponse]
+    """Has a worker serve a LoRA adapter no more; generations that use it go on. NOT_FOUND when there is no such worker, or
+    no such adapter on it. Other errors as of SleepWorker; it may take 150 s.
+    """
+    RollWorkers: _grpc.UnaryStreamMultiCallable[_admin_pb2.RollWorkersRequest, _admin_pb2.RollWorkersResponse]
+    """Has several workers do the same, one after the other, in the order of their names, so that the others serve
+    meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
+    it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
+    meant.
+    """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]
     """Shows the routing policy in force."""
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _admin_pb2.SetPolicyResponse]
@@ -65,6 +96,37 @@ class RouterAdminServiceAsyncStub(RouterAdminServiceStub):
     """Gives a drained worker new work again. NOT_FOUND when it is not registered."""
     CordonWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.CordonWorkerRequest, _admin_pb2.CordonWorkerResponse]  # type: ignore[assignment]
     """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it."""
+    SleepWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.SleepWorkerRequest, _admin_pb2.SleepWorkerResponse]  # type: ignore[assignment]
+    """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
+    where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
+    done it within 120 s fails with DEADLINE_EXCEEDED.
+    """
+    WakeWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.WakeWorkerRequest, _admin_pb2.WakeWorkerResponse]  # type: ignore[assignment]
+    """Has a worker take its GPU's memory again and serve; nothing happens when it is awake. Errors as of SleepWorker; it
+    may take 600 s.
+    """
+    ReloadWeights: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReloadWeightsRequest, _admin_pb2.ReloadWeightsResponse]  # type: ignore[assignment]
+    """Has a worker replace its model's weights in place. What runs there is finished first, within the worker's drain
+    bound, and goes on elsewhere after that. FAILED_PRECONDITION when the worker sleeps or the checkpoint can't be used;
+    the worker goes on with the weights that it had. Other errors as of SleepWorker; it may take 600 s. A worker process
+    that is started again has the weights of its configuration.
+    """
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadAdapterRequest, _admin_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Has a worker serve a LoRA adapter under its own name. ALREADY_EXISTS when it has a model of that name;
+    INVALID_ARGUMENT when the adapter can't be taken, with what is wrong with it; FAILED_PRECONDITION when the worker
+    takes none, or no more. Other errors as of SleepWorker; it may take 150 s. A worker process that is started again has
+    the adapters of its configuration.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadAdapterRequest, _admin_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Has a worker serve a LoRA adapter no more; generations that use it go on. NOT_FOUND when there is no such worker, or
+    no such adapter on it. Other errors as of SleepWorker; it may take 150 s.
+    """
+    RollWorkers: _aio.UnaryStreamMultiCallable[_admin_pb2.RollWorkersRequest, _admin_pb2.RollWorkersResponse]  # type: ignore[assignment]
+    """Has several workers do the same, one after the other, in the order of their names, so that the others serve
+    meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
+    it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
+    meant.
+    """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Shows the routing policy in force."""
     SetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _admin_pb2.SetPolicyResponse]  # type: ignore[assignment]
@@ -114,6 +176,73 @@ class RouterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CordonWorkerResponse, _abc.Awaitable[_admin_pb2.CordonWorkerResponse]]:
         """Stops giving a worker new work without telling it. NOT_FOUND when it is not registered. UndrainWorker ends it."""
+
+    @_abc_1.abstractmethod
+    def SleepWorker(
+        self,
+        request: _admin_pb2.SleepWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SleepWorkerResponse, _abc.Awaitable[_admin_pb2.SleepWorkerResponse]]:
+        """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
+        where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
+        done it within 120 s fails with DEADLINE_EXCEEDED.
+        """
+
+    @_abc_1.abstractmethod
+    def WakeWorker(
+        self,
+        request: _admin_pb2.WakeWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.WakeWorkerResponse, _abc.Awaitable[_admin_pb2.WakeWorkerResponse]]:
+        """Has a worker take its GPU's memory again and serve; nothing happens when it is awake. Errors as of SleepWorker; it
+        may take 600 s.
+        """
+
+    @_abc_1.abstractmethod
+    def ReloadWeights(
+        self,
+        request: _admin_pb2.ReloadWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ReloadWeightsResponse, _abc.Awaitable[_admin_pb2.ReloadWeightsResponse]]:
+        """Has a worker replace its model's weights in place. What runs there is finished first, within the worker's drain
+        bound, and goes on elsewhere after that. FAILED_PRECONDITION when the worker sleeps or the checkpoint can't be used;
+        the worker goes on with the weights that it had. Other errors as of SleepWorker; it may take 600 s. A worker process
+        that is started again has the weights of its configuration.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _admin_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.LoadAdapterResponse, _abc.Awaitable[_admin_pb2.LoadAdapterResponse]]:
+        """Has a worker serve a LoRA adapter under its own name. ALREADY_EXISTS when it has a model of that name;
+        INVALID_ARGUMENT when the adapter can't be taken, with what is wrong with it; FAILED_PRECONDITION when the worker
+        takes none, or no more. Other errors as of SleepWorker; it may take 150 s. A worker process that is started again has
+        the adapters of its configuration.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _admin_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UnloadAdapterResponse, _abc.Awaitable[_admin_pb2.UnloadAdapterResponse]]:
+        """Has a worker serve a LoRA adapter no more; generations that use it go on. NOT_FOUND when there is no such worker, or
+        no such adapter on it. Other errors as of SleepWorker; it may take 150 s.
+        """
+
+    @_abc_1.abstractmethod
+    def RollWorkers(
+        self,
+        request: _admin_pb2.RollWorkersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.RollWorkersResponse], _abc.AsyncIterator[_admin_pb2.RollWorkersResponse]]:
+        """Has several workers do the same, one after the other, in the order of their names, so that the others serve
+        meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
+        it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
+        meant.
+        """
 
     @_abc_1.abstractmethod
     def GetPolicy(

@@ -558,7 +558,7 @@ class Registration(_message.Message):
     requests sent to any address, so nobody outside the mesh may reach it.
     """
     engine: _builtins.str
-    """The kind of engine: "vllm" or "sim"."""
+    """The kind of engine: "vllm", "sim", or "openai" for a server with OpenAI's API."""
     pool: _builtins.str
     """The pool it belongs to."""
     max_running_count: _builtins.int
