@@ -34,7 +34,17 @@ _REQUEST_FILTERS = ("tenant", "model", "worker", "outcome")
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
 Count = Annotated[int, Meta(ge=1, le=2**53)]
 Endpoint = Literal[
-    "batches", "chat", "completions", "embeddings", "files", "generate", "models", "responses", "score", "tokenize"
+    "admin",
+    "batches",
+    "chat",
+    "completions",
+    "embeddings",
+    "files",
+    "generate",
+    "models",
+    "responses",
+    "score",
+    "tokenize",
 ]
 
 

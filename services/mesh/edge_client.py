@@ -108,15 +108,23 @@ def stream_router(door: Door, method: str, request: Any) -> Iterator[Any]:
             raise error_from_call(error) from error  # type: ignore[arg-type]  # it has what that reads
 
 
-def ask_gateway(door: Door, path: str, body: dict[str, Any] | None = None, *, timeout: float = _TIMEOUT_SECONDS) -> Any:
-    """The JSON that a path of the edge answers; with a body it is posted.
+def ask_gateway(
+    door: Door,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    method: str | None = None,
+    timeout: float = _TIMEOUT_SECONDS,
+) -> Any:
+    """The JSON that a path of the edge answers; with a body it is posted, unless another method is named.
 
     Raises:
         MeshError: it refused, or can't be reached.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {**door.headers, **({} if data is None else {"content-type": "application/json"})}
-    request = urllib.request.Request(f"{door.url}{path}", data=data, headers=headers)  # noqa: S310  # an operator's URL
+    url = f"{door.url}{path}"
+    request = urllib.request.Request(url, data=data, headers=headers, method=method)  # noqa: S310  # an operator's URL
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310  # as above
             return json.load(answer)

@@ -1,6 +1,6 @@
 """The commands of `tokenloom`, and their options."""
 
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -8,7 +8,7 @@ from services.common.endpoints import ENDPOINTS
 from services.mesh import bench, doctor, explain, keys, plan_command, policies, render, top, up, usage
 from services.mesh import option_values as values
 from services.mesh.edge_client import KEY_VARIABLE
-from services.mesh.option_parts import add_command, add_door, add_state
+from services.mesh.option_parts import add_command, add_door, add_listing, add_state
 from services.mesh.options_workers import add_adapters, add_workers
 
 __all__ = ["command_line"]
@@ -66,10 +66,9 @@ def _add_up(commands: Any) -> None:
 
 
 def _add_keys(commands: Any) -> None:
-    actions = add_command(commands, "keys", None, "API keys").add_subparsers(required=True, metavar="ACTION")
+    actions = add_listing(commands, "keys", keys.list_keys, "API keys; a list of them")
     create = add_command(actions, "create", keys.create, "make a key; it is shown once")
     _add_key_options(create)
-    listing = add_command(actions, "list", keys.list_keys, "list the keys")
     revoke = add_command(actions, "revoke", keys.revoke, "end a key")
     rotate = add_command(actions, "rotate", keys.rotate, "give a key a new secret; it is shown once")
     rotate.add_argument(
@@ -77,10 +76,10 @@ def _add_keys(commands: Any) -> None:
     )
     for action in (revoke, rotate):
         action.add_argument("id")
-    for action in (create, listing, rotate):
-        action.add_argument("--json", action="store_true")
-    for action in (create, listing, revoke, rotate):
-        add_state(action)
+    for action in (create, rotate):
+        action.add_argument("--json", action="store_true", default=SUPPRESS)
+    for action in (create, revoke, rotate):
+        add_door(action, inherits=True)
 
 
 def _add_key_options(create: ArgumentParser) -> None:
@@ -162,8 +161,8 @@ def _add_usage(commands: Any) -> None:
     trail.add_argument("--limit", type=values.at_least_one, default=100, metavar="N", help="default: %(default)s")
     for command in (reporting, trail):
         command.add_argument("--json", action="store_true")
-    for command in (reporting, erase, trail):
-        add_state(command)
+        add_door(command)
+    add_door(erase, inherits=True)
 
 
 def _add_render(commands: Any) -> None:

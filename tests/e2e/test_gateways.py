@@ -5,13 +5,14 @@ import json
 import os
 import signal
 from functools import partial
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from services.inference.sim_text import expected_text, tokenize
-from tests.support.commands import tokenloom
+from tests.support.commands import command, tokenloom
 from tests.support.mesh import Mesh
 from tests.support.waiting import eventually, wait_until
 
@@ -63,6 +64,47 @@ def test_a_key_of_the_command_line_opens_every_gateway(mesh: Mesh) -> None:
         wait_until(partial(opens, models, headers), within=5)
     listed = json.loads(tokenloom(mesh, "keys", "list", "--json").stdout)
     assert [key["name"] for key in listed] == ["admin", "ada"]
+
+
+def test_keys_usage_and_audit_of_a_mesh_elsewhere_are_reached_through_its_edge(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENLOOM_API_KEY", mesh.key)
+
+    def far(*arguments: str) -> Any:
+        ran = command(*arguments, "--json", "--edge", mesh.edge)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    def near(*arguments: str) -> Any:
+        return json.loads(tokenloom(mesh, *arguments, "--json").stdout)
+
+    made = far(
+        "keys", "create", "--name", "far", "--endpoints", "completions,models", "--rpm", "600", "--expires", "1h"
+    )
+    assert far("keys") == near("keys", "list")
+    headers = {"authorization": f"Bearer {made['key']}"}
+    wait_until(partial(opens, f"{mesh.edge}/v1/models", headers), within=5)
+    body = {"model": "sim", "prompt": "x", "max_tokens": 3}
+    assert httpx.post(f"{mesh.edge}/v1/completions", json=body, headers=headers).status_code == 200
+    wait_until(lambda: bool(far("usage", "--tenant", "far")), within=5)
+    (line,) = far("usage", "--tenant", "far", "--model", "sim")
+    assert (line["requests"], [line]) == (1, near("usage", "--tenant", "far"))
+    assert far("keys", "rotate", made["id"], "--grace", "1m")["id"] == made["id"]
+    assert command("keys", "revoke", made["id"], "--edge", mesh.edge).stdout == f"{made['id']} is revoked\n"
+    erased = command("usage", "--edge", mesh.edge, "erase", "--tenant", "far")
+    assert erased.stdout == "1 row of 'far' is erased\n"
+    trail = far("audit", "--limit", "4")
+    assert trail == near("audit", "--limit", "4")
+    (admin,) = [key["id"] for key in near("keys") if key["name"] == "admin"]
+    assert [(entry["action"], entry["actor"]) for entry in reversed(trail)] == [
+        ("keys.create", admin),
+        ("keys.rotate", admin),
+        ("keys.revoke", admin),
+        ("usage.erase", admin),
+    ]
+    unknown = command("keys", "revoke", made["id"], "--edge", mesh.edge)
+    assert (unknown.returncode, unknown.stderr) == (1, f"tokenloom: there is no key '{made['id']}'\n")
 
 
 async def test_with_an_sdks_own_retries_no_request_fails_when_a_gateway_is_killed(mesh: Mesh) -> None:

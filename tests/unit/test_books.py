@@ -90,6 +90,18 @@ def test_where_nothing_says_which_database_it_is_there_is_an_error_and_none_is_m
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_folder_that_is_said_before_the_action_is_the_one_that_counts(state: State, tmp_path: Path) -> None:
+    own = State(tmp_path / "own")
+    for each in (state, own):
+        each.make()
+        each.write_database(str(each.keys))
+        assert create(each, each.folder.name)[0] == 0
+    listed = command("keys", "--json", "--state-dir", str(own.folder), "list")
+    assert [key["name"] for key in json.loads(listed.stdout)] == ["own"]
+    erased = command("usage", "--state-dir", str(own.folder), "erase", "--tenant", "own")
+    assert str(own.keys) in erased.stderr
+
+
 def test_in_a_composed_gateway_it_is_the_gateways_own(
     tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,13 @@
 """The strict decoding of OpenAI request bodies: each refusal names the field and has OpenAI's code."""
 
 import json
+from typing import get_args
 
 import pytest
 
+from services.common.endpoints import ENDPOINTS
 from services.common.errors import MeshError, Reason
+from services.gateway.admin_api import Endpoint
 from services.gateway.convert import from_completion
 from services.gateway.convert_chat import from_chat
 from services.gateway.decoding import decode
@@ -324,3 +327,7 @@ def test_a_key_that_is_there_twice_is_refused_at_any_depth() -> None:
         with pytest.raises(MeshError) as caught:
             decode(body, ChatRequest)
         assert caught.value.reason is Reason.INVALID_REQUEST
+
+
+def test_operators_may_name_every_endpoint_there_is() -> None:
+    assert set(get_args(Endpoint)) == set(ENDPOINTS)
