@@ -1,7 +1,10 @@
 """What `make up` starts, with one worker more: real vLLM behind real Envoy."""
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,6 +14,7 @@ import pytest
 from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import inference_pb2_grpc
 
+from tests.support.demo_model import with_other_weights
 from tests.support.failover import Strike, said
 from tests.support.mesh import Mesh
 from tests.support.waiting import wait_until
@@ -147,3 +151,23 @@ def test_an_engine_process_that_is_stopped_is_reported_within_3_s_and_serves_aga
     wait_until(lambda: load()["state"] == "WORKER_STATE_READY", within=3)
     answer = vllm_mesh.sdk().completions.create(model="demo", prompt="Hi", max_tokens=2)
     assert answer.choices[0].finish_reason == "length"
+
+
+def test_rollouts_are_drawn_from_each_weights_in_turn_on_every_worker(vllm_mesh: Mesh, tmp_path: Path) -> None:
+    own, prompts = vllm_mesh.state_dir / "models" / "demo", tmp_path / "prompts.txt"
+    other = with_other_weights(own, tmp_path / "other")
+    prompts.write_text("\n".join(f"{index} mice lived in a small house" for index in range(8)))
+    command = [sys.executable, "examples/rollout.py", "--edge", vllm_mesh.edge, "--model", MODEL, "--samples", "2"]
+    command += ["--max-tokens", "16", "--prompts", str(prompts), "--weights", str(other), "--weights", str(own)]
+    environment = {**os.environ, "TOKENLOOM_API_KEY": vllm_mesh.key}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split()[0] for line in ran.stderr.splitlines()] == ["worker-0", "worker-1"] * 2
+    samples = [json.loads(line) for line in ran.stdout.splitlines()]
+    steps = [[sample for sample in samples if sample["step"] == step] for step in range(3)]
+    assert [len(step) for step in steps] == [16, 16, 16]
+    assert all(len(sample["logprobs"]) == len(sample["token_ids"]) > 0 for sample in samples)
+    assert all(logprob <= 0 for sample in samples for logprob in sample["logprobs"])
+    drawn = [[sample["token_ids"] for sample in step] for step in steps]
+    assert drawn[0] == drawn[2]
+    assert all(before != after for before, after in zip(drawn[0], drawn[1], strict=True))

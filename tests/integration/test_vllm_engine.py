@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -14,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from safetensors.torch import load_file, save_file
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
@@ -27,7 +25,7 @@ from services.inference.vllm_engine import VllmEngine
 from services.inference.vllm_environment import vllm_version
 from services.inference.vllm_life import StartTimeoutError
 from services.inference.vllm_nursery import prepare_process
-from tests.support.demo_model import demo_model
+from tests.support.demo_model import demo_model, with_other_weights
 from tests.support.engine_process import generate, refusal, worker_settings
 from tests.support.measured import measured
 from tests.support.sinks import Kept
@@ -141,10 +139,7 @@ async def test_the_journal_of_the_prefix_cache_has_the_names_that_routers_compar
 
 
 async def test_weights_are_replaced_in_place_and_come_back(engine: VllmEngine, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(demo_model(), other)
-    weights = load_file(other / "model.safetensors")
-    save_file({name: tensor.roll(1, 0) for name, tensor in weights.items()}, other / "model.safetensors")
+    other = with_other_weights(demo_model(), tmp_path / "other")
     before = await generate(engine, generation("before-reload", max_tokens=20))
     (core,) = engine._life.nursery.pids
     await engine.reload_weights(str(other))

@@ -269,6 +269,21 @@ def test_wrong_options_are_one_line_and_exit_code_2(
     assert not list(tmp_path.glob("**/mesh.json"))
 
 
+@pytest.mark.parametrize("arguments", [["workers"], ["explain", "x"], ["top", "--once"], ["policy", "show"]])
+def test_a_mesh_that_is_still_starting_is_told_from_one_that_does_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    state = State(tmp_path)
+    state.make()
+    with state.lock():
+        assert main([*arguments, "--state-dir", str(tmp_path)]) == 1
+        assert "is starting or stopping" in capsys.readouterr().err
+    # A launcher that was killed leaves its file behind.
+    state.write_mesh({"operators": "http://127.0.0.1:1", "admin_key": "k"})
+    assert main([*arguments, "--state-dir", str(tmp_path)]) == 1
+    assert f"no mesh runs in {tmp_path}" in capsys.readouterr().err
+
+
 def test_keys_are_made_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = ["--state-dir", str(tmp_path)]
     State(tmp_path).write_database(str(tmp_path / "keys.db"))

@@ -618,7 +618,9 @@ class SamplingParameters(_message.Message):
     min_tokens: _builtins.int
     """Fewest tokens of output before an end-of-sequence or stop may end it. Default 0."""
     seed: _builtins.int
-    """Makes sampling repeatable on the same worker. Default: none."""
+    """Makes sampling repeatable: the same request draws the same tokens, on any worker with the same engine and weights, but
+    for the rounding of its arithmetic. Default: none.
+    """
     ignore_eos: _builtins.bool
     """Go on past the end-of-sequence token. For load tests. Default false."""
     logprob_count: _builtins.int
