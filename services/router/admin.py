@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
-from google.protobuf.message import Message
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
@@ -28,14 +27,6 @@ __all__ = ["AdminServicer"]
 
 _BETWEEN_UPDATES_SECONDS: Final = 0.1
 _MOST_TENANTS: Final = 64
-# As the log has them.
-_WORDS: Final[dict[type[Message], str]] = {
-    worker_pb2.SleepRequest: "sleep",
-    worker_pb2.WakeRequest: "wake",
-    worker_pb2.ReloadWeightsRequest: "reload",
-    worker_pb2.LoadAdapterRequest: "load_adapter",
-    worker_pb2.UnloadAdapterRequest: "unload_adapter",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +41,7 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         decisions: Decisions,
         policies: Policies,
         policy_file: PolicyFile,
+        operations: Operations,
         clock: Clock,
     ) -> None:
         self._fleet = fleet
@@ -58,7 +50,7 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         self._policies = policies
         self._policy_file = policy_file
         self._clock = clock
-        self._operations = Operations(fleet, clock)
+        self._operations = operations
         self._closing = asyncio.Event()
         self._watches: set[asyncio.Event] = set()
 
@@ -149,10 +141,8 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
         """Has several workers do the same in turn."""
         field, meant = rolling.meant(request)
         operation = rolling.operation(request)
-        async with aclosing(self._operations.roll(meant, operation, field=field)) as rolled:
+        async with aclosing(self._operations.roll(meant, operation, field=field, by=_caller(context))) as rolled:
             async for done in rolled:
-                if done.error is None and not done.unchanged:
-                    _note(f"worker.{_WORDS[type(operation)]}", context, done.worker_id)
                 yield rolling.told(done)
 
     async def GetPolicy(self, request: admin_pb2.GetPolicyRequest, context: Any) -> admin_pb2.GetPolicyResponse:
@@ -202,16 +192,10 @@ class AdminServicer(admin_pb2_grpc.RouterAdminServiceServicer):
     def _found(self, worker_id: str, what: str, context: Any, found: bool) -> None:
         if not found:
             raise MeshError(Reason.NOT_FOUND, "no worker of this name is registered", field="worker_id")
-        _note(what, context, worker_id)
+        _log.info("operated", extra={"audit": what, "by": _caller(context), "worker": worker_id})
 
     async def _operate(self, worker_id: str, operation: Operation, context: Any) -> Any:
-        answer = await self._operations.run(worker_id, operation)
-        _note(f"worker.{_WORDS[type(operation)]}", context, worker_id)
-        return answer
-
-
-def _note(what: str, context: Any, worker_id: str) -> None:
-    _log.info("operated", extra={"audit": what, "by": _caller(context), "worker": worker_id})
+        return await self._operations.run(worker_id, operation, by=_caller(context))
 
 
 def _caller(context: Any) -> str:

@@ -30,6 +30,7 @@ from services.router.gpus import GpuWatch
 from services.router.http2 import Open
 from services.router.memory import AnswerLengths
 from services.router.metrics import FleetCollector, RouterMetrics
+from services.router.operations import Operations
 from services.router.picker import Picker
 from services.router.policy import Policies
 from services.router.policy_file import PolicyFile
@@ -88,6 +89,7 @@ async def running(settings: RouterSettings, *, tracer: Tracer | None = None) -> 
             ) as server,
             doors.edge(settings.picker) as picker_port,
             _background(core, settings.telemetry),
+            core.operations.calling(),
         ):
             await server.set_serving(True)
             try:
@@ -124,6 +126,7 @@ class _Core:
         self.clock: Clock = time.monotonic
         self.fleet = Fleet(self.clock)
         self.decisions = Decisions()
+        self.operations = Operations(self.fleet, self.clock)
         self.policies = Policies(
             self.fleet,
             settings.routing,
@@ -167,6 +170,7 @@ class _Doors:
             decisions=core.decisions,
             policies=core.policies,
             policy_file=core.policy_file,
+            operations=core.operations,
             clock=core.clock,
         )
 

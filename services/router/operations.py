@@ -1,8 +1,10 @@
 """What operators have workers do beside serving: calls of their WorkerService, on one, or on several in turn."""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -18,6 +20,7 @@ from services.router.worker import Worker
 
 __all__ = ["Done", "Operation", "Operations"]
 
+_log = logging.getLogger(__name__)
 _CONNECT_SECONDS: Final = 3.0
 # A worker that is woken, or has other weights, says so within a report or two.
 _BACK_SECONDS: Final = 30.0
@@ -27,6 +30,8 @@ _BACK_SECONDS: Final = 30.0
 class _Kind:
     method: str
     """The rpc of WorkerService."""
+    word: str
+    """As the log has it."""
     seconds: float
     """Longest that it may take; less than the edge lets a stream be silent."""
     serves_after: bool = False
@@ -36,11 +41,11 @@ class _Kind:
 
 
 _KINDS: Final[dict[type[Message], _Kind]] = {
-    worker_pb2.SleepRequest: _Kind("Sleep", 120.0),
-    worker_pb2.WakeRequest: _Kind("Wake", 600.0, serves_after=True),
-    worker_pb2.ReloadWeightsRequest: _Kind("ReloadWeights", 600.0, serves_after=True),
-    worker_pb2.LoadAdapterRequest: _Kind("LoadAdapter", 150.0, settled=Reason.ALREADY_EXISTS),
-    worker_pb2.UnloadAdapterRequest: _Kind("UnloadAdapter", 150.0, settled=Reason.NOT_FOUND),
+    worker_pb2.SleepRequest: _Kind("Sleep", "sleep", 120.0),
+    worker_pb2.WakeRequest: _Kind("Wake", "wake", 600.0, serves_after=True),
+    worker_pb2.ReloadWeightsRequest: _Kind("ReloadWeights", "reload", 600.0, serves_after=True),
+    worker_pb2.LoadAdapterRequest: _Kind("LoadAdapter", "load_adapter", 150.0, settled=Reason.ALREADY_EXISTS),
+    worker_pb2.UnloadAdapterRequest: _Kind("UnloadAdapter", "unload_adapter", 150.0, settled=Reason.NOT_FOUND),
 }
 Operation = (
     worker_pb2.SleepRequest
@@ -72,14 +77,29 @@ class Done:
 
 
 class Operations:
-    """Calls workers where they registered. Who leaves while a worker is called ends that call, too."""
+    """Calls workers where they registered. What a worker has begun goes to its end, also when who asked for it leaves:
+    weights that are replaced by half would cost the worker its engine."""
 
     def __init__(self, fleet: Fleet, clock: Clock) -> None:
         self._fleet = fleet
         self._clock = clock
+        self._calls: asyncio.TaskGroup
+        self._open: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
-    async def run(self, worker_id: str, operation: Operation) -> Any:
-        """Has one worker do it; returns its answer.
+    @asynccontextmanager
+    async def calling(self) -> AsyncIterator[None]:
+        """Workers can be called while the block runs; what is not done at its end is given up."""
+        async with asyncio.TaskGroup() as self._calls:
+            try:
+                yield
+            finally:
+                self._closing = True
+                for call in self._open:
+                    call.cancel()
+
+    async def run(self, worker_id: str, operation: Operation, *, by: str) -> Any:
+        """Has one worker do it, for whoever `by` names; returns its answer.
 
         Raises:
             MeshError: NOT_FOUND, no such worker is registered; NO_READY_WORKER, it can't be reached or is lost;
@@ -88,12 +108,27 @@ class Operations:
         worker = self._fleet.get(worker_id)
         if worker is None:
             raise MeshError(Reason.NOT_FOUND, "no worker of this name is registered", field="worker_id")
-        return await _call(worker, operation)
+        if self._closing:
+            raise _stopping()
+        call = self._calls.create_task(_outcome(worker, operation, by))
+        self._open.add(call)
+        call.add_done_callback(self._open.discard)
+        try:
+            answer, error = await asyncio.shield(call)
+        except asyncio.CancelledError:
+            if call.cancelled():
+                raise _stopping() from None
+            raise
+        if error is not None:
+            raise error
+        return answer
 
-    async def roll(self, meant: Callable[[Worker], bool], operation: Operation, *, field: str) -> AsyncGenerator[Done]:
-        """Has those workers that are `meant` do it, one after the other by name, until one fails.
+    async def roll(
+        self, meant: Callable[[Worker], bool], operation: Operation, *, field: str, by: str
+    ) -> AsyncGenerator[Done]:
+        """Has those workers that are `meant` do it, one after the other by name, until one fails or who asks leaves.
 
-        `field` is named where none is meant.
+        `field` is named where none is meant; `by` as for run().
 
         Raises:
             MeshError: NOT_FOUND, no worker is meant.
@@ -105,7 +140,7 @@ class Operations:
             worker_id = left.pop(0)
             began, error, unchanged = time.monotonic(), None, ""
             try:
-                await self._turn(worker_id, operation)
+                await self._turn(worker_id, operation, by)
             except MeshError as failed:
                 if failed.reason is _kind(operation).settled and self._fleet.get(worker_id) is not None:
                     unchanged = failed.message
@@ -116,8 +151,8 @@ class Operations:
             if error is not None:
                 return
 
-    async def _turn(self, worker_id: str, operation: Operation) -> None:
-        await self.run(worker_id, operation)
+    async def _turn(self, worker_id: str, operation: Operation, by: str) -> None:
+        await self.run(worker_id, operation, by=by)
         if _kind(operation).serves_after:
             await self._back(worker_id)
 
@@ -143,8 +178,24 @@ class Operations:
         return None if worker.drained or worker.cordoned else worker.excluded_reason(self._clock()) or None
 
 
+def _stopping() -> MeshError:
+    return MeshError(Reason.NO_READY_WORKER, "the router stops, and nobody knows whether the worker has done it")
+
+
 def _kind(operation: Operation) -> _Kind:
     return _KINDS[type(operation)]
+
+
+async def _outcome(worker: Worker, operation: Operation, by: str) -> tuple[Any, Exception | None]:
+    """What comes of a call. Errors are for who waits for it, if anybody does, and not for the others' calls."""
+    said = {"audit": f"worker.{_kind(operation).word}", "by": by, "worker": worker.worker_id}
+    try:
+        answer = await _call(worker, operation)
+    except Exception as error:  # noqa: BLE001  # it is raised where it is waited for
+        _log.info("not operated", extra={**said, "cause": str(error)})
+        return None, error
+    _log.info("operated", extra=said)
+    return answer, None
 
 
 async def _call(worker: Worker, operation: Operation) -> Any:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -14,6 +14,7 @@ from tokenloom.inference.v1 import generation_pb2 as pb
 from tokenloom.inference.v1 import worker_pb2
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
+from services.common import rpc
 from services.common.errors import MeshError, Reason
 from services.common.settings_worker import SimSettings
 from services.common.status import error_from_call, error_from_status
@@ -175,6 +176,50 @@ async def test_a_worker_that_is_unknown_or_does_not_answer_is_told_without_its_a
         assert (away.reason, away.message) == (Reason.NO_READY_WORKER, "the worker can't be reached")
 
 
+class ReloadsSlowly(SimEngine):
+    """It has other weights once it is told so."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked, self.may_end, self.ended = asyncio.Event(), asyncio.Event(), False
+
+    async def reload_weights(self, path: str) -> None:
+        self.asked.set()
+        await self.may_end.wait()
+        await super().reload_weights(path)
+        self.ended = True
+
+
+async def test_what_a_worker_has_begun_goes_to_its_end_when_the_operator_leaves_and_no_other_begins() -> None:
+    async with fleet_of("w0", "w1", make_engine=ReloadsSlowly) as (router, admin, workers):
+        first, second = (cast("ReloadsSlowly", worker.engine) for worker in workers)
+        request = admin_pb2.RollWorkersRequest(all=True, reload_weights=worker_pb2.ReloadWeightsRequest())
+        call = admin.RollWorkers(request)
+        reading = asyncio.create_task(call.read())
+        await asyncio.wait_for(first.asked.wait(), 5)
+        call.cancel()
+        await asyncio.wait([reading])
+        await asyncio.sleep(0.1)
+        assert workers[0].gate.reason == "the weights are being replaced"
+        first.may_end.set()
+        await eventually(lambda: first.ended and workers[0].gate.reason == "", within=5)
+        await eventually(lambda: ready(router, "w0"), within=5)
+        assert not second.asked.is_set()
+
+
+async def test_an_operator_who_waits_for_a_worker_when_the_router_stops_is_told_so() -> None:
+    async with sim_worker(SLOW, make_engine=ReloadsSlowly) as worker, AsyncExitStack() as later:
+        async with running_router() as (router, _), registered(worker, f"127.0.0.1:{router.port}", worker_id="w0"):
+            await eventually(lambda: ready(router, "w0"), within=10)
+            connection = await later.enter_async_context(rpc.channel(f"127.0.0.1:{router.port}"))
+            admin: Any = admin_pb2_grpc.RouterAdminServiceStub(connection)
+            call = admin.ReloadWeights(admin_pb2.ReloadWeightsRequest(worker_id="w0"))
+            await asyncio.wait_for(cast("ReloadsSlowly", worker.engine).asked.wait(), 5)
+        error = await refusal(call)
+    assert error.reason is Reason.NO_READY_WORKER
+    assert error.message.startswith("the router stops")
+
+
 class FallsAsleepSlowly(SimEngine):
     """It never says that it sleeps."""
 
@@ -182,9 +227,9 @@ class FallsAsleepSlowly(SimEngine):
         await asyncio.Event().wait()
 
 
-async def test_a_worker_whose_operator_left_while_it_fell_asleep_can_be_woken() -> None:
+async def test_a_worker_whose_router_left_while_it_fell_asleep_can_be_woken() -> None:
     async with fleet_of("w0", make_engine=FallsAsleepSlowly) as (router, admin, (worker,)):
-        call = admin.SleepWorker(admin_pb2.SleepWorkerRequest(worker_id="w0"))
+        call = cast("Any", worker.worker).Sleep(worker_pb2.SleepRequest())
         await eventually(lambda: worker.gate.reason == "the worker falls asleep", within=5)
         call.cancel()
         await eventually(lambda: worker.gate.reason == "the worker is asleep", within=5)

@@ -149,7 +149,7 @@ class RouterAdminServiceServicer:
     def SleepWorker(self, request, context):
         """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
         where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
-        done it within 120 s fails with DEADLINE_EXCEEDED.
+        done it within 120 s fails with DEADLINE_EXCEEDED. What a worker has begun goes to its end when the caller leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,8 +194,8 @@ class RouterAdminServiceServicer:
     def RollWorkers(self, request, context):
         """Has several workers do the same, one after the other, in the order of their names, so that the others serve
         meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
-        it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
-        meant.
+        it is done with. The first that fails ends it, and the others are left as they are; so are those whose turn has
+        not come when the caller leaves. NOT_FOUND when no worker is meant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

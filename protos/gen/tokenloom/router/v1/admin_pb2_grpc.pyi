@@ -46,7 +46,7 @@ class RouterAdminServiceStub:
     SleepWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SleepWorkerRequest, _admin_pb2.SleepWorkerResponse]
     """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
     where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
-    done it within 120 s fails with DEADLINE_EXCEEDED.
+    done it within 120 s fails with DEADLINE_EXCEEDED. What a worker has begun goes to its end when the caller leaves.
     """
     WakeWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.WakeWorkerRequest, _admin_pb2.WakeWorkerResponse]
     """Has a worker take its GPU's memory again and serve; nothing happens when it is awake. Errors as of SleepWorker; it
@@ -71,8 +71,8 @@ class RouterAdminServiceStub:
     RollWorkers: _grpc.UnaryStreamMultiCallable[_admin_pb2.RollWorkersRequest, _admin_pb2.RollWorkersResponse]
     """Has several workers do the same, one after the other, in the order of their names, so that the others serve
     meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
-    it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
-    meant.
+    it is done with. The first that fails ends it, and the others are left as they are; so are those whose turn has
+    not come when the caller leaves. NOT_FOUND when no worker is meant.
     """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]
     """Shows the routing policy in force."""
@@ -99,7 +99,7 @@ class RouterAdminServiceAsyncStub(RouterAdminServiceStub):
     SleepWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.SleepWorkerRequest, _admin_pb2.SleepWorkerResponse]  # type: ignore[assignment]
     """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
     where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
-    done it within 120 s fails with DEADLINE_EXCEEDED.
+    done it within 120 s fails with DEADLINE_EXCEEDED. What a worker has begun goes to its end when the caller leaves.
     """
     WakeWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.WakeWorkerRequest, _admin_pb2.WakeWorkerResponse]  # type: ignore[assignment]
     """Has a worker take its GPU's memory again and serve; nothing happens when it is awake. Errors as of SleepWorker; it
@@ -124,8 +124,8 @@ class RouterAdminServiceAsyncStub(RouterAdminServiceStub):
     RollWorkers: _aio.UnaryStreamMultiCallable[_admin_pb2.RollWorkersRequest, _admin_pb2.RollWorkersResponse]  # type: ignore[assignment]
     """Has several workers do the same, one after the other, in the order of their names, so that the others serve
     meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
-    it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
-    meant.
+    it is done with. The first that fails ends it, and the others are left as they are; so are those whose turn has
+    not come when the caller leaves. NOT_FOUND when no worker is meant.
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _admin_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Shows the routing policy in force."""
@@ -185,7 +185,7 @@ class RouterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.SleepWorkerResponse, _abc.Awaitable[_admin_pb2.SleepWorkerResponse]]:
         """Has a worker give its GPU's memory back until WakeWorker. NOT_FOUND when it is not registered. FAILED_PRECONDITION
         where its engine can't, or while generations run: drain it first. UNAVAILABLE when it can't be reached. Who has not
-        done it within 120 s fails with DEADLINE_EXCEEDED.
+        done it within 120 s fails with DEADLINE_EXCEEDED. What a worker has begun goes to its end when the caller leaves.
         """
 
     @_abc_1.abstractmethod
@@ -240,8 +240,8 @@ class RouterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.RollWorkersResponse], _abc.AsyncIterator[_admin_pb2.RollWorkersResponse]]:
         """Has several workers do the same, one after the other, in the order of their names, so that the others serve
         meanwhile: whoever was woken or has other weights takes work again before the next one's turn. Each is told of when
-        it is done with. The first that fails ends it, and the others are left as they are. NOT_FOUND when no worker is
-        meant.
+        it is done with. The first that fails ends it, and the others are left as they are; so are those whose turn has
+        not come when the caller leaves. NOT_FOUND when no worker is meant.
         """
 
     @_abc_1.abstractmethod
