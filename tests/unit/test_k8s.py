@@ -15,7 +15,6 @@ from services.common.settings_worker import WorkerSettings
 from services.mesh.__main__ import main
 from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.compose import compose_file
-from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.config_file import load_mesh
 from services.mesh.k8s import manifests
 from services.mesh.k8s_growth import Growth
