@@ -4,8 +4,10 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
+from selectors import EVENT_READ, DefaultSelector
+from socket import socket, socketpair
 from socketserver import ThreadingMixIn
 from typing import Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -53,9 +55,6 @@ QUEUE_SECONDS: Final = (0.0005, 0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1.0, 2.0, 5.
 
 OTHER: Final = "other"
 """The value of a label that has had too many different ones already."""
-
-# How long stopping may take; the standard library's default would hold up every shutdown for half a second.
-_POLL_SECONDS: Final = 0.05
 
 # When a series began is a series of its own, and nobody asks for it.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped upstream
@@ -185,13 +184,30 @@ def serve_metrics(service: str, settings: ProcessSettings, registry: CollectorRe
     ProcessCollector(registry=registry)
     registry.register(SpanCounts())
     host, _, port = settings.metrics.rpartition(":")
-    server = make_server(host, int(port), make_wsgi_app(registry), _Server, _SilentHandler)
-    thread = threading.Thread(target=server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True)
+    with ExitStack() as stack:
+        server = stack.enter_context(make_server(host, int(port), make_wsgi_app(registry), _Server, _SilentHandler))
+        stack.enter_context(_serving(server))
+        stack.enter_context(pushed(service, settings.name, settings.metrics_push, registry))
+        yield server.server_port
+
+
+@contextmanager
+def _serving(server: WSGIServer) -> Iterator[None]:
+    """Serves on a thread of its own, which sleeps until somebody asks: the standard library's looks up now and then."""
+    stays, leaves = socketpair()
+    thread = threading.Thread(target=_serve, args=(server, stays), name="metrics", daemon=True)
     thread.start()
-    try:
-        with pushed(service, settings.name, settings.metrics_push, registry):
-            yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
+    with stays:
+        with leaves:
+            yield
         thread.join(timeout=2)
+
+
+def _serve(server: WSGIServer, until: socket) -> None:
+    # Whoever asked may be gone again.
+    server.timeout = 0
+    with DefaultSelector() as selector:
+        selector.register(server, EVENT_READ)
+        selector.register(until, EVENT_READ)
+        while all(key.fileobj is not until for key, _ in selector.select()):
+            server.handle_request()
