@@ -181,7 +181,7 @@ class WorkerSettings(ProcessSettings, kw_only=True, frozen=True, forbid_unknown_
     client_timeout_seconds: Positive = 30.0
     """How long a client of the typed API may take nothing of its answer before its generation is stopped."""
     report_seconds: Annotated[float, Meta(gt=0, le=0.25)] = 0.1
-    """Longest between two load reports."""
+    """Longest between two load reports while anything runs; while nothing does, 0.2 s."""
     isolate_tenants: bool = True
     """Whether what one tenant's prompts leave in the engine's cache serves that tenant alone."""
     new_forms_per_minute: Count = 120

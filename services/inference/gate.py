@@ -1,7 +1,8 @@
 """Whether a worker takes work: its engine, and the reasons to keep requests away from it."""
 
+import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 
 from services.common.errors import MeshError, Reason
@@ -30,6 +31,7 @@ class Gate:
         self._drained = False
         self._stopping = False
         self._held: tuple[State, str] | None = None
+        self._resting: set[asyncio.Future[None]] = set()
 
     @property
     def state(self) -> State:
@@ -62,6 +64,7 @@ class Gate:
 
     def admit(self) -> Engine:
         """The engine, for a generation; raises MeshError (NO_READY_WORKER) when none is taken."""
+        self._stir()
         if self._stopping:
             raise _not_ready("the worker is stopping")
         state, reason = self._condition()
@@ -69,9 +72,30 @@ class Gate:
             raise _not_ready(reason)
         return self.engine
 
+    async def stirred(self, within: float) -> bool:
+        """Waits until something is admitted or the gate is moved; False after `within` seconds without either.
+
+        What befalls the engine itself is not told.
+        """
+        waiter = asyncio.get_running_loop().create_future()
+        self._resting.add(waiter)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await waiter
+            return waiter.done() and not waiter.cancelled()
+        finally:
+            self._resting.discard(waiter)
+
+    def _stir(self) -> None:
+        for waiter in self._resting:
+            if not waiter.done():
+                waiter.set_result(None)
+
     def open(self, engine: Engine) -> None:
         """The engine is up."""
         self._engine = engine
+        self._stir()
 
     def close(self) -> None:
         """The engine is gone."""
@@ -80,10 +104,12 @@ class Gate:
     def hold(self, state: State, reason: str) -> None:
         """Takes nothing new for a reason of its own, until release()."""
         self._held = state, reason
+        self._stir()
 
     def release(self) -> None:
         """Ends hold()."""
         self._held = None
+        self._stir()
 
     @contextmanager
     def holding(self, state: State, reason: str) -> Iterator[None]:
@@ -97,14 +123,17 @@ class Gate:
     def drain(self) -> None:
         """Takes nothing new, until undrain()."""
         self._drained = True
+        self._stir()
 
     def undrain(self) -> None:
         """Takes work again, unless the worker is stopping."""
         self._drained = False
+        self._stir()
 
     def stop(self) -> None:
         """Takes nothing new, ever."""
         self._stopping = True
+        self._stir()
 
 
 def _not_ready(message: str) -> MeshError:

@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 _FIRST_BACKOFF_SECONDS: Final = 0.05
 _LAST_BACKOFF_SECONDS: Final = 0.5
 _ANSWER_SECONDS: Final = 5.0
+# While nothing runs there is nothing to tell but that the worker is still there; routers are promised to hear that each
+# quarter of a second.
+_REST_SECONDS: Final = 0.2
 # A change is told this many times sooner than the next report is due: soon, and yet not with each request.
 _CHECKS_A_REPORT: Final = 4
 _STATES: Final = {
@@ -42,7 +45,7 @@ class Registration:
         report_seconds: float,
         abandoned: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """`report_seconds` is the longest between two reports.
+        """`report_seconds` is the longest between two reports while anything runs.
 
         `abandoned` gives the ids of requests that were given up lately.
         """
@@ -103,9 +106,15 @@ class Registration:
             await self._wait(_gist(state, load), told)
 
     async def _wait(self, gist: tuple[State, int, int], cards: Sequence[EngineCard]) -> None:
+        clock, look_seconds = asyncio.get_running_loop().time, self._report_seconds / _CHECKS_A_REPORT
+        state, running, waiting = gist
+        rests = not running and not waiting and state is not State.STARTING
+        until = clock() + (_REST_SECONDS if rests else self._report_seconds) - look_seconds / 2
+        if rests and not await self._gate.stirred(_REST_SECONDS):
+            return
         # Load has no event to wait for: it is read, not pushed.
-        for _ in range(_CHECKS_A_REPORT):
-            await asyncio.sleep(self._report_seconds / _CHECKS_A_REPORT)
+        while clock() < until:
+            await asyncio.sleep(look_seconds)
             if _gist(*self._now()) != gist or self._cards(cards) != cards:
                 return
 

@@ -31,7 +31,7 @@ from services.inference.spans import Spans
 __all__ = ["Worker"]
 
 _log = logging.getLogger(__name__)
-_HEALTH_SECONDS: Final = 0.05
+_HEALTH_SECONDS: Final = 0.2
 _GRACE_SECONDS: Final = 2.0
 _RETRY_SECONDS: Final = 1.0
 

@@ -130,6 +130,13 @@ async def test_reports_keep_coming_while_nothing_happens() -> None:
 
 
 @measured
+async def test_a_worker_that_has_nothing_to_do_says_so_no_more_often_than_it_must() -> None:
+    async with sim_worker() as worker, router_at() as (router, address), registered(worker, address):
+        await eventually(lambda: len(router.loads) >= 6, within=5)
+    assert router.times[5] - router.times[0] > 5 * 0.15
+
+
+@measured
 async def test_a_change_is_reported_soon_and_a_measurement_with_it() -> None:
     sim = SimSettings(decode_step_ms=5)
     async with sim_worker(sim) as worker, router_at() as (router, address), registered(worker, address):
