@@ -8,7 +8,6 @@ from typing import Any, Final, Self
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from services.common.tables import COUNTERS, METADATA, VERSION
 
@@ -23,6 +22,7 @@ DatabaseError = SQLAlchemyError
 
 _BUSY_SECONDS: Final = 5
 _CONNECT_SECONDS: Final = 2
+_RECYCLE_SECONDS: Final = 30
 _STATEMENT_MS: Final = 10_000
 # Any number, as long as it is always the same one: it keeps two processes from migrating at once.
 _MIGRATION_LOCK: Final = 0x746C6D
@@ -99,8 +99,11 @@ def url_of(where: str | Path) -> str:
 
 def _engine(url: str) -> Engine:
     if url.startswith("sqlite:"):
-        # Connections of a file are cheap, and one that is kept could be met by two threads at once.
-        engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, poolclass=NullPool)
+        # Whoever opens a file reads all of its schema, and whoever closes it last writes its log back: far more than
+        # most have to do there. Anew now and then, lest somebody has put another file in its place.
+        engine = create_engine(
+            url, connect_args={"timeout": _BUSY_SECONDS}, pool_size=2, max_overflow=-1, pool_recycle=_RECYCLE_SECONDS
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine

@@ -20,6 +20,7 @@ from services.common.tables import COUNTERS, KEYS
 __all__ = ["KEY_PREFIX", "KeyRecord", "KeyStore", "hash_of"]
 
 KEY_PREFIX: Final = "tl-"
+_COUNT: Final = select(COUNTERS.c.value).where(COUNTERS.c.name == "keys")
 _LIMITS: Final = ("rpm", "tpm", "concurrency", "budget")
 
 
@@ -167,8 +168,7 @@ class KeyStore:
     def version(self) -> int:
         """Differs from an earlier answer when the keys have changed since."""
         with self._database.reading() as connection:
-            query = select(COUNTERS.c.value).where(COUNTERS.c.name == "keys")
-            return int(connection.execute(query).scalar_one())
+            return int(connection.execute(_COUNT).scalar_one())
 
 
 def hash_of(key: str) -> bytes:
