@@ -1,6 +1,6 @@
 """What a request would cost on a worker, in seconds. Pure functions of a snapshot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, overload
 
 from services.common.policy import SloClass
@@ -17,8 +17,8 @@ __all__ = [
     "Rates",
     "against",
     "better",
-    "cheaper",
     "costs",
+    "costs_where_known",
     "is_late",
     "outlook",
     "predict",
@@ -278,17 +278,17 @@ def predict(ahead: Outlook, demand: Demand, now: float, cached: float = 0.0) -> 
     return ttft, tpot, cost, slot, cached, delay
 
 
-def costs(outlooks: Sequence[Outlook], demand: Demand, now: float) -> list[float]:
-    """The cost on each of several workers of which none has anything of the prompt cached, as `predict` has it.
+def costs(outlooks: Iterable[Outlook], demand: Demand, now: float) -> list[float]:
+    """The cost on each of several workers, as `predict` has it, where nobody knows anything of the prompt.
 
     This is where the time of a decision goes, so it is written out.
     """
-    prompt, output, known, weight = demand
-    total, prefill, steps, waits = prompt + output, prompt + _TWICE * known, 1.0 + weight * output, 1.0 + _TOLL
-    found = [
+    prompt, output, _, weight = demand
+    total, steps, waits = prompt + output, 1.0 + weight * output, 1.0 + _TOLL
+    return [
         attempts
         * (
-            prefill * prefill_token
+            prompt * prefill_token
             + delay
             + steps * tpot
             + waits * (slot + (clear_at - now if clear_at > now else 0.0))
@@ -300,18 +300,33 @@ def costs(outlooks: Sequence[Outlook], demand: Demand, now: float) -> list[float
         )
         for prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay, _ in outlooks
     ]
-    if not known:
-        return found
-    # Spelled out apart, since most prompts are known to nobody.
-    company = _COMPANY * output
-    return [cost + company * ahead[9] * ahead[7] for cost, ahead in zip(found, outlooks, strict=True)]
 
 
-def cheaper(ahead: Outlook, demand: Demand, now: float, cached: float) -> float:
-    """How much less a request costs on a worker because of the tokens of its prompt that are cached there."""
-    prefill_token, clear_at, _, _, _, _, _, attempts, _, _ = ahead
-    toll = _TOLL * (clear_at - now) / demand.prompt if clear_at > now else 0.0
-    return ((1.0 + _TWICE) * prefill_token + toll) * cached * attempts
+def costs_where_known(outlooks: Iterable[Outlook], demand: Demand, now: float, cached: Iterable[float]) -> list[float]:
+    """The same where somebody does; `cached` has the tokens of the prompt that each worker has."""
+    prompt, output, known, weight = demand
+    total, steps, waits = prompt + output, 1.0 + weight * output, 1.0 + _TOLL
+    prefill, less, company, toll = prompt + _TWICE * known, 1.0 + _TWICE, _COMPANY * output, _TOLL / prompt
+    return [
+        attempts
+        * (
+            (prefill - less * tokens) * prefill_token
+            + delay
+            + steps * tpot
+            + company * beside
+            + waits * slot
+            + ((waits - toll * tokens) * (clear_at - now) if clear_at > now else 0.0)
+            + (
+                (waits * (total - kv_free if total > kv_free else 0.0) + total - kv_spare) * kv_token
+                if total > kv_spare
+                else 0.0
+            )
+        )
+        for (
+            (prefill_token, clear_at, slot, tpot, kv_free, kv_spare, kv_token, attempts, delay, beside),
+            tokens,
+        ) in zip(outlooks, cached, strict=True)
+    ]
 
 
 def against(slo: SloClass, prediction: Prediction, output: float) -> Prediction:
@@ -347,11 +362,9 @@ class Forecast(Sequence[Prediction]):
         """The cost on each worker."""
         if self._slo is not None:
             return [one[2] for one in self]
-        found = costs(self._outlooks, self._demand, self._now)
-        for place, cached in enumerate(self._cached):
-            if cached:
-                found[place] -= cheaper(self._outlooks[place], self._demand, self._now, cached)
-        return found
+        if self._demand.known:
+            return costs_where_known(self._outlooks, self._demand, self._now, self._cached)
+        return costs(self._outlooks, self._demand, self._now)
 
     def __len__(self) -> int:
         return len(self._outlooks)

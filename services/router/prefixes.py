@@ -255,7 +255,7 @@ class Prefixes:
         for size, index in self._tokens.items():
             for name, depth in index.depths(token_block_hashes(ids, size, salt=salt)).items():
                 # The last token is computed all the same.
-                found[name] = float(min(depth * size, len(ids) - 1))
+                found[name] = float(min(depth * size, len(ids) - 1, request.prompt_tokens))
         return found
 
 

@@ -105,6 +105,22 @@ def test_what_a_worker_tells_counts_where_tokens_are_known() -> None:
     assert prefixes.cached(whole) == {"w0": 95.0}
 
 
+@pytest.mark.parametrize("count", [0, 10])
+def test_of_a_prompt_that_is_said_to_be_shorter_than_its_tokens_no_more_is_cached_than_it_has(count: int) -> None:
+    bench = Bench()
+    workers = [bench.worker(name, block_tokens=16) for name in ("w0", "w1")]
+    tokens = tuple(range(100))
+    stored = token_block_hashes(tokens, 16, salt=salt_of("demo"))
+    bench.prefixes.tell(workers[0], 1, cleared=True, stored=stored, removed=[])
+    for one in workers:
+        bench.report(one, pending_prefill_tokens=1000)
+    request = Request(model="demo", prompt_tokens=count, prompt_token_ids=tokens)
+    decision = bench.scheduler.pick(request)
+    assert decision.prediction is not None
+    assert decision.prediction[0] > 0
+    assert bench.prefixes.cached(request) == {"w0": count}
+
+
 def test_after_a_gap_a_worker_is_not_believed_until_it_starts_from_nothing() -> None:
     prefixes, one = Prefixes(), worker(block_tokens=16)
     tokens = tuple(range(64))
