@@ -13,6 +13,7 @@ from services.common.quota import KeyLimits
 from services.mesh.actor import local_actor
 from services.mesh.books import find_database
 from services.mesh.edge_client import Door, ask_gateway, door_of
+from services.mesh.option_parts import DEFAULT_STATE
 from services.mesh.state import State
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class Accounting(Protocol):
 
 
 @contextmanager
-def accounting_of(arguments: Namespace) -> Iterator[Accounting]:
-    """That of the mesh that the options name.
+def accounting_of(arguments: Namespace, *, may_begin: bool = False) -> Iterator[Accounting]:
+    """That of the mesh that the options name; `may_begin`: or that is yet to run in a folder that they name.
 
     Raises:
         MeshError: nothing says where it is, or the key for its edge is missing.
@@ -71,7 +72,7 @@ def accounting_of(arguments: Namespace) -> Iterator[Accounting]:
     from services.common.database import Database  # noqa: PLC0415
     from services.common.keystore import KeyStore  # noqa: PLC0415
 
-    where = find_database(State(arguments.state_dir))
+    where = find_database(State(arguments.state_dir), may_begin=may_begin and arguments.state_dir != DEFAULT_STATE)
     with KeyStore(where) as store, Database(where) as database:
         yield _InDatabase(store, database)
 

@@ -17,8 +17,10 @@ SETTINGS_VARIABLE: Final = "TOKENLOOM_GATEWAY_SETTINGS"
 """Names the settings file of the gateway beside which a command runs, as in a container."""
 
 
-def find_database(state: State) -> str:
+def find_database(state: State, *, may_begin: bool = False) -> str:
     """The database of the mesh that runs here; says which one it takes where no mesh does.
+
+    `may_begin`: where no mesh has run yet, the one that a mesh has there unless it is told another, made if need be.
 
     Raises:
         MeshError: nothing says which it is, or two things do.
@@ -26,6 +28,8 @@ def find_database(state: State) -> str:
     """
     settings, runs = os.environ.get(SETTINGS_VARIABLE), state.running_pid() is not None
     if settings is None:
+        if may_begin and not runs and state.read_database() is None and not state.keys.exists():
+            return _begun(state)
         found = database_of_folder(state)
         if not runs:
             said = f"no mesh runs in {state.folder}; these are the books of the one that ran last: {shown(found)}"
@@ -66,6 +70,13 @@ def shown(where: str) -> str:
         return where
     parts = urlsplit(where)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else where
+
+
+def _begun(state: State) -> str:
+    state.make()
+    said = f"no mesh has run in {state.folder} yet; one takes this from {state.keys}, unless it has a database_url"
+    sys.stderr.write(f"tokenloom: {said}\n")
+    return str(state.keys)
 
 
 def _of_gateway(path: Path) -> str:

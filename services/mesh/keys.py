@@ -18,7 +18,7 @@ RIGHTS: Final = ("admin", "debug", "degrade")
 def create(arguments: Namespace) -> int:
     """Makes a key and shows it, this once."""
     asked = _asked(arguments)
-    with accounting_of(arguments) as accounting:
+    with accounting_of(arguments, may_begin=True) as accounting:
         _show(arguments, accounting.create_key(asked))
     return 0
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 from services.mesh import option_values as values
 from services.mesh.edge_client import KEY_VARIABLE
 
-__all__ = ["add_command", "add_door", "add_listing", "add_state"]
+__all__ = ["DEFAULT_STATE", "add_command", "add_door", "add_listing", "add_state"]
 
-_DEFAULT_STATE: Final = Path(".tokenloom")
+DEFAULT_STATE: Final = Path(".tokenloom")
 
 
 def add_command(commands: Any, name: str, run: Callable[[Namespace], int] | None, about: str) -> ArgumentParser:
@@ -35,8 +35,8 @@ def add_listing(commands: Any, name: str, run: Callable[[Namespace], int], about
 
 def add_state(command: ArgumentParser, *, inherits: bool = False) -> None:
     """Which mesh of this machine; `inherits`: what was said before the action counts where the action says nothing."""
-    default = SUPPRESS if inherits else _DEFAULT_STATE
-    about = f"default: {_DEFAULT_STATE}"
+    default = SUPPRESS if inherits else DEFAULT_STATE
+    about = f"default: {DEFAULT_STATE}"
     command.add_argument("--state-dir", type=Path, default=default, metavar="DIR", help=about)
 
 

@@ -79,7 +79,26 @@ def test_after_a_mesh_its_database_is_taken_and_named_without_its_password(state
     assert "secret" not in command("doctor", "--no-requests", "--json", "--state-dir", str(state.folder)).stdout
 
 
-@pytest.mark.parametrize("arguments", [("keys", "list"), ("keys", "create", "--name", "a"), ("usage",), ("audit",)])
+def test_a_key_may_be_made_before_a_mesh_runs_in_the_folder_that_is_named(state: State, tmp_path: Path) -> None:
+    new = State(tmp_path / "new")
+    returned, said = create(new, "ada")
+    assert returned == 0
+    assert f"no mesh has run in {new.folder} yet; one takes this from {new.keys}" in said
+    assert names_in(new.keys) == ["ada"]
+    # Where one has run, its database is known.
+    state.write_database(str(tmp_path / "last.db"))
+    assert create(state, "eve")[0] == 0
+    assert (names_in(tmp_path / "last.db"), names_in(state.keys)) == (["eve"], [])
+
+
+def test_a_key_for_no_mesh_that_is_named_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = command("keys", "create", "--name", "ada")
+    assert (ran.returncode, list(tmp_path.iterdir())) == (1, [])
+    assert "nothing says where its keys are" in ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [("keys", "list"), ("usage",), ("audit",)])
 def test_where_nothing_says_which_database_it_is_there_is_an_error_and_none_is_made(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
