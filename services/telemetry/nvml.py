@@ -9,8 +9,9 @@ from typing import Final
 import pynvml
 
 from services.telemetry.gpu import Card, Driver, DriverState, Incident, Scan
-from services.telemetry.nvml_card import SESSION_ERRORS, CardReader
+from services.telemetry.nvml_card import CardReader
 from services.telemetry.nvml_events import EventSet, address_of
+from services.telemetry.nvml_questions import SESSION_ERRORS
 
 __all__ = ["Nvml"]
 

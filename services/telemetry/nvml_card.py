@@ -1,31 +1,17 @@
 """What one card says of itself through NVML. What it doesn't report is None, and never zero."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pynvml
 
 from services.telemetry.gpu import MigInstance, Process, Reading
+from services.telemetry.nvml_questions import Questions
 
-__all__ = ["SESSION_ERRORS", "CardReader", "throttle_reasons"]
+__all__ = ["CardReader", "throttle_reasons"]
 
-T = TypeVar("T")
-
-SESSION_ERRORS: Final = (
-    pynvml.NVMLError_Uninitialized,
-    pynvml.NVMLError_DriverNotLoaded,
-    pynvml.NVMLError_LibRmVersionMismatch,
-)
-"""After these nothing is to be had from any card until the library is opened again."""
-_LOSSES: Final = (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired, pynvml.NVMLError_GpuNotFound)
-_REFUSALS: Final = (
-    pynvml.NVMLError_NotSupported,
-    pynvml.NVMLError_NoPermission,
-    pynvml.NVMLError_NoData,
-    pynvml.NVMLError_VgpuEccNotSupported,
-)
 # nvmlClocksEventReason*, as nvml.h has them. gpu_idle (bit 0) is left out: nothing holds an idle card down.
 _REASONS: Final = {
     0x002: "applications_clocks_setting",
@@ -65,44 +51,6 @@ def throttle_reasons(mask: int) -> tuple[str, ...]:
     return tuple(name for bit, name in _REASONS.items() if mask & bit)
 
 
-class _Questions:
-    """Asks one card for one thing after another."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._answers = 0
-        self._problem: pynvml.NVMLError | None = None
-
-    def ask(self, *functions: Callable[[Any], T]) -> T | None:
-        """What the first function says that this driver has; None when the card doesn't report it.
-
-        Raises:
-            NVMLError: the card is lost, or the whole session is.
-        """
-        for function in functions:
-            try:
-                answer = function(self._handle)
-            except pynvml.NVMLError_FunctionNotFound:
-                continue
-            except _REFUSALS:
-                self._answers += 1
-                return None
-            except (*SESSION_ERRORS, *_LOSSES):
-                raise
-            except pynvml.NVMLError as error:
-                self._problem = error
-                return None
-            self._answers += 1
-            return answer
-        return None
-
-    def check(self) -> None:
-        """Raises the NVMLError that was there instead of any answer."""
-        # Single calls fail with "unknown error" on cards that work; a card where every call fails doesn't.
-        if self._problem is not None and not self._answers:
-            raise self._problem
-
-
 class CardReader:
     """Reads one card again and again; remembers what never changes, and the counters that rates are made of."""
 
@@ -117,7 +65,7 @@ class CardReader:
         Raises:
             NVMLError: the card is lost, or the whole session is.
         """
-        card = _Questions(handle)
+        card = Questions(handle)
         if self._facts is None:
             self._facts = _facts(card)
         # Version 1 counts what the driver keeps for itself as used, so that the rest is what a process can still get.
@@ -151,7 +99,7 @@ class CardReader:
         card.check()
         return reading
 
-    def _pcie_rates(self, card: _Questions, fields: dict[int, int], *, slowly: bool) -> tuple[int | None, int | None]:
+    def _pcie_rates(self, card: Questions, fields: dict[int, int], *, slowly: bool) -> tuple[int | None, int | None]:
         sent = fields.get(pynvml.NVML_FI_DEV_PCIE_COUNT_TX_BYTES)
         received = fields.get(pynvml.NVML_FI_DEV_PCIE_COUNT_RX_BYTES)
         if sent is not None and received is not None:
@@ -169,7 +117,7 @@ class CardReader:
         return round((sent - before[1]) / seconds), round((received - before[2]) / seconds)
 
 
-def _facts(card: _Questions) -> dict[str, int | None]:
+def _facts(card: Questions) -> dict[str, int | None]:
     return {
         "slowdown_temperature_celsius": _positive(card.ask(_slowdown_temperature)),
         "max_sm_clock_mhz": card.ask(_max_sm_clock),
@@ -178,7 +126,7 @@ def _facts(card: _Questions) -> dict[str, int | None]:
     }
 
 
-def _load(card: _Questions) -> dict[str, int | None]:
+def _load(card: Questions) -> dict[str, int | None]:
     load = card.ask(pynvml.nvmlDeviceGetUtilizationRates)
     state = card.ask(pynvml.nvmlDeviceGetPerformanceState)
     return {
@@ -191,7 +139,7 @@ def _load(card: _Questions) -> dict[str, int | None]:
     }
 
 
-def _power(card: _Questions) -> dict[str, Any]:
+def _power(card: Questions) -> dict[str, Any]:
     power = card.ask(pynvml.nvmlDeviceGetPowerUsage)
     limit = card.ask(pynvml.nvmlDeviceGetEnforcedPowerLimit)
     energy = card.ask(pynvml.nvmlDeviceGetTotalEnergyConsumption)
@@ -202,7 +150,7 @@ def _power(card: _Questions) -> dict[str, Any]:
     }
 
 
-def _link(card: _Questions) -> dict[str, int | None]:
+def _link(card: Questions) -> dict[str, int | None]:
     return {
         "pcie_link_generation": card.ask(pynvml.nvmlDeviceGetCurrPcieLinkGeneration),
         "pcie_link_width": card.ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth),
@@ -225,7 +173,7 @@ def _positive(value: int | None) -> int | None:
     return None if value is None or value <= 0 else value
 
 
-def _processes(card: _Questions) -> tuple[Process, ...]:
+def _processes(card: Questions) -> tuple[Process, ...]:
     computing = card.ask(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, pynvml.nvmlDeviceGetComputeRunningProcesses_v2)
     drawing = card.ask(pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3, pynvml.nvmlDeviceGetGraphicsRunningProcesses_v2)
     # A process that does both is in both lists. NVML gives them in no particular order, which would look like a change.
@@ -251,7 +199,7 @@ def _instances(handle: Any) -> Iterator[MigInstance]:
 
 
 def _instance(handle: Any) -> MigInstance:
-    part = _Questions(handle)
+    part = Questions(handle)
     memory = part.ask(pynvml.nvmlDeviceGetMemoryInfo)
     return MigInstance(
         uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
