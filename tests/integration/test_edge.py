@@ -19,7 +19,8 @@ from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc
 
 from services.common.errors import MeshError, Reason
 from services.common.status import DETAILS_KEY, error_from_call, error_from_status
-from tests.support.edge import ADMIN_KEY, LIMITED_KEY, USER_KEY, RunningEdge, running_edge
+from tests.support.edge import RunningEdge, running_edge
+from tests.support.edge_far_ends import ADMIN_KEY, LIMITED_KEY, USER_KEY
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 

@@ -16,7 +16,8 @@ from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
 
 from services.common.typed_calls import ACCOUNT_HEADER, EDGE_ACCOUNT, REMEMBER_HEADER
 from services.mesh import envoy_memory
-from tests.support.edge import KNOWN_KEYS, USER_KEY, RunningEdge, running_edge
+from tests.support.edge import RunningEdge, running_edge
+from tests.support.edge_far_ends import KNOWN_KEYS, USER_KEY
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
