@@ -7,12 +7,17 @@ import msgspec
 
 from services.common.errors import MeshError, Reason
 
-__all__ = ["MODELS_HEADER", "UNROUTED_HEADER", "check_model", "check_unrouted"]
+__all__ = ["MODELS_HEADER", "UNROUTED_HEADER", "allows", "check_model", "check_unrouted"]
 
 MODELS_HEADER: Final = "x-tokenloom-models"
 """A JSON list of names; missing where a key may use every model."""
 UNROUTED_HEADER: Final = "x-tokenloom-unrouted"
 """There where no router could be asked, so that the worker is the first to read the body."""
+
+
+def allows(allowed: str | None, model: str) -> bool:
+    """Whether a model may be used where the header is `allowed`; None where it is missing."""
+    return allowed is None or model in msgspec.json.decode(allowed, type=list[str])
 
 
 def check_model(model: str | None, allowed: str | None) -> None:
@@ -21,7 +26,7 @@ def check_model(model: str | None, allowed: str | None) -> None:
     Raises:
         MeshError: PERMISSION_DENIED.
     """
-    if model is not None and allowed is not None and model not in msgspec.json.decode(allowed, type=list[str]):
+    if model is not None and not allows(allowed, model):
         raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use the model {model!r}", field="model")
 
 

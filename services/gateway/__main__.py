@@ -34,7 +34,7 @@ from services.gateway.inner_calls import InnerCalls
 from services.gateway.jobs import Jobs
 from services.gateway.jwt_tokens import JwtTokens
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.models import Models
+from services.gateway.models import Models, TypedModels
 from services.gateway.placement import Placement
 from services.gateway.pooling import pooling_routes
 from services.gateway.refusals import Refusals
@@ -84,8 +84,9 @@ async def main(settings: GatewaySettings, stop: asyncio.Event) -> int:
                 is_ready=lambda: inside.routers.can_place and keys.is_loaded and not stop.is_set(),
                 client_seconds=settings.client_timeout_seconds,
             )
+            servicer = AuthorizationServicer(authenticator, guardrails)
             async with (
-                serve(settings.listen, _checks(AuthorizationServicer(authenticator, guardrails), typed)) as checks,
+                serve(settings.listen, _checks(servicer, typed, TypedModels(inside.fleet))) as checks,
                 serve_http(
                     app,
                     settings.http,
@@ -127,11 +128,13 @@ class _Inside:
         self.calls.keep(endpoints)
 
 
-def _checks(authorization: AuthorizationServicer, typed: TypedAccounts) -> Callable[[grpc.aio.Server], list[str]]:
+def _checks(
+    authorization: AuthorizationServicer, typed: TypedAccounts, models: TypedModels
+) -> Callable[[grpc.aio.Server], list[str]]:
     def register(server: grpc.aio.Server) -> list[str]:
         external_auth_pb2_grpc.add_AuthorizationServicer_to_server(authorization, server)
         als_pb2_grpc.add_AccessLogServiceServicer_to_server(AccessLogServicer(typed), server)
-        return [_AUTHORIZATION, _ACCESS_LOG]
+        return [_AUTHORIZATION, _ACCESS_LOG, models.register(server)]
 
     return register
 

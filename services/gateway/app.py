@@ -11,6 +11,7 @@ from opentelemetry.trace import Span, Status, StatusCode
 from services.common.endpoints import endpoint_of
 from services.common.errors import MeshError, Reason
 from services.common.ids import random_hex
+from services.common.priority import PRIORITY_HEADER, priority_of
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
 from services.gateway.caller import Caller
@@ -31,7 +32,7 @@ __all__ = ["App"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_CLASS: Final = 64
-_LOWEST_PRIORITY: Final = 1000
+_PRIORITY: Final = PRIORITY_HEADER.encode()
 
 
 class App:
@@ -149,7 +150,7 @@ def _caller(request: Request, account: Account, span: Span, guard: Guard | None,
     return Caller(
         request_id=account.request_id,
         tenant=identity.tenant,
-        priority=_priority(request.header(b"x-priority"), identity.priority),
+        priority=priority_of(request.header(_PRIORITY), identity.priority),
         account=account,
         session_id=(request.header(b"x-session-id") or "")[:256],
         span=span,
@@ -158,20 +159,6 @@ def _caller(request: Request, account: Account, span: Span, guard: Guard | None,
         guard=guard,
         on_queued=on_queued,
     )
-
-
-def _priority(asked: str | None, highest: int) -> int:
-    """The class that a client asks for, but never one above its key's; lower goes first."""
-    if asked is None:
-        return highest
-    try:
-        wanted = int(asked)
-    except ValueError:
-        wanted = None
-    if wanted is None or abs(wanted) > _LOWEST_PRIORITY:
-        bound = f"expected a whole number from -{_LOWEST_PRIORITY} to {_LOWEST_PRIORITY}"
-        raise MeshError(Reason.INVALID_REQUEST, f"x-priority: {bound}", field="x-priority")
-    return max(highest, wanted)
 
 
 async def _answer_error(response: Response, error: Exception, span: Span) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import grpc.aio
 from google.protobuf import duration_pb2
+from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import admin_pb2, admin_pb2_grpc, router_pb2
 
 from services.common.rpc import channel
@@ -32,11 +33,13 @@ class Model:
     Attributes:
         name: the name.
         max_context_tokens: the longest sequence, prompt and output together.
+        card: what it is and can do; an alias has the card of the model behind it that takes the longest sequences.
         targets: the models behind an alias; none for a model's own name.
     """
 
     name: str
     max_context_tokens: int
+    card: inference_pb2.ModelCard
     targets: tuple[str, ...] = ()
 
 
@@ -103,6 +106,7 @@ class FleetWatch:
             served.name: Model(
                 name=served.name,
                 max_context_tokens=served.card.max_context_token_count,
+                card=_named(served.card, served.name),
                 targets=tuple(served.target_models),
             )
             for served in fleet.models
@@ -113,6 +117,13 @@ class FleetWatch:
             targets = {model.name: model.targets for model in self._models.values() if model.targets}
             self._placement.see(map(_known, filter(_is_ready, self._workers.values())), targets)
         self._on_endpoints({worker.registration.endpoint for worker in self._workers.values()})
+
+
+def _named(card: inference_pb2.ModelCard, name: str) -> inference_pb2.ModelCard:
+    named = inference_pb2.ModelCard()
+    named.CopyFrom(card)
+    named.name = name
+    return named
 
 
 def _is_ready(worker: admin_pb2.Worker) -> bool:

@@ -38,8 +38,12 @@ class Identity:
 
     def check_model(self, name: str) -> None:
         """Raises MeshError (PERMISSION_DENIED) when this caller may not use a model."""
-        if self.models is not None and name not in self.models:
+        if not self.may_name(name):
             raise MeshError(Reason.PERMISSION_DENIED, f"this key may not use the model {name!r}", field="model")
+
+    def may_name(self, model: str) -> bool:
+        """Whether this caller may use a model."""
+        return self.models is None or model in self.models
 
     def check_endpoint(self, name: str) -> None:
         """Raises MeshError (PERMISSION_DENIED) when this caller may not ask for this."""

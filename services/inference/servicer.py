@@ -1,6 +1,7 @@
 """The worker's gRPC services over its engine."""
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_
 
 from services.common.allowed_models import check_unrouted
 from services.common.errors import MeshError, Reason
+from services.common.priority import PRIORITY_HEADER, priority_of
 from services.common.rpc import metadata_of
 from services.inference import convert
 from services.inference.call import Call
@@ -124,7 +126,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 request,
                 card_of(engine, request.model),
                 generation_id=self._generations.new_id(request_id),
-                priority=convert.priority_from_metadata(str(metadata.get("x-tokenloom-priority", ""))),
+                priority=_priority(metadata),
                 traceparent=str(metadata.get("traceparent", "")),
                 tenant=str(metadata.get("x-tokenloom-tenant", "")),
             )
@@ -237,6 +239,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._closed = True
         for session in self._sessions:
             session.close()
+
+
+def _priority(metadata: Mapping[str, str | bytes]) -> int:
+    asked = metadata.get(PRIORITY_HEADER)
+    own = convert.priority_from_metadata(str(metadata.get("x-tokenloom-priority", "")))
+    return priority_of(None if asked is None else str(asked), own)
 
 
 def register(server: grpc.aio.Server, inference: InferenceServicer, worker: WorkerServicer) -> list[str]:

@@ -88,6 +88,7 @@ def bootstrap(edge: Edge) -> dict[str, Any]:
             "clusters": [
                 *clusters(
                     gateways=edge.gateways,
+                    grpc_gateways=[address for _, address in edge.accounting],
                     routers=(edge.router, *edge.standby_routers),
                     pickers=(edge.picker, *edge.standby_pickers),
                     telemetry=edge.telemetry,

@@ -7,8 +7,18 @@ from typing import Any, Final
 from services.mesh.envoy_accounting import accounting_cluster_name, gateway_cluster_name
 from services.mesh.envoy_types import any_of, socket_address
 
-__all__ = ["DESTINATION_KEY", "DESTINATION_NAMESPACE", "accounting_clusters", "balanced", "clusters", "otlp_cluster"]
+__all__ = [
+    "DESTINATION_KEY",
+    "DESTINATION_NAMESPACE",
+    "GATEWAY_GRPC",
+    "accounting_clusters",
+    "balanced",
+    "clusters",
+    "otlp_cluster",
+]
 
+GATEWAY_GRPC: Final = "gateway-grpc"
+"""The cluster of the gateways' gRPC sides."""
 # Where the router says which worker gets a request: dynamic metadata, which no client can set.
 DESTINATION_NAMESPACE: Final = "envoy.lb"
 DESTINATION_KEY: Final = "x-gateway-destination-endpoint"
@@ -29,7 +39,13 @@ _MANY: Final = 100_000
 
 
 def clusters(
-    *, gateways: Sequence[str], routers: Sequence[str], pickers: Sequence[str], telemetry: str, has_fallback: bool
+    *,
+    gateways: Sequence[str],
+    grpc_gateways: Sequence[str],
+    routers: Sequence[str],
+    pickers: Sequence[str],
+    telemetry: str,
+    has_fallback: bool,
 ) -> list[dict[str, Any]]:
     """Every cluster but the tracing collector; addresses are `host:port`.
 
@@ -38,6 +54,7 @@ def clusters(
     """
     return [
         _gateways(gateways),
+        _alike(GATEWAY_GRPC, grpc_gateways, _HTTP2),
         _first_of("router", routers),
         _first_of("picker", pickers, is_checked=has_fallback),
         _fixed("telemetry", telemetry, _HTTP2),
@@ -103,12 +120,8 @@ def _fixed(name: str, address: str, protocol: dict[str, Any]) -> dict[str, Any]:
 def _gateways(addresses: Sequence[str]) -> dict[str, Any]:
     if len(addresses) == 1:
         return _fixed("gateway", addresses[0], _HTTP1)
-    endpoints = [{"endpoint": {"address": socket_address(address)}} for address in addresses]
     return {
-        **_cluster("gateway", _HTTP1),
-        "type": "STATIC" if all(map(_is_ip, addresses)) else "STRICT_DNS",
-        "lb_policy": "LEAST_REQUEST",
-        "load_assignment": {"cluster_name": "gateway", "endpoints": [{"lb_endpoints": endpoints}]},
+        **_alike("gateway", addresses, _HTTP1),
         # One that is gone is left out within a second or so, one that is only busy stays; checks of keys, too, go
         # to one that is there.
         "health_checks": [
@@ -121,6 +134,16 @@ def _gateways(addresses: Sequence[str]) -> dict[str, Any]:
                 "http_health_check": {"path": "/readyz"},
             }
         ],
+    }
+
+
+def _alike(name: str, addresses: Sequence[str], protocol: dict[str, Any]) -> dict[str, Any]:
+    endpoints = [{"endpoint": {"address": socket_address(address)}} for address in addresses]
+    return {
+        **_cluster(name, protocol),
+        "type": "STATIC" if all(map(_is_ip, addresses)) else "STRICT_DNS",
+        "lb_policy": "LEAST_REQUEST",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
     }
 
 

@@ -6,8 +6,9 @@ from enum import StrEnum
 from typing import Any, Final, Literal
 
 from services.common.allowed_models import MODELS_HEADER
+from services.common.priority import PRIORITY_HEADER
 from services.common.status import DETAILS_KEY
-from services.common.typed_calls import REMEMBER_HEADER
+from services.common.typed_calls import REMEMBER_HEADER, TOLD_NAMESPACE
 from services.mesh.envoy_accounting import MESSAGE_COUNTER, message_counter, start_log
 from services.mesh.envoy_fallback import destination_filter
 from services.mesh.envoy_memory import IS_UNKNOWN, KEY_MEMORY, key_memory
@@ -43,12 +44,20 @@ _PICK_TIMEOUT: Final = "0.25s"
 _ONLY_PICK_TIMEOUT: Final = "1s"
 _LONGEST_PICK_TIMEOUT: Final = "130s"
 # The picker is shown the body alone, in one message, with these headers of the request as attributes beside it.
-SHOWN_TO_PICKER: Final = ("content-type", "grpc-encoding", "grpc-timeout", "x-session-id", "x-slo-class")
+SHOWN_TO_PICKER: Final = (
+    "content-type",
+    "grpc-encoding",
+    "grpc-timeout",
+    "x-session-id",
+    "x-slo-class",
+    PRIORITY_HEADER,
+)
 """The headers among them that clients set."""
 _PICKER_READS: Final = (
     ":path",
     *SHOWN_TO_PICKER,
     "x-request-id",
+    "x-tokenloom-debug",
     "x-tokenloom-degrade",
     MODELS_HEADER,
     "x-tokenloom-priority",
@@ -60,6 +69,7 @@ class Right(StrEnum):
     """What a key must allow."""
 
     INFERENCE = "inference"
+    MODELS = "models"
     TELEMETRY = "telemetry"
     ADMIN = "admin"
 
@@ -173,7 +183,7 @@ def _picker(timeout: str) -> dict[str, Any]:
         message_timeout=timeout,
         max_message_timeout=_LONGEST_PICK_TIMEOUT,
         request_attributes=[f"request.headers['{name}']" for name in _PICKER_READS],
-        metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb"]}},
+        metadata_options={"receiving_namespaces": {"untyped": ["envoy.lb", TOLD_NAMESPACE]}},
         failure_mode_allow=True,
     )
 

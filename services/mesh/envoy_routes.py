@@ -1,10 +1,12 @@
 """Which path goes where. Anything that isn't here is 404."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from services.common.typed_calls import TOLD, TOLD_NAMESPACE
+from services.mesh.envoy_clusters import GATEWAY_GRPC
 from services.mesh.envoy_filters import MAX_BODY_BYTES, SHOWN_TO_PICKER, Right, for_grpc, for_rest
 from services.mesh.rest import INFERENCE, ROUTER_ADMIN, TELEMETRY, RestMethod, rest_methods
 
@@ -27,6 +29,15 @@ OPENAI_PATHS: Final = (
 )
 # Longer than a request may wait for a worker and for its first token.
 _IDLE: Final = "900s"
+_LIST_MODELS: Final = "ListModels"
+# The router says these where the client may know them; what it doesn't say is not added.
+_TOLD_HEADERS: Final = [
+    {
+        "header": {"key": f"x-tokenloom-{name}", "value": f"%DYNAMIC_METADATA({TOLD_NAMESPACE}:{name})%"},
+        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+    }
+    for name in TOLD
+]
 
 
 def route_config() -> dict[str, Any]:
@@ -60,9 +71,18 @@ def _routes() -> Iterator[dict[str, Any]]:
             "match": {"prefix": "/", "headers": [_no_text(header)]},
             "direct_response": _BAD_HEADER,
         }
+    yield from _models()
     yield from _service(INFERENCE, "workers", Right.INFERENCE, picked=True)
     yield from _service(TELEMETRY, "telemetry", Right.TELEMETRY)
     yield from _service(ROUTER_ADMIN, "router", Right.ADMIN)
+
+
+def _models() -> Iterator[dict[str, Any]]:
+    """What there is to ask for: a gateway knows that of the whole fleet, a worker of itself."""
+    path = {"path": f"/{INFERENCE.full_name}/{_LIST_MODELS}"}
+    yield _grpc_route("models", path, GATEWAY_GRPC, Right.MODELS)
+    listing = [method for method in rest_methods(INFERENCE) if method.name == _LIST_MODELS]
+    yield from _rest_routes("models", listing, GATEWAY_GRPC, Right.MODELS)
 
 
 def _service(
@@ -70,24 +90,34 @@ def _service(
 ) -> Iterator[dict[str, Any]]:
     """A service in its two forms; `picked`: the router says which of the cluster's hosts."""
     prefix = f"/{service.full_name}/"
-    yield {
-        "name": service.name,
-        "match": {"prefix": prefix, "headers": [_IS_GRPC]},
-        "route": _to(cluster),
-        "metadata": right.metadata("grpc"),
-        "request_body_buffer_limit": MAX_BODY_BYTES,
-        "typed_per_filter_config": for_grpc(picked=picked),
-    }
+    yield _grpc_route(service.name, {"prefix": prefix}, cluster, right, picked=picked)
     yield {"name": "not-grpc", "match": {"prefix": prefix}, "direct_response": {"status": 415}}
-    methods = list(rest_methods(service))
+    methods = [method for method in rest_methods(service) if method.name != _LIST_MODELS]
+    yield from _rest_routes(service.name, methods, cluster, right, picked=picked)
+
+
+def _grpc_route(
+    name: str, match: dict[str, Any], cluster: str, right: Right, *, picked: bool = False
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "match": {**match, "headers": [_IS_GRPC]},
+        "metadata": right.metadata("grpc"),
+        "typed_per_filter_config": for_grpc(picked=picked),
+        **_call(cluster, picked=picked),
+    }
+
+
+def _rest_routes(
+    name: str, methods: Sequence[RestMethod], cluster: str, right: Right, *, picked: bool = False
+) -> Iterator[dict[str, Any]]:
     for method in methods:
         yield {
-            "name": service.name,
+            "name": name,
             "match": {**_path(method), "headers": [{"name": ":method", "string_match": {"exact": method.verb}}]},
-            "route": _to(cluster),
             "metadata": right.metadata("rest"),
-            "request_body_buffer_limit": MAX_BODY_BYTES,
             "typed_per_filter_config": for_rest(picked=picked),
+            **_call(cluster, picked=picked),
         }
     for method in methods:
         yield {
@@ -96,6 +126,14 @@ def _service(
             "direct_response": {"status": 405},
             "response_headers_to_add": [{"header": {"key": "allow", "value": method.verb}}],
         }
+
+
+def _call(cluster: str, *, picked: bool) -> dict[str, Any]:
+    return {
+        "route": _to(cluster),
+        "request_body_buffer_limit": MAX_BODY_BYTES,
+        **({"response_headers_to_add": _TOLD_HEADERS} if picked else {}),
+    }
 
 
 def _path(method: RestMethod) -> dict[str, Any]:

@@ -26,6 +26,8 @@ _VARIABLE: Final = re.compile(r"\{[a-z_]+\}")
 class RestMethod:
     """One method of the bridge."""
 
+    name: str
+    """Of the rpc."""
     verb: str
     template: str
     """Its path, with `{name}` for one segment."""
@@ -48,7 +50,7 @@ def rest_methods(service: ServiceDescriptor) -> Iterator[RestMethod]:
         rule = method.GetOptions().Extensions[annotations_pb2.http]
         verb = rule.WhichOneof("pattern")
         if verb is not None:
-            yield RestMethod(verb=verb.upper(), template=getattr(rule, verb))
+            yield RestMethod(name=method.name, verb=verb.upper(), template=getattr(rule, verb))
 
 
 def descriptor_set() -> bytes:

@@ -13,6 +13,7 @@ from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 
 from services.common.allowed_models import MODELS_HEADER, check_model
 from services.common.errors import MeshError, Reason
+from services.common.priority import PRIORITY_HEADER, priority_of
 from services.common.rpc import MAX_MESSAGE_BYTES, timeout_seconds
 from services.router import extproc
 from services.router.admission import Admission
@@ -84,6 +85,8 @@ class Exchange:
         self._early_bytes = 0
         self._ticket: Ticket | None = None
         self._span: Span = INVALID_SPAN
+        self._told: dict[str, str] = {}
+        """What the client may know of who answers."""
         self._status = ""
         self._patience_asked_for: bool | None = None
         """For the request (False) or for its response (True)."""
@@ -313,6 +316,7 @@ class Exchange:
 
     def _on_settled(self, ticket: Ticket) -> None:
         end_span(self._span, ticket, self._admission.why_slow)
+        self._note_told(ticket)
         answers, self._picked = self._picked, None
         if answers is not None:
             self._guard(lambda answers: self._go_on(ticket, answers), answers)
@@ -328,7 +332,19 @@ class Exchange:
             raise ticket.error
         assert ticket.lease is not None
         self._rewrite(ticket)
-        self._send_all(answers(",".join((ticket.lease.worker.endpoint, *ticket.others))))
+        first, *others = answers(",".join((ticket.lease.worker.endpoint, *ticket.others)))
+        if self._told:
+            first = extproc.telling(first, self._told)
+        self._send_all([first, *others])
+
+    def _note_told(self, ticket: Ticket) -> None:
+        if ticket.lease is None:
+            return
+        if ticket.way.degraded:
+            self._told["degraded"] = ticket.way.request.model or ""
+        if (self._headers or {}).get("x-tokenloom-debug") == "1":
+            self._told["worker"] = ticket.lease.worker.worker_id
+            self._told["route"] = ticket.reason
 
     def _rewrite(self, ticket: Ticket) -> None:
         # An alias, a version or a smaller model: the worker knows its model by the model's own name.
@@ -376,7 +392,7 @@ def _request(wanted: Wanted, headers: dict[str, str], subset: frozenset[str] | N
         exact=wanted.exact,
         max_output_tokens=wanted.max_output_tokens,
         tenant=headers.get("x-tokenloom-tenant") or headers.get(extproc.FAIRNESS_ID, ""),
-        priority=_priority(headers.get("x-tokenloom-priority", "")),
+        priority=priority_of(headers.get(PRIORITY_HEADER), _priority(headers.get("x-tokenloom-priority", ""))),
         session=headers.get("x-session-id", ""),
         subset=subset,
         timeout_seconds=timeout_seconds(headers.get("grpc-timeout", "")),

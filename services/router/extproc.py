@@ -2,6 +2,7 @@
 
 import base64
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from services.common.errors import MeshError
 from services.common.status import DETAILS_KEY, grpc_code, status_from_error
+from services.common.typed_calls import TOLD_NAMESPACE
 
 __all__ = [
     "CONTINUE_BODY",
@@ -36,6 +38,7 @@ __all__ = [
     "rewritten",
     "served_of",
     "subset_of",
+    "telling",
 ]
 
 DESTINATION: Final = "x-gateway-destination-endpoint"
@@ -138,6 +141,15 @@ def rewritten(endpoint: str, body: bytes) -> Any:
     return ext_proc.ProcessingResponse(
         request_body=ext_proc.BodyResponse(response=response), dynamic_metadata=_metadata(endpoint)
     )
+
+
+def telling(picked: Any, told: Mapping[str, str]) -> Any:
+    """The answer that sends a request somewhere, and tells in metadata what our edge gives the client as headers."""
+    answer = ext_proc.ProcessingResponse()
+    # The same one is sent for other requests.
+    answer.CopyFrom(picked)
+    answer.dynamic_metadata.get_or_create_struct(TOLD_NAMESPACE).update(dict(told))
+    return answer
 
 
 def _to(endpoint: str) -> Any:

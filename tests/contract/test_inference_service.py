@@ -346,4 +346,6 @@ async def test_the_priority_that_the_edge_wrote_reaches_the_engine(text: str) ->
             ended.append(name)
 
         await asyncio.gather(until_ended("later", later), until_ended("urgent", urgent))
+        modest = worker.inference.Generate(generate(max_tokens=1), metadata=(("x-priority", "first"),))
+        assert (await failure(modest)).field == "x-priority"
     assert ended == (["urgent", "later"] if text else ["later", "urgent"])

@@ -19,6 +19,7 @@ from tokenloom.inference.v1 import generation_pb2, inference_pb2
 
 from services.common.errors import Reason
 from services.common.rpc import channel
+from services.common.typed_calls import TOLD_NAMESPACE
 from services.router.app import RunningRouter
 from tests.support.ext_proc import BUFFERED, FULL_DUPLEX, framed, reply_headers
 from tests.support.ext_proc import Envoy as AnyEnvoy
@@ -174,6 +175,53 @@ async def test_a_body_that_comes_first_for_a_method_without_a_model_goes_anywher
         await envoy.body_alone("ListModels", framed(inference_pb2.ListModelsRequest()), ended=ended)
         assert await envoy.picked() == "127.0.0.1:5001"
         assert leases(router) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "expected"),
+    [(None, "3", 3), ("5", "3", 5), ("1", "3", 3), ("-1000", "-2", -2), ("1000", None, 1000)],
+)
+async def test_a_client_may_put_its_call_behind_its_keys_class_and_never_before_it(
+    asked: str | None, own: str | None, expected: int
+) -> None:
+    headers = {name: value for name, value in (("x_priority", asked), ("x_tokenloom_priority", own)) if value}
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        envoy = Envoy(to_router, mode=BUFFERED)
+        await envoy.body_alone("Generate", framed(HELLO), **headers)  # type: ignore[arg-type]  # of a table
+        await envoy.picked()
+        (lease,) = router.fleet.workers[0].leases
+        assert lease.request.priority == expected
+
+
+@pytest.mark.parametrize("asked", ["first", "", "1001", "-1001", "1,2", "1.5"])
+async def test_a_class_that_there_is_none_of_is_refused_with_its_bounds(asked: str) -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        envoy = Envoy(to_router, mode=BUFFERED)
+        await envoy.body_alone("Generate", framed(HELLO), x_priority=asked)
+        error = await envoy.error()
+        assert (error.reason, error.field) == (Reason.INVALID_REQUEST, "x-priority")
+        assert "from -1000 to 1000" in error.message
+        assert leases(router) == 0
+
+
+@pytest.mark.parametrize("mode", [FULL_DUPLEX, BUFFERED])
+async def test_who_answers_is_told_for_keys_that_may_debug_and_for_no_other(mode: int) -> None:
+    async with running_router() as (router, to_router), worker_link(router, to_router):
+        for debug in (True, False):
+            envoy = Envoy(to_router, mode=mode)
+            if mode == BUFFERED:
+                await envoy.body_alone("Generate", framed(HELLO), **({"x_tokenloom_debug": "1"} if debug else {}))  # type: ignore[arg-type]  # a header
+            else:
+                await envoy.headers(**({"x_tokenloom_debug": "1"} if debug else {}))  # type: ignore[arg-type]  # a header
+                await envoy.body(framed(HELLO))
+            answer = await envoy.answer()
+            assert answer.dynamic_metadata["envoy.lb"]["x-gateway-destination-endpoint"] == "127.0.0.1:5001"
+            said = dict(answer.dynamic_metadata[TOLD_NAMESPACE]) if debug else {}
+            assert set(answer.dynamic_metadata) == ({"envoy.lb", TOLD_NAMESPACE} if debug else {"envoy.lb"})
+            assert said.keys() == ({"worker", "route"} if debug else set())
+            if debug:
+                assert said["worker"] == router.fleet.workers[0].worker_id
+                assert "first token" in str(said["route"])
 
 
 async def test_a_streamed_body_cannot_come_first() -> None:

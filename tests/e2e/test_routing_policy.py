@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
+from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 from tests.support.commands import tokenloom
 from tests.support.mesh import Mesh, running_mesh
@@ -103,6 +103,14 @@ def key(mesh: Mesh, *options: str) -> str:
 
 def test_an_alias_is_listed_and_the_answer_says_which_model_it_was(mesh: Mesh) -> None:
     assert {model.id for model in mesh.sdk().models.list()} == {"base", "next", "tiny", "fast", "chat"}
+    with grpc.insecure_channel(mesh.edge_target) as channel:
+        typed = inference_pb2_grpc.InferenceServiceStub(channel).ListModels(
+            inference_pb2.ListModelsRequest(), metadata=mesh.metadata, timeout=10
+        )
+    assert [model.name for model in typed.models] == ["base", "chat", "fast", "next", "tiny"]
+    assert typed.models[2].max_context_token_count == typed.models[4].max_context_token_count == 4096
+    listed = httpx.get(f"{mesh.edge}/api/v1/models", headers=mesh.headers).json()["models"]
+    assert [model["name"] for model in listed] == ["base", "chat", "fast", "next", "tiny"]
     answer = complete(mesh, "fast")
     assert answer.json()["model"] == "tiny"
     assert "x-tokenloom-degraded" not in answer.headers
@@ -170,17 +178,21 @@ async def test_a_smaller_model_answers_for_a_full_one_where_the_key_allows_it_an
             answer = await client.post(url, json=request, headers={"authorization": f"Bearer {allowed}"})
             assert answer.status_code == 200
             assert (answer.json()["model"], answer.headers["x-tokenloom-degraded"]) == ("tiny", "tiny")
+            typed = {"model": "next", "text": "x", "sampling": {"max_tokens": 2}}
+            own = {"authorization": f"Bearer {allowed}"}
+            told = await client.post(f"{mesh.edge}/api/v1/generate", json=typed, headers=own)
+            assert (told.status_code, told.headers["x-tokenloom-degraded"]) == (200, "tiny")
             with pytest.raises(httpx.ReadTimeout):
                 await client.post(url, json=request, headers=mesh.headers, timeout=0.5)
         finally:
             for task in held:
                 task.cancel()
             await asyncio.wait(held)
-    told = tokenloom(mesh, "explain", answer.headers["x-request-id"])
-    assert told.returncode == 0, told.stderr
-    assert "chosen: tiny-small" in told.stdout
-    assert "degraded: a smaller model than was asked for" in told.stdout
-    assert "next-large: out of the question: full" in told.stdout
+    explained = tokenloom(mesh, "explain", answer.headers["x-request-id"])
+    assert explained.returncode == 0, explained.stderr
+    assert "chosen: tiny-small" in explained.stdout
+    assert "degraded: a smaller model than was asked for" in explained.stdout
+    assert "next-large: out of the question: full" in explained.stdout
 
 
 def test_the_typed_lane_knows_the_same_names_and_limits(mesh: Mesh) -> None:
@@ -199,12 +211,25 @@ def test_the_typed_lane_knows_the_same_names_and_limits(mesh: Mesh) -> None:
     )
     assert unknown.status_code == 400
     assert unknown.json()["error"]["message"] == "there is no SLO class 'asap'"
+    hurried = httpx.post(
+        f"{mesh.edge}/api/v1/generate", json=body, headers={**mesh.headers, "x-priority": "first"}, timeout=10
+    )
+    assert hurried.status_code == 400
+    assert (hurried.json()["error"]["param"], hurried.json()["error"]["code"]) == ("x-priority", "invalid_value")
     with grpc.insecure_channel(mesh.edge_target) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = generation_pb2.GenerateRequest(model="fast", text="hi")
         request.sampling.max_tokens = 3
-        first = next(iter(stub.Generate(request, metadata=mesh.metadata, timeout=10)))
-        assert first.started.model == "tiny"
+        call = stub.Generate(request, metadata=(*mesh.metadata, ("x-priority", "5")), timeout=10)
+        assert next(call).started.model == "tiny"
+        told = {key: value for key, value in call.initial_metadata()}  # noqa: C416  # entries that dict() does not take
+    assert told["x-tokenloom-worker"] == "tiny-small"
+    assert "first token" in told["x-tokenloom-route"]
+    assert generate().headers["x-tokenloom-worker"] == "tiny-small"
+    plain = {"authorization": f"Bearer {key(mesh)}"}
+    answer = httpx.post(f"{mesh.edge}/api/v1/generate", json=body, headers=plain, timeout=10)
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("x-tokenloom-")]
 
 
 def leases(mesh: Mesh) -> dict[str, int]:

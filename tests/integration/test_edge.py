@@ -182,7 +182,17 @@ async def test_unary_methods_answer_json_without_grpc_headers(client: httpx.Asyn
     answer = await client.post("/api/v1/tokenize", json={"model": "demo", "text": "x"})
     assert answer.json() == {"token_ids": [1, 2, 3], "max_context_token_count": 64}
     assert not [name for name in answer.headers if name.startswith("grpc-")]
-    assert (await client.get("/api/v1/models")).json() == {"models": [{"name": "demo"}]}
+
+
+@pytest.mark.parametrize(("key", "listed"), [(USER_KEY, "all"), (LIMITED_KEY, "demo")])
+async def test_models_are_listed_by_the_gateway_which_hears_what_the_key_may_use(
+    client: httpx.AsyncClient, stub: inference_pb2_grpc.InferenceServiceAsyncStub, key: str, listed: str
+) -> None:
+    own = {"authorization": f"Bearer {key}"}
+    assert (await client.get("/api/v1/models", headers=own)).json() == {"models": [{"name": listed}]}
+    answer = await stub.ListModels(inference_pb2.ListModelsRequest(), metadata=tuple(own.items()))
+    assert [model.name for model in answer.models] == [listed]
+    assert (await client.post("/api/v1/models", headers=own)).headers["allow"] == "GET"
 
 
 async def test_a_stub_streams(stub: inference_pb2_grpc.InferenceServiceAsyncStub) -> None:
@@ -341,7 +351,7 @@ def rich(error: grpc.aio.AioRpcError) -> MeshError:
     return error_from_status(status_pb2.Status.FromString(found))
 
 
-@pytest.mark.parametrize("method", ["Generate", "ListModels"])
+@pytest.mark.parametrize("method", ["Generate", "Tokenize"])
 async def test_a_call_without_a_message_is_the_clients_fault(client: httpx.AsyncClient, method: str) -> None:
     path = f"/tokenloom.inference.v1.InferenceService/{method}"
     answer = await client.post(path, headers={"content-type": "application/grpc"})
@@ -349,7 +359,7 @@ async def test_a_call_without_a_message_is_the_clients_fault(client: httpx.Async
     assert answer.headers["grpc-message"] == "the request has no body"
 
 
-@pytest.mark.parametrize("name", ["x-session-id", "grpc-timeout"])
+@pytest.mark.parametrize("name", ["x-session-id", "grpc-timeout", "x-priority"])
 async def test_a_header_that_the_picker_is_shown_has_to_be_text(client: httpx.AsyncClient, name: str) -> None:
     odd = await client.post(GENERATE, json=body(), headers=[(name.encode(), b"\xff\xfe")])
     assert (odd.status_code, error_of(odd)["code"]) == (400, "invalid_value")

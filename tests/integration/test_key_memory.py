@@ -106,6 +106,26 @@ async def test_a_call_of_a_remembered_key_comes_to_its_worker_as_if_it_had_been_
     assert edge.seen.worker_calls[3]["x-tokenloom-tenant"] == f"{KNOWN_KEYS}same-debug"
 
 
+async def test_what_the_key_and_the_call_say_counts_for_a_remembered_key_too(
+    edge: RunningEdge, client: httpx.AsyncClient, stub: inference_pb2_grpc.InferenceServiceAsyncStub
+) -> None:
+    forged = {"x-tokenloom-worker": "mine", "x-tokenloom-route": "mine"}
+    for name, told in (("told-debug", ("w0", "it is idle; cost 0.1 s")), ("told", (None, None))):
+        del edge.seen.picks[:]
+        for _ in range(2):
+            answer = await rest(client, {**known(name), **forged, "x-priority": "7"})
+            assert (answer.headers.get("x-tokenloom-worker"), answer.headers.get("x-tokenloom-route")) == told
+            assert "x-tokenloom-degraded" not in answer.headers
+        assert asked(edge, name) == 1
+        assert [pick["request.headers['x-priority']"] for pick in edge.seen.picks] == ["7", "7"]
+    call = stub.Generate(
+        generation_pb2.GenerateRequest(model="demo", text="hi"), metadata=tuple(known("told-debug").items()), timeout=30
+    )
+    metadata = {str(key): value for key, value in await call.initial_metadata()}
+    assert (metadata["x-tokenloom-worker"], metadata["x-tokenloom-route"]) == ("w0", "it is idle; cost 0.1 s")
+    call.cancel()
+
+
 async def test_what_clients_make_up_is_dropped_whether_their_key_is_remembered_or_not(
     edge: RunningEdge, client: httpx.AsyncClient
 ) -> None:

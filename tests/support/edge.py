@@ -21,7 +21,17 @@ from tokenloom.telemetry.v1 import telemetry_pb2_grpc
 from services.common.rpc import serve
 from services.mesh.envoy import Edge, bootstrap
 from services.mesh.envoy_binary import find_envoy
-from tests.support.edge_far_ends import Accounting, Admin, FarEnds, Gateway, OtherModel, Picker, Telemetry, Worker
+from tests.support.edge_far_ends import (
+    Accounting,
+    Admin,
+    FarEnds,
+    Gateway,
+    Lists,
+    OtherModel,
+    Picker,
+    Telemetry,
+    Worker,
+)
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
@@ -76,6 +86,11 @@ async def _grpc(add: Any, servicer: Any, name: str) -> AsyncIterator[str]:
         yield f"127.0.0.1:{server.port}"
 
 
+def _add_gateway(accounting: Accounting, server: grpc.aio.Server) -> None:
+    als_pb2_grpc.add_AccessLogServiceServicer_to_server(accounting, server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Lists(accounting.seen), server)
+
+
 def _add_router(servicers: tuple[Picker, Admin], server: grpc.aio.Server) -> None:
     external_processor_pb2_grpc.add_ExternalProcessorServicer_to_server(servicers[0], server)
     admin_pb2_grpc.add_RouterAdminServiceServicer_to_server(servicers[1], server)
@@ -91,8 +106,7 @@ async def running_edge(folder: Path, *, fallback: bool = False, **changes: Any) 
     async with AsyncExitStack() as stack:
         gateways = await stack.enter_async_context(AsyncExitStack())
         gateway = await gateways.enter_async_context(_http(Gateway(seen)))
-        add_log = als_pb2_grpc.add_AccessLogServiceServicer_to_server
-        accounting = await stack.enter_async_context(_grpc(add_log, Accounting(seen), "accounting"))
+        accounting = await stack.enter_async_context(_grpc(_add_gateway, Accounting(seen), "accounting"))
         router = await stack.enter_async_context(AsyncExitStack())
         seen.worker_endpoint = await stack.enter_async_context(
             _grpc(inference_pb2_grpc.add_InferenceServiceServicer_to_server, Worker(seen), "worker")

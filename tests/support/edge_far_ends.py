@@ -22,7 +22,7 @@ from tokenloom.telemetry.v1 import telemetry_pb2, telemetry_pb2_grpc
 from services.common.errors import MeshError, Reason
 from services.common.rpc import metadata_of
 from services.common.status import DETAILS_KEY, grpc_code, status_from_error
-from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER
+from services.common.typed_calls import ACCOUNT_HEADER, REMEMBER_HEADER, TOLD_NAMESPACE
 
 __all__ = [
     "ADMIN_KEY",
@@ -33,6 +33,7 @@ __all__ = [
     "Admin",
     "FarEnds",
     "Gateway",
+    "Lists",
     "OtherModel",
     "Picker",
     "Telemetry",
@@ -167,12 +168,12 @@ class Accounting(als_pb2_grpc.AccessLogServiceServicer):
     """The gateway's gRPC side."""
 
     def __init__(self, seen: FarEnds) -> None:
-        self._seen = seen
+        self.seen = seen
 
     async def StreamAccessLogs(self, request_iterator: AsyncIterator[Any], context: _Context) -> Any:  # noqa: ARG002
         """Listens."""
         async for message in request_iterator:
-            self._seen.told += message.http_logs.log_entry
+            self.seen.told += message.http_logs.log_entry
         return als_pb2.StreamAccessLogsResponse()
 
 
@@ -188,19 +189,20 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         try:
             async for message in request_iterator:
                 if message.HasField("request_body"):
-                    shown = message.attributes["envoy.filters.http.ext_proc"].fields.items()
-                    self._seen.picks.append({name: value.string_value for name, value in shown})
+                    fields = message.attributes["envoy.filters.http.ext_proc"].fields.items()
+                    shown = {name: value.string_value for name, value in fields}
+                    self._seen.picks.append(shown)
                     if b"busy" in message.request_body.body:
                         yield ext_proc.ProcessingResponse(override_message_timeout=Duration(seconds=5))
                         await asyncio.sleep(_WAIT_SECONDS)
-                    yield self._pick(message.request_body.body)
+                    yield self._pick(message.request_body.body, shown)
                 elif message.HasField("response_trailers"):
                     ended = "completed"
                     yield ext_proc.ProcessingResponse(response_trailers=ext_proc.TrailersResponse())
         finally:
             self._seen.picks_ended.append(ended)
 
-    def _pick(self, body: bytes) -> Any:
+    def _pick(self, body: bytes, shown: dict[str, str]) -> Any:
         request = generation_pb2.GenerateRequest.FromString(body[5:])
         if request.model == "nope":
             return _refused(MeshError(Reason.MODEL_NOT_FOUND, "the model 'nope' does not exist", field="model"))
@@ -209,6 +211,9 @@ class Picker(external_processor_pb2_grpc.ExternalProcessorServicer):
         endpoint = "" if request.model == "unplaced" else self._seen.worker_endpoint
         answer = ext_proc.ProcessingResponse(request_body=ext_proc.BodyResponse())
         answer.dynamic_metadata.get_or_create_struct("envoy.lb")["x-gateway-destination-endpoint"] = endpoint
+        if shown.get("request.headers['x-tokenloom-debug']") == "1":
+            told = answer.dynamic_metadata.get_or_create_struct(TOLD_NAMESPACE)
+            told["worker"], told["route"] = "w0", "it is idle; cost 0.1 s"
         return answer
 
 
@@ -288,6 +293,17 @@ class Worker(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
         """Lists."""
         return inference_pb2.ListModelsResponse(models=[inference_pb2.ModelCard(name="demo")])
+
+
+class Lists(Worker):
+    """The gateway's list of models: what the caller's key may use."""
+
+    async def ListModels(self, request: Any, context: _Context) -> Any:  # noqa: ARG002
+        """Lists."""
+        allowed = str(metadata_of(context).get("x-tokenloom-models", '["all"]'))
+        return inference_pb2.ListModelsResponse(
+            models=[inference_pb2.ModelCard(name=name) for name in json.loads(allowed)]
+        )
 
 
 class OtherModel(Worker):

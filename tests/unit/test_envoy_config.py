@@ -74,7 +74,7 @@ def test_every_openai_path_is_routed_to_the_gateway() -> None:
 )
 def test_every_route_of_a_service_asks_for_its_right(service: Any, right: str, cluster: str) -> None:
     own = [route for route in routes() if route["name"] == service.name]
-    assert len(own) == 1 + len(list(rest_methods(service)))
+    assert len(own) == 1 + len([method for method in rest_methods(service) if method.name != "ListModels"])
     for route in own:
         filters = route["typed_per_filter_config"]
         assert "envoy.filters.http.ext_authz" in filters
@@ -84,9 +84,21 @@ def test_every_route_of_a_service_asks_for_its_right(service: Any, right: str, c
         assert ("envoy.filters.http.ext_proc" in filters) == (cluster == "workers")
 
 
+def test_models_are_listed_by_the_gateways_for_any_key() -> None:
+    names = [route["name"] for route in routes()]
+    own = [route for route in routes() if route["name"] == "models"]
+    assert names.index("models") < names.index(INFERENCE.name)
+    assert [route["match"]["path"] for route in own] == [f"/{INFERENCE.full_name}/ListModels", "/api/v1/models"]
+    for route, form in zip(own, ("grpc", "rest"), strict=True):
+        assert route["metadata"]["filter_metadata"] == {"tokenloom": {"right": "models", "form": form}}
+        assert route["route"]["cluster"] == "gateway-grpc"
+        assert "envoy.filters.http.ext_authz" in route["typed_per_filter_config"]
+        assert "envoy.filters.http.ext_proc" not in route["typed_per_filter_config"]
+
+
 def test_only_these_clusters_can_be_reached() -> None:
     reachable = {route["route"]["cluster"] for route in routes() if "route" in route}
-    assert reachable == {"gateway", "workers", "telemetry", "router"}
+    assert reachable == {"gateway", "gateway-grpc", "workers", "telemetry", "router"}
 
 
 def test_a_rest_path_with_a_variable_matches_one_segment() -> None:

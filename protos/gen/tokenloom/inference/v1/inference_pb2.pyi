@@ -401,14 +401,14 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """The models of one worker."""
+    """Models that may be asked for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelCard]:
-        """The models."""
+        """The models, by name. An alias has the card of the model behind it that takes the longest sequences."""
 
     def __init__(
         self,

@@ -28,6 +28,9 @@ if _version_not_supported:
 
 class InferenceServiceStub:
     """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo.
+    Calls may say in their metadata: `x-priority` (a whole number from -1000 to 1000, lower goes first; never before the
+    key's own), `x-slo-class`, and `x-session-id`. Calls of a key with the right to debug get `x-tokenloom-worker` and
+    `x-tokenloom-route` with the answer, and any `x-tokenloom-degraded` where a smaller model answers.
     """
 
     def __init__(self, channel):
@@ -70,6 +73,9 @@ class InferenceServiceStub:
 
 class InferenceServiceServicer:
     """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo.
+    Calls may say in their metadata: `x-priority` (a whole number from -1000 to 1000, lower goes first; never before the
+    key's own), `x-slo-class`, and `x-session-id`. Calls of a key with the right to debug get `x-tokenloom-worker` and
+    `x-tokenloom-route` with the answer, and any `x-tokenloom-degraded` where a smaller model answers.
     """
 
     def Generate(self, request, context):
@@ -110,7 +116,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models of the worker that answers.
+        """Lists the models and aliases that the key may use, of the whole mesh. A worker that is asked itself lists its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +165,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
     """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo.
+    Calls may say in their metadata: `x-priority` (a whole number from -1000 to 1000, lower goes first; never before the
+    key's own), `x-slo-class`, and `x-session-id`. Calls of a key with the right to debug get `x-tokenloom-worker` and
+    `x-tokenloom-route` with the answer, and any `x-tokenloom-degraded` where a smaller model answers.
     """
 
     @staticmethod

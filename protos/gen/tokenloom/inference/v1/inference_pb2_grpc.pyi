@@ -28,7 +28,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo."""
+    """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo.
+    Calls may say in their metadata: `x-priority` (a whole number from -1000 to 1000, lower goes first; never before the
+    key's own), `x-slo-class`, and `x-session-id`. Calls of a key with the right to debug get `x-tokenloom-worker` and
+    `x-tokenloom-route` with the answer, and any `x-tokenloom-degraded` where a smaller model answers.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -48,11 +52,15 @@ class InferenceServiceStub:
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
     """Scores how well texts fit a query, for reranking. UNIMPLEMENTED where the worker's model does not score."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
-    """Lists the models of the worker that answers."""
+    """Lists the models and aliases that the key may use, of the whole mesh. A worker that is asked itself lists its own."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo."""
+    """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo.
+    Calls may say in their metadata: `x-priority` (a whole number from -1000 to 1000, lower goes first; never before the
+    key's own), `x-slo-class`, and `x-session-id`. Calls of a key with the right to debug get `x-tokenloom-worker` and
+    `x-tokenloom-route` with the answer, and any `x-tokenloom-degraded` where a smaller model answers.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
@@ -69,10 +77,14 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
     """Scores how well texts fit a query, for reranking. UNIMPLEMENTED where the worker's model does not score."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models of the worker that answers."""
+    """Lists the models and aliases that the key may use, of the whole mesh. A worker that is asked itself lists its own."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo."""
+    """Inference for clients. Every call needs `authorization: Bearer KEY`; every error carries a google.rpc.ErrorInfo.
+    Calls may say in their metadata: `x-priority` (a whole number from -1000 to 1000, lower goes first; never before the
+    key's own), `x-slo-class`, and `x-session-id`. Calls of a key with the right to debug get `x-tokenloom-worker` and
+    `x-tokenloom-route` with the answer, and any `x-tokenloom-degraded` where a smaller model answers.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -123,6 +135,6 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
-        """Lists the models of the worker that answers."""
+        """Lists the models and aliases that the key may use, of the whole mesh. A worker that is asked itself lists its own."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
