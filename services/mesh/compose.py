@@ -2,22 +2,27 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.config import MeshConfig, TlsConfig
+from services.mesh.container_environment import variables
 from services.mesh.containers import (
     DEMO_FOLDER,
     ENVOY_IMAGE,
     FETCHED_FOLDER,
+    JWKS_FILE,
     NETWORK,
+    POLICY_FILE,
     REDIS_IMAGE,
     STATE_FOLDER,
     TLS_FILES,
     Container,
     containers,
+    jwks_of,
 )
 
 __all__ = ["compose_file"]
@@ -25,6 +30,8 @@ __all__ = ["compose_file"]
 _IMAGE: Final = "${TOKENLOOM_IMAGE:-tokenloom}"
 _CONFIG_FOLDER: Final = "/etc/tokenloom"
 _EDGE_FILE: Final = "/run/edge/envoy.yaml"
+_POLICY_FOLDER: Final = str(Path(POLICY_FILE).parent)
+_JWKS: Final = "jwks"
 _STOP_MARGIN_SECONDS: Final = 10
 _PROBE: Final = ("python", "-m", "services.mesh.probe")
 
@@ -37,6 +44,7 @@ def compose_file(mesh: MeshConfig) -> dict[str, Any]:
         services["demo-model"] = _demo_model()
     if mesh.redis_url is None:
         services["redis"] = _redis()
+    services["policy"] = _policy()
     services["edge-config"] = _edge_config()
     services["envoy"] = _envoy(mesh)
     return {
@@ -44,7 +52,7 @@ def compose_file(mesh: MeshConfig) -> dict[str, Any]:
         "services": services,
         "configs": _configs(mesh, listed),
         **({} if mesh.edge.tls is None else {"secrets": _secrets(mesh.edge.tls)}),
-        "volumes": {"state": {}, "models": {}, "edge": {}},
+        "volumes": {"state": {}, "models": {}, "edge": {}, "policy": {}},
         "networks": {"mesh": {"ipam": {"config": [{"subnet": str(NETWORK)}]}}},
     }
 
@@ -54,13 +62,13 @@ def _service(mesh: MeshConfig, container: Container) -> dict[str, Any]:
     return {
         "image": _IMAGE,
         "command": ["python", "-m", f"services.{container.service}", "--config", file],
-        "configs": [{"source": container.name, "target": file}],
+        "configs": [{"source": container.name, "target": file}, *_jwks(mesh, container)],
+        **_environment(container),
         "networks": {"mesh": {"ipv4_address": container.address}},
         "restart": "unless-stopped",
         "init": True,
         "stop_grace_period": f"{math.ceil(mesh.drain_seconds) + _STOP_MARGIN_SECONDS}s",
         "healthcheck": _healthcheck(*_PROBE, "127.0.0.1:50051"),
-        **_environment(container),
         **_storage(container),
         **_devices(mesh, container),
         **_dependencies(container),
@@ -69,11 +77,16 @@ def _service(mesh: MeshConfig, container: Container) -> dict[str, Any]:
 
 def _environment(container: Container) -> dict[str, Any]:
     # What has no value is from the environment that compose itself runs in, or its .env.
-    named = list(container.variables)
+    named = variables(container.settings)
     if container.service == "gateway":
         # Commands that are run beside a gateway find its database there.
         named.append(f"{SETTINGS_VARIABLE}={_CONFIG_FOLDER}/{container.name}.json")
     return {"environment": named} if named else {}
+
+
+def _jwks(mesh: MeshConfig, container: Container) -> list[dict[str, str]]:
+    needed = container.service == "gateway" and jwks_of(mesh) is not None
+    return [{"source": _JWKS, "target": JWKS_FILE}] if needed else []
 
 
 def _storage(container: Container) -> dict[str, Any]:
@@ -84,6 +97,9 @@ def _storage(container: Container) -> dict[str, Any]:
 def _volumes(container: Container) -> Iterator[str]:
     if container.service == "gateway":
         yield f"state:{STATE_FOLDER}"
+    if container.service == "router":
+        # All replicas of the router have it, and what one of them is told, all obey.
+        yield f"policy:{_POLICY_FOLDER}"
     if container.model_path == DEMO_FOLDER:
         yield "models:/models:ro"
     elif container.model_path is not None and container.model_path.startswith("/"):
@@ -110,6 +126,8 @@ def _devices(mesh: MeshConfig, container: Container) -> dict[str, Any]:
 def _dependencies(container: Container) -> dict[str, Any]:
     if container.model_path == DEMO_FOLDER:
         return {"depends_on": {"demo-model": {"condition": "service_completed_successfully"}}}
+    if container.service == "router":
+        return {"depends_on": {"policy": {"condition": "service_completed_successfully"}}}
     return {}
 
 
@@ -131,6 +149,18 @@ def _redis() -> dict[str, Any]:
     }
 
 
+def _policy() -> dict[str, Any]:
+    """Writes the routing policy of the mesh.yaml, which the routers follow without being started again."""
+    mesh_file = f"{_CONFIG_FOLDER}/mesh.yaml"
+    return {
+        "image": _IMAGE,
+        "command": ["tokenloom", "render", "policy", "--config", mesh_file, "--output", POLICY_FILE],
+        "configs": [{"source": "mesh", "target": mesh_file}],
+        "volumes": [f"policy:{_POLICY_FOLDER}"],
+        "networks": ["mesh"],
+    }
+
+
 def _edge_config() -> dict[str, Any]:
     """Writes Envoy's configuration from the mesh.yaml that everything else comes from."""
     mesh_file = f"{_CONFIG_FOLDER}/mesh.yaml"
@@ -144,12 +174,13 @@ def _edge_config() -> dict[str, Any]:
 
 
 def _envoy(mesh: MeshConfig) -> dict[str, Any]:
+    address = mesh.edge.address
     return {
         "image": ENVOY_IMAGE,
         "command": ["-c", _EDGE_FILE],
         "volumes": ["edge:/run/edge:ro"],
         **({} if mesh.edge.tls is None else {"secrets": _secret_files(mesh.edge.tls)}),
-        "ports": [f"{mesh.edge.host}:{mesh.edge.port}:{mesh.edge.port}"],
+        "ports": [f"{'' if address is None else f'{address}:'}{mesh.edge.port}:{mesh.edge.port}"],
         "networks": ["mesh"],
         "restart": "unless-stopped",
         "depends_on": {"edge-config": {"condition": "service_completed_successfully"}},
@@ -165,10 +196,12 @@ def _secret_files(tls: TlsConfig) -> list[dict[str, str]]:
 
 
 def _configs(mesh: MeshConfig, listed: list[Container]) -> dict[str, Any]:
+    jwks = jwks_of(mesh)
     texts = {container.name: msgspec.json.format(msgspec.json.encode(container.settings)) for container in listed}
     texts["mesh"] = msgspec.yaml.encode(mesh)
     # Compose would take a $ for a variable.
-    return {name: {"content": text.decode().replace("$", "$$")} for name, text in texts.items()}
+    contents = {name: {"content": text.decode().replace("$", "$$")} for name, text in texts.items()}
+    return contents if jwks is None else {**contents, _JWKS: {"file": jwks}}
 
 
 def _healthcheck(*command: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a mesh.yaml says: the fleet, described once for the launcher and for containers."""
 
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -119,6 +120,18 @@ class EdgeConfig(_Struct, kw_only=True, frozen=True):
     client_timeout_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """How long a client may stand still: send nothing more of what it began, take nothing of its answer, or be gone
     without a word. Then it is given up, and what it asked for is stopped."""
+    replicas: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Edges behind one service in Kubernetes; the launcher and compose run one."""
+
+    @property
+    def address(self) -> IPv4Address | IPv6Address | None:
+        """The host as an address; None where it is a name, by which clients know the machine."""
+        if self.host == "localhost":
+            return ip_address("127.0.0.1")
+        try:
+            return ip_address(self.host)
+        except ValueError:
+            return None
 
 
 class MeshConfig(_Struct, kw_only=True, frozen=True):

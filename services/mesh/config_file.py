@@ -11,6 +11,7 @@ from services.common import config
 from services.common.config import ConfigError
 from services.common.engine_args import check_engine_args
 from services.common.policy import policy_from
+from services.common.settings_gateway import JwtSettings
 from services.common.settings_worker import ModelSettings, SimSettings
 from services.mesh.config import EdgeConfig, MeshConfig
 from services.mesh.config_rules import check_mesh
@@ -20,6 +21,8 @@ __all__ = ["load_mesh", "parse_engine_args", "parse_sim"]
 
 def load_mesh(path: Path) -> MeshConfig:
     """Reads a mesh.yaml. A path of a model that begins with `.` or `~` is made absolute; `.` is the file's folder.
+
+    Other files that it names are looked for beside it.
 
     Raises:
         ConfigError: it can't be used.
@@ -34,6 +37,7 @@ def load_mesh(path: Path) -> MeshConfig:
         models=[_with_paths(model, path.parent) for model in mesh.models],
         model_cache=_resolved(mesh.model_cache, path.parent),
         edge=_with_tls_paths(mesh.edge, path.parent),
+        jwt=_with_jwks_path(mesh.jwt, path.parent),
     )
 
 
@@ -96,6 +100,13 @@ def _with_tls_paths(edge: EdgeConfig, folder: Path) -> EdgeConfig:
         return edge
     found = {name: str((folder / Path(path).expanduser()).resolve()) for name, path in edge.tls.files.items()}
     return msgspec.structs.replace(edge, tls=msgspec.structs.replace(edge.tls, **found))
+
+
+def _with_jwks_path(jwt: JwtSettings | None, folder: Path) -> JwtSettings | None:
+    """A file with a provider's keys is looked for beside the mesh.yaml, too."""
+    if jwt is None or jwt.jwks.startswith(("http://", "https://")):
+        return jwt
+    return msgspec.structs.replace(jwt, jwks=str((folder / Path(jwt.jwks).expanduser()).resolve()))
 
 
 def _resolved(path: str | None, folder: Path) -> str | None:

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Any, Final, Literal
 
-from services.common.object_store import ENVIRONMENT, is_in_store
+import msgspec
+
+from services.common.object_store import is_in_store
+from services.common.policy import Policy
 from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
 from services.common.settings_gateway import GatewaySettings
 from services.common.settings_worker import WorkerSettings
@@ -18,14 +21,17 @@ __all__ = [
     "DEMO_FOLDER",
     "ENVOY_IMAGE",
     "FETCHED_FOLDER",
+    "JWKS_FILE",
     "METRICS_PORT",
     "NETWORK",
+    "POLICY_FILE",
     "REDIS_IMAGE",
     "STATE_FOLDER",
     "TLS_FILES",
     "Container",
     "containers",
     "edge_of",
+    "jwks_of",
 ]
 
 NETWORK: Final = IPv4Network("172.28.0.0/24")
@@ -41,6 +47,10 @@ TLS_FILES: Final = {
     "client_ca": "/run/secrets/edge/ca.crt",
 }
 """Where the edge's container has what mesh.yaml names under edge.tls."""
+POLICY_FILE: Final = "/run/policy/policy.json"
+"""Where routers have the policy, which they follow: its folder is mounted, so that the file can be replaced."""
+JWKS_FILE: Final = "/run/jwks/jwks.json"
+"""Where gateways have the file that mesh.yaml names under jwt.jwks."""
 _GRPC: Final = 50051
 _PICKER: Final = 50052
 _HTTP: Final = 8000
@@ -51,7 +61,6 @@ _ANY: Final = "0.0.0.0"  # noqa: S104  # inside a container, whose network is th
 _REDIS_URL: Final = "redis://redis:6379/0"
 # The first addresses of the network are Docker's own.
 _FIRST_HOST: Final = 10
-_HUB_ENVIRONMENT: Final = ("HF_TOKEN", "HF_ENDPOINT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +85,11 @@ class Container:
             return None
         return "store" if is_in_store(self.model_path) else "hub"
 
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """Environment variables that it has to be given for that, where they are set."""
-        return {None: (), "hub": _HUB_ENVIRONMENT, "store": ENVIRONMENT}[self.fetches]
+
+def jwks_of(mesh: MeshConfig) -> str | None:
+    """The file with the keys of the identity provider; None where there is none, or its keys are at a URL."""
+    jwks = None if mesh.jwt is None else mesh.jwt.jwks
+    return None if jwks is None or jwks.startswith(("http://", "https://")) else jwks
 
 
 def containers(mesh: MeshConfig) -> list[Container]:
@@ -122,7 +132,9 @@ def _containers(mesh: MeshConfig) -> Iterator[Container]:
             **_everywhere(mesh, name),
             picker=f"{_ANY}:{_PICKER}",
             telemetry=[f"telemetry:{_GRPC}"],
-            **settings_from.router(mesh),
+            # The policy is not in the settings, for which a process would have to start again.
+            **{**settings_from.router(mesh), "routing": Policy()},
+            policy_path=POLICY_FILE,
         )
         yield Container(name=name, service="router", address=next(hosts), settings=router)
     for name in mesh.gateway_names:
@@ -143,6 +155,9 @@ def _everywhere(mesh: MeshConfig, name: str) -> dict[str, Any]:
 
 
 def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
+    said = settings_from.gateway(mesh)
+    if mesh.jwt is not None and jwks_of(mesh) is not None:
+        said["jwt"] = msgspec.structs.replace(mesh.jwt, jwks=JWKS_FILE)
     settings = GatewaySettings(
         **_everywhere(mesh, name),
         http=f"{_ANY}:{_HTTP}",
@@ -151,7 +166,7 @@ def _gateway(mesh: MeshConfig, name: str, address: str) -> Container:
         database=mesh.database_url or f"{STATE_FOLDER}/keys.db",
         journal=f"{STATE_FOLDER}/journal-{name}",
         redis_url=mesh.redis_url or _REDIS_URL,
-        **settings_from.gateway(mesh),
+        **said,
     )
     return Container(name=name, service="gateway", address=address, settings=settings)
 

@@ -1,20 +1,30 @@
 """Kubernetes manifests: every process of a mesh, Envoy and Redis, from the same mesh.yaml."""
 
-import hashlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import yaml
 
 from services.common.config import ConfigError
+from services.common.policy import policy_json
 from services.common.settings import TelemetrySettings
 from services.mesh.config import MeshConfig
-from services.mesh.containers import METRICS_PORT, REDIS_IMAGE, Container, containers
+from services.mesh.containers import (
+    JWKS_FILE,
+    METRICS_PORT,
+    POLICY_FILE,
+    REDIS_IMAGE,
+    Container,
+    containers,
+    jwks_of,
+)
 from services.mesh.k8s_edge import edge
 from services.mesh.k8s_growth import Growth, scaler
-from services.mesh.k8s_objects import WORKERS, headless, service, workload
+from services.mesh.k8s_metrics import SCRAPED, pod_monitor
+from services.mesh.k8s_objects import WORKERS, config_map, digest, headless, service, workload
 from services.mesh.k8s_pods import GRPC_PORT, HTTP_PORT, Wishes, claims, labels, labels_of, pod, resource_of, slug
 
 __all__ = ["manifests"]
@@ -27,9 +37,14 @@ _SHARED: Final = "nvidia.com/gpu.shared"
 
 
 def manifests(
-    mesh: MeshConfig, wishes: Wishes, *, namespace: str = "tokenloom", growth: Growth | None = None
+    mesh: MeshConfig,
+    wishes: Wishes,
+    *,
+    namespace: str = "tokenloom",
+    growth: Growth | None = None,
+    has_pod_monitor: bool = False,
 ) -> list[dict[str, Any]]:
-    """The objects, in the order in which they are to be made.
+    """The objects, in the order in which they are to be made; `has_pod_monitor`: one of the Prometheus Operator's, too.
 
     Raises:
         ConfigError: the mesh can't run in Kubernetes as it is described.
@@ -39,6 +54,8 @@ def manifests(
     workers = [container for container in listed if container.worker is not None]
     objects = [
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "settings"}, "stringData": _settings(listed)},
+        config_map("policy", POLICY_FILE, policy_json(mesh.routing) + "\n"),
+        *_jwks(mesh),
         *_slices(mesh, wishes),
         *(each for container in listed for each in _process(mesh, container, wishes)),
         headless(WORKERS, labels_of("worker")),
@@ -47,6 +64,7 @@ def manifests(
         *edge(mesh),
         *_disruption(mesh),
         _firewall(mesh),
+        *([pod_monitor()] if has_pod_monitor else []),
         *([] if growth is None else [scaler(container, growth) for container in workers]),
     ]
     for each in objects:
@@ -80,6 +98,16 @@ def _settings(listed: list[Container]) -> dict[str, str]:
     return {f"{container.name}.json": _json_of(container) for container in listed}
 
 
+def _jwks(mesh: MeshConfig) -> list[dict[str, Any]]:
+    if (path := jwks_of(mesh)) is None:
+        return []
+    try:
+        keys = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"jwt.jwks: there is no file that can be read, got the value {path!r}") from error
+    return [config_map("jwks", JWKS_FILE, keys)]
+
+
 def _json_of(container: Container) -> str:
     return msgspec.json.format(msgspec.json.encode(container.settings)).decode()
 
@@ -88,7 +116,7 @@ def _watched(mine: dict[str, str], container: Container) -> dict[str, Any]:
     """Other settings make another template, so that Kubernetes starts the pods again."""
     return {
         "labels": mine,
-        "annotations": {"tokenloom/settings": hashlib.sha256(_json_of(container).encode()).hexdigest()[:16]},
+        "annotations": {"tokenloom/settings": digest(_json_of(container)), **SCRAPED},
     }
 
 
@@ -180,6 +208,7 @@ def _disruption(mesh: MeshConfig) -> list[dict[str, Any]]:
         ("worker", mesh.worker_count > 1),
         ("router", mesh.routers > 1),
         ("gateway", mesh.gateways > 1),
+        ("edge", mesh.edge.replicas > 1),
     ]
     return [
         {

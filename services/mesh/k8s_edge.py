@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
 from services.mesh.config import MeshConfig
 from services.mesh.containers import ENVOY_IMAGE, TLS_FILES, edge_of
 from services.mesh.envoy import bootstrap
-from services.mesh.k8s_objects import WORKERS, service, workload
+from services.mesh.k8s_objects import WORKERS, digest, service, workload
 from services.mesh.k8s_pods import GRPC_PORT, labels
 
 __all__ = ["edge"]
@@ -48,11 +47,15 @@ def edge(mesh: MeshConfig) -> list[dict[str, Any]]:
         ],
     }
     config = {"envoy.yaml": json.dumps(bootstrap(reached), indent=1)}
+    edges = workload("Deployment", "edge", mine, spec)
+    edges["spec"]["replicas"] = mesh.edge.replicas
+    # Envoy reads it once: another one makes another template, so that Kubernetes starts the pods again.
+    edges["spec"]["template"]["metadata"]["annotations"] = {"tokenloom/settings": digest(config["envoy.yaml"])}
     door = service("edge", mine, http=port)
     door["spec"]["type"] = "ClusterIP" if _is_private(mesh) else "LoadBalancer"
     return [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "edge"}, "data": config},
-        workload("Deployment", "edge", mine, spec),
+        edges,
         door,
     ]
 
@@ -73,4 +76,4 @@ def _edge_probe(mesh: MeshConfig) -> dict[str, Any]:
 
 def _is_private(mesh: MeshConfig) -> bool:
     """Whether nobody outside is to reach the edge, as mesh.yaml says by a loopback address."""
-    return mesh.edge.host == "localhost" or ip_address(mesh.edge.host).is_loopback
+    return mesh.edge.address is not None and mesh.edge.address.is_loopback

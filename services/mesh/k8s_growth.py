@@ -1,9 +1,12 @@
 """How workers become more and fewer in Kubernetes, by KEDA."""
 
+import json
 from typing import Any
 
 import msgspec
 
+from services.common.settings import ProcessSettings
+from services.common.settings_worker import WorkerSettings
 from services.mesh.containers import Container
 from services.mesh.k8s_pods import slug
 
@@ -18,10 +21,21 @@ class Growth(msgspec.Struct, kw_only=True, frozen=True):
     prometheus: str
     """The URL of the Prometheus that scrapes the routers."""
     waiting: int = 4
-    """Requests that wait in the router, for each replica."""
+    """Requests that wait in the router for workers of a pool, for each replica."""
     hours: tuple[int, int] | None = None
     """From which to which hour of working days all replicas run, whatever waits."""
     timezone: str = "UTC"
+
+
+def _whose(settings: ProcessSettings) -> str:
+    """The labels of the requests that a worker can serve."""
+    assert isinstance(settings, WorkerSettings)
+    pool, model = f'pool="{settings.pool}"', settings.model
+    if model.adapters_dir is not None:
+        # Its adapters are asked for by names of their own, and come while it runs.
+        return pool
+    # PromQL's strings have JSON's escapes.
+    return f"{pool}, model={json.dumps(model.name, ensure_ascii=False)}"
 
 
 def scaler(container: Container, growth: Growth) -> dict[str, Any]:
@@ -29,7 +43,7 @@ def scaler(container: Container, growth: Growth) -> dict[str, Any]:
     name = slug(container.name)
     queue = {
         "serverAddress": growth.prometheus,
-        "query": "sum(tokenloom_router_waiting_requests)",
+        "query": f"sum(tokenloom_router_pool_waiting_requests{{{_whose(container.settings)}}})",
         "threshold": str(growth.waiting),
     }
     triggers: list[dict[str, Any]] = [{"type": "prometheus", "metadata": queue}]

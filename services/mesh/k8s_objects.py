@@ -1,11 +1,13 @@
 """Objects of Kubernetes that most processes of the mesh have."""
 
+import hashlib
+from pathlib import Path
 from typing import Any, Final
 
 from services.mesh.containers import METRICS_PORT
 from services.mesh.k8s_pods import GRPC_PORT
 
-__all__ = ["WORKERS", "headless", "service", "workload"]
+__all__ = ["WORKERS", "config_map", "digest", "headless", "service", "workload"]
 
 WORKERS: Final = "workers"
 """The service that all workers are behind."""
@@ -20,6 +22,17 @@ def service(name: str, selector: dict[str, str], **ports: int) -> dict[str, Any]
         "metadata": {"name": name, "labels": selector},
         "spec": {"selector": selector, "ports": listed},
     }
+
+
+def config_map(name: str, path: str, text: str) -> dict[str, Any]:
+    """What pods have as the file `path`, where its folder is mounted."""
+    data = {Path(path).name: text}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
+
+
+def digest(text: str) -> str:
+    """A few characters that are other ones when the text is another one."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def headless(name: str, selector: dict[str, str]) -> dict[str, Any]:

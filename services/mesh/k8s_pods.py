@@ -3,12 +3,23 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from services.common.config import ConfigError
+from services.common.settings_gateway import GatewaySettings
 from services.mesh.books import SETTINGS_VARIABLE
 from services.mesh.config import MeshConfig, WorkerConfig
-from services.mesh.containers import DEMO_FOLDER, FETCHED_FOLDER, METRICS_PORT, STATE_FOLDER, Container
+from services.mesh.container_environment import variables
+from services.mesh.containers import (
+    DEMO_FOLDER,
+    FETCHED_FOLDER,
+    JWKS_FILE,
+    METRICS_PORT,
+    POLICY_FILE,
+    STATE_FOLDER,
+    Container,
+)
 
 __all__ = ["GRPC_PORT", "HTTP_PORT", "Wishes", "claims", "labels", "labels_of", "pod", "resource_of", "slug"]
 
@@ -21,7 +32,14 @@ _STOP_MARGIN_SECONDS: Final = 10
 _START_TRIES: Final = 360
 _CACHE_SIZE: Final = "100Gi"
 _STATE_SIZE: Final = "10Gi"
-_WHERE: Final = {"POD_NAME": "metadata.name", "POD_IP": "status.podIP", "NODE_NAME": "spec.nodeName"}
+_WHERE_IT_IS: Final = [
+    {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+    for name, path in (("POD_NAME", "metadata.name"), ("POD_IP", "status.podIP"), ("NODE_NAME", "spec.nodeName"))
+]
+_ENVIRONMENT: Final = "environment"
+"""The Secret, made by hand, that has the variables which mesh.yaml names."""
+_POLICY_FOLDER: Final = str(Path(POLICY_FILE).parent)
+_JWKS_FOLDER: Final = str(Path(JWKS_FILE).parent)
 
 
 class Wishes:
@@ -110,12 +128,11 @@ def _container(mesh: MeshConfig, container: Container, wishes: Wishes) -> dict[s
         "image": wishes.image,
         "command": ["python", "-m", f"services.{container.service}", "--config", file, *_set(container)],
         "env": [
-            *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in _WHERE.items()),
+            *_WHERE_IT_IS,
             # Commands that are run beside a gateway find its database there.
             *([{"name": SETTINGS_VARIABLE, "value": file}] if container.service == "gateway" else []),
+            *map(_secret_variable, variables(container.settings)),
         ],
-        # Who may read the models, as AWS_ACCESS_KEY_ID or HF_TOKEN say it.
-        **({"envFrom": [{"secretRef": {"name": "models", "optional": True}}]} if container.fetches else {}),
         "ports": [
             {"name": "grpc", "containerPort": GRPC_PORT},
             {"name": "metrics", "containerPort": METRICS_PORT},
@@ -128,6 +145,12 @@ def _container(mesh: MeshConfig, container: Container, wishes: Wishes) -> dict[s
     if container.worker is not None and (cards := resource_of(mesh, container.worker, wishes)) is not None:
         made["resources"] = {"limits": {cards[0]: cards[1]}}
     return made
+
+
+def _secret_variable(name: str) -> dict[str, Any]:
+    # Whoever needs one that is not there says so itself.
+    chosen = {"name": _ENVIRONMENT, "key": name, "optional": True}
+    return {"name": name, "valueFrom": {"secretKeyRef": chosen}}
 
 
 def _set(container: Container) -> list[str]:
@@ -154,6 +177,7 @@ def _volumes(container: Container) -> list[dict[str, Any]]:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     if container.model_path == DEMO_FOLDER:
         volumes.append({"name": "model", "emptyDir": {}})
+    volumes += [{"name": name, "configMap": {"name": name}} for name, _ in _files(container)]
     for name, path in _folders(container):
         volumes.append({"name": name, "hostPath": {"path": path, "type": "Directory"}})
     return volumes
@@ -170,8 +194,18 @@ def _mounts(container: Container) -> list[dict[str, Any]]:
     if container.fetches is not None:
         folder = FETCHED_FOLDER if container.fetches == "store" else _CACHE_FOLDER
         mounts.append({"name": "model", "mountPath": folder})
-    mounts += [{"name": name, "mountPath": path, "readOnly": True} for name, path in _folders(container)]
+    read_only = (*_files(container), *_folders(container))
+    mounts += [{"name": name, "mountPath": path, "readOnly": True} for name, path in read_only]
     return mounts
+
+
+def _files(container: Container) -> list[tuple[str, str]]:
+    """ConfigMaps, and where a process follows what is in them: as folders, since a single file would never change."""
+    if container.service == "router":
+        return [("policy", _POLICY_FOLDER)]
+    settings = container.settings
+    has_jwks = isinstance(settings, GatewaySettings) and settings.jwt is not None and settings.jwt.jwks == JWKS_FILE
+    return [("jwks", _JWKS_FOLDER)] if has_jwks else []
 
 
 def _folders(container: Container) -> list[tuple[str, str]]:

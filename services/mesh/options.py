@@ -173,6 +173,7 @@ def _add_render(commands: Any) -> None:
         ("compose", render.compose, "a compose.yaml with every process, Envoy and Redis"),
         ("observed", render.observed, "the same with Jaeger, Prometheus and Grafana, for deploy/observability"),
         ("envoy", render.envoy, "the edge's Envoy configuration for containers"),
+        ("policy", render.policy, "the routing policy that routers in containers follow, in JSON"),
         ("k8s", render.k8s, "Kubernetes manifests"),
     ):
         target = add_command(targets, name, run, about)
@@ -212,6 +213,7 @@ def _add_k8s(target: ArgumentParser) -> None:
         "--busy-hours", type=values.hours, metavar="H-H", help="working hours in which all replicas run"
     )
     target.add_argument("--timezone", default="UTC", metavar="ZONE", help="of these; default: %(default)s")
+    target.add_argument("--pod-monitor", action="store_true", help="have the Prometheus Operator scrape every process")
 
 
 def _add_plan(commands: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import yaml
 
+from services.common.policy import policy_json
 from services.mesh.compose import compose_file
 from services.mesh.compose_observed import observed_compose_file
 from services.mesh.config_file import load_mesh
@@ -16,7 +17,7 @@ from services.mesh.k8s import manifests
 from services.mesh.k8s_growth import Growth
 from services.mesh.k8s_pods import Wishes
 
-__all__ = ["compose", "envoy", "k8s", "observed"]
+__all__ = ["compose", "envoy", "k8s", "observed", "policy"]
 
 _WRITTEN_BY: Final = "# Written by `tokenloom render {what}`: change mesh.yaml and render again.\n"
 
@@ -39,6 +40,19 @@ def envoy(arguments: Namespace) -> int:
     return 0
 
 
+def policy(arguments: Namespace) -> int:
+    """The routing policy as the routers' containers follow it."""
+    text = policy_json(load_mesh(arguments.config).routing) + "\n"
+    if arguments.output is None:
+        sys.stdout.write(text)
+    else:
+        # Routers may be reading it.
+        scratch = arguments.output.with_name(f".{arguments.output.name}.new")
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(arguments.output)
+    return 0
+
+
 def k8s(arguments: Namespace) -> int:
     """Kubernetes manifests."""
     growth = None
@@ -47,7 +61,10 @@ def k8s(arguments: Namespace) -> int:
         growth = Growth(most=arguments.max_replicas, prometheus=arguments.prometheus, hours=hours, timezone=timezone)
     wishes = Wishes(image=arguments.image, resources=dict(arguments.gpu_resource), tolerate=arguments.tolerate)
     mesh = load_mesh(arguments.config)
-    _write("k8s", manifests(mesh, wishes, namespace=arguments.namespace, growth=growth), arguments.output)
+    rendered = manifests(
+        mesh, wishes, namespace=arguments.namespace, growth=growth, has_pod_monitor=arguments.pod_monitor
+    )
+    _write("k8s", rendered, arguments.output)
     return 0
 
 

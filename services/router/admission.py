@@ -111,6 +111,19 @@ class Admission:
         """How many of each tenant wait."""
         return self._line.crowd.by_tenant
 
+    def kinds_waiting(self) -> list[tuple[Ticket, int, float | None]]:
+        """A ticket for each kind of requests that wait, how many they are, and how many seconds one more would wait.
+
+        None where that is not known. From any thread; for metrics.
+        """
+        kinds, of_model = self._line.kinds(), Counter[str]()
+        for ticket, count in kinds:
+            of_model[ticket.lane.model] += count
+        return [
+            (ticket, count, self._refusals.expected_wait(ticket, of_model[ticket.lane.model]))
+            for ticket, count in kinds
+        ]
+
     def outlook(self, ticket: Ticket) -> tuple[int, float | None]:
         """How many go before a ticket that has just begun to wait, and how many seconds that takes, if it is known."""
         before = max(0, self._line.before(ticket) - 1)

@@ -102,6 +102,11 @@ class Fleet:
         """The models that some worker serves or has served."""
         return list(self._known)
 
+    def pools_of(self, model: str) -> tuple[str, ...]:
+        """The pools with workers that serve the model or have served it."""
+        # Copied in one step: metrics are read from another thread.
+        return tuple(self._known.get(model, ()))
+
     def has_served(self, model: str, pool: str) -> bool:
         """Whether a worker of the pool serves the model or has served it."""
         return pool in self._known.get(model, ())

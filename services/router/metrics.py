@@ -12,6 +12,7 @@ from services.router.admission import Admission
 from services.router.fleet import Clock, Fleet
 from services.router.policy import Policies
 from services.router.slowness import slow_causes
+from services.router.ticket import Ticket
 from services.router.worker import Worker
 
 __all__ = ["FleetCollector", "RouterMetrics"]
@@ -73,7 +74,41 @@ class FleetCollector(Collector):
         )
         version = self._policies.version
         yield GaugeMetricFamily("tokenloom_router_policy_version", "Policies since the start, from 1.", value=version)
+        yield from _of_pools(self._admission, self._fleet, workers)
         yield from _of_workers(workers, now)
+
+
+def _of_pools(admission: Admission, fleet: Fleet, workers: Sequence[Worker]) -> Iterator[Metric]:
+    served = {(worker.card.pool, model) for worker in workers for model in worker.card.models}
+    counts, waits = dict.fromkeys(sorted(served), 0), dict.fromkeys(sorted(served), 0.0)
+    for ticket, count, seconds in admission.kinds_waiting():
+        for place in _places(ticket, fleet):
+            counts[place] = counts.get(place, 0) + count
+            waits[place] = max(waits.get(place, 0.0), seconds or 0.0)
+    waiting = GaugeMetricFamily(
+        "tokenloom_router_pool_waiting_requests",
+        "Requests that wait and may go to a pool, by model; one that may go to several counts for each.",
+        labels=("pool", "model"),
+    )
+    wait = GaugeMetricFamily(
+        "tokenloom_router_pool_wait_seconds",
+        "How long one more such request is predicted to wait; 0 while none does, or where nothing is known.",
+        labels=("pool", "model"),
+    )
+    for place, count in counts.items():
+        waiting.add_metric(place, count)
+        wait.add_metric(place, max(0.0, waits[place]))
+    yield waiting
+    yield wait
+
+
+def _places(ticket: Ticket, fleet: Fleet) -> set[tuple[str, str]]:
+    """The pools that a request may go to, each with the model that it would be answered by there."""
+    found: set[tuple[str, str]] = set()
+    for way in ticket.ways:
+        model, allowed = way.request.model or "", way.request.pools
+        found.update((pool, model) for pool in fleet.pools_of(model) if allowed is None or pool in allowed)
+    return found
 
 
 # (name, meaning, value of a worker at a moment)

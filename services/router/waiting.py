@@ -129,8 +129,10 @@ class _Class(Generic[W]):
 class _Lane(Generic[W]):
     """The requests of one lane, by priority class."""
 
-    def __init__(self, key: LaneKey, fairness: Fairness) -> None:
+    def __init__(self, key: LaneKey, fairness: Fairness, example: W) -> None:
         self.key = key
+        self.example = example
+        """Whoever was the first to wait here."""
         self._fairness = fairness
         self.classes: dict[int, _Class[W]] = {}
         self._priorities: list[int] = []
@@ -179,6 +181,17 @@ class WaitingLine(Generic[W]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def kinds(self) -> list[tuple[W, int]]:
+        """A request of each lane, which may have left it, and how many wait there. From any thread; for metrics."""
+        # Copied in one step each: the line goes on meanwhile.
+        lanes = [
+            lane
+            for model, of_model in self._models.copy().items()
+            for key, lane in of_model.copy().items()
+            if key.model == model
+        ]
+        return [(lane.example, sum(group.count for group in lane.classes.copy().values())) for lane in lanes]
+
     def has_lane(self, key: LaneKey) -> bool:
         """Whether somebody waits who is interchangeable with a request of this key."""
         return key in self._models.get(key.model, ())
@@ -206,7 +219,7 @@ class WaitingLine(Generic[W]):
             key = key._replace(constraint="mixed")
             lane = lanes.get(key)
         if lane is None:
-            lane = lanes[key] = _Lane(key, self._fairness)
+            lane = lanes[key] = _Lane(key, self._fairness, waiter)
             for other in key.others:
                 self._models.setdefault(other, {})[key] = lane
         self._next_order += 1

@@ -6,10 +6,12 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from tokenloom.inference.v1 import inference_pb2
 from tokenloom.router.v1 import router_pb2, router_pb2_grpc
 
 from services.common.errors import Reason
+from services.common.policy import policy_from
 from services.common.prefix import salt_of, token_block_hashes
 from services.common.status import error_from_call, error_from_status
 from tests.support.measured import measured
@@ -193,6 +195,47 @@ async def test_metrics_count_workers_leases_and_decisions() -> None:
     assert 'tokenloom_router_decisions_total{outcome="granted"} 1.0' in lines
     assert "tokenloom_router_decision_seconds_count 1.0" in lines
     assert "tokenloom_router_queue_seconds_count 1.0" in lines
+
+
+async def test_metrics_tell_each_pools_waiting_requests_and_their_wait() -> None:
+    policy = policy_from({"aliases": {"any": "other"}}, where="routing")
+    async with (
+        running_router(routing=policy) as (router, to_router),
+        worker_link(router, to_router, max_running=1),
+        worker_link(
+            router, to_router, "worker-1", endpoint="127.0.0.1:5002", models=("other",), pool="small", max_running=1
+        ),
+        gateway_session(to_router) as gateway,
+    ):
+        for model in ("demo", "other"):
+            await gateway.acquire(2, model=model, max_output_token_count=1)
+        await gateway.acquire(6, model="any", max_output_token_count=1)
+        await gateway.acquire(3, model="demo", max_output_token_count=1)
+        await eventually(lambda: router.admission.waiting_count + len(gateway.grants) == 13, within=5)
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://127.0.0.1:{router.metrics_port}/metrics")).text
+        shown = {
+            (
+                sample.name.removeprefix("tokenloom_router_pool_"),
+                sample.labels["pool"],
+                sample.labels["model"],
+            ): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith("tokenloom_router_pool_")
+        }
+        first, second = (router.fleet.get(f"worker-{number}") for number in range(2))
+        assert first is not None
+        assert second is not None
+        for name in ("wait_seconds", "waiting_requests"):
+            assert {key[1:] for key in shown if key[0] == name} == {
+                (first.card.pool, "demo"),
+                (second.card.pool, "other"),
+            }
+        for worker, model, came in ((first, "demo", 5), (second, "other", 8)):
+            waiting = shown["waiting_requests", worker.card.pool, model]
+            assert waiting == came - len(worker.leases)
+            assert shown["wait_seconds", worker.card.pool, model] > 0
 
 
 async def test_a_prompt_of_tokens_goes_to_the_worker_that_tells_it_has_them_cached() -> None:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from envoy.data.accesslog.v3 import accesslog_pb2
-from tokenloom.inference.v1 import generation_pb2, inference_pb2_grpc
+from tokenloom.inference.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 from services.common.typed_calls import ACCOUNT_HEADER, EDGE_ACCOUNT, REMEMBER_HEADER
 from services.mesh import envoy_memory
@@ -110,7 +110,7 @@ async def test_what_the_key_and_the_call_say_counts_for_a_remembered_key_too(
     edge: RunningEdge, client: httpx.AsyncClient, stub: inference_pb2_grpc.InferenceServiceAsyncStub
 ) -> None:
     forged = {"x-tokenloom-worker": "mine", "x-tokenloom-route": "mine"}
-    for name, told in (("told-debug", ("w0", "it is idle; cost 0.1 s")), ("told", (None, None))):
+    for name, told in (("counts-debug", ("w0", "it is idle; cost 0.1 s")), ("counts", (None, None))):
         del edge.seen.picks[:]
         for _ in range(2):
             answer = await rest(client, {**known(name), **forged, "x-priority": "7"})
@@ -118,12 +118,16 @@ async def test_what_the_key_and_the_call_say_counts_for_a_remembered_key_too(
             assert "x-tokenloom-degraded" not in answer.headers
         assert asked(edge, name) == 1
         assert [pick["request.headers['x-priority']"] for pick in edge.seen.picks] == ["7", "7"]
-    call = stub.Generate(
-        generation_pb2.GenerateRequest(model="demo", text="hi"), metadata=tuple(known("told-debug").items()), timeout=30
+    call = stub.Tokenize(
+        inference_pb2.TokenizeRequest(model="demo", text="hi"),
+        metadata=tuple(known("counts-debug").items()),
+        timeout=30,
     )
+    await call
     metadata = {str(key): value for key, value in await call.initial_metadata()}
     assert (metadata["x-tokenloom-worker"], metadata["x-tokenloom-route"]) == ("w0", "it is idle; cost 0.1 s")
-    call.cancel()
+    # One that was asked about is told of at its end, the others at their beginning, too.
+    await eventually(lambda: sum(f"{KNOWN_KEYS}counts" in str(entry) for entry in edge.seen.told) == 8, within=10)
 
 
 async def test_what_clients_make_up_is_dropped_whether_their_key_is_remembered_or_not(

@@ -99,6 +99,7 @@ async def worker_link(
     max_running: int = 8,
     context: int = 4096,
     block_tokens: int = 0,
+    pool: str = "default",
     gpu_uuids: tuple[str, ...] = (),
     report: bool = True,
 ) -> AsyncIterator[WorkerLink]:
@@ -111,7 +112,7 @@ async def worker_link(
         endpoint=endpoint,
         models=[inference_pb2.ModelCard(name=name, max_context_token_count=context) for name in models],
         engine="sim",
-        pool="default",
+        pool=pool,
         gpu_uuids=gpu_uuids,
         max_running_count=max_running,
         kv_cache_token_count=65_536,

@@ -1,6 +1,7 @@
 """Kubernetes manifests from a mesh.yaml."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 from services.common.config import ConfigError, load
+from services.common.object_store import ENVIRONMENT
+from services.common.policy import parse_policy
 from services.common.settings import ProcessSettings, RouterSettings, TelemetrySettings
 from services.common.settings_gateway import GatewaySettings
 from services.common.settings_worker import WorkerSettings
@@ -142,7 +145,7 @@ def test_a_model_in_s3_has_a_volume_and_the_variables_that_its_worker_asks_with(
     assert [claim["metadata"]["name"] for claim in worker["volumeClaimTemplates"]] == ["model"]
     (container,) = worker["template"]["spec"]["containers"]
     assert {"name": "model", "mountPath": "/models/fetched"} in container["volumeMounts"]
-    assert container["envFrom"] == [{"secretRef": {"name": "models", "optional": True}}]
+    assert "AWS_ENDPOINT_URL" in [entry["name"] for entry in container["env"]]
     composed = compose_file(load_mesh(tmp_path / "mesh.yaml"))
     assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"} <= set(
         composed["services"]["w"]["environment"]
@@ -199,13 +202,195 @@ def test_workers_grow_with_the_queue_and_by_the_clock(tmp_path: Path) -> None:
     spec = objects["ScaledObject", "w"]["spec"]
     assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (1, 3)
     queue, clock = spec["triggers"]
-    assert queue["metadata"]["query"] == "sum(tokenloom_router_waiting_requests)"
+    assert queue["metadata"]["query"] == 'sum(tokenloom_router_pool_waiting_requests{pool="p", model="sim"})'
     assert clock["metadata"] == {
         "timezone": "Europe/Berlin",
         "start": "0 7 * * 1-5",
         "end": "0 19 * * 1-5",
         "desiredReplicas": "3",
     }
+
+
+@pytest.mark.parametrize(
+    ("model", "labels"),
+    [
+        ("{name: Qwen/Q.6B}", 'pool="p", model="Qwen/Q.6B"'),
+        ("{name: m, adapters_dir: /adapters}", 'pool="p"'),
+    ],
+)
+def test_a_worker_grows_with_what_it_can_serve(tmp_path: Path, model: str, labels: str) -> None:
+    name = model.split("name: ")[1].partition(",")[0].rstrip("}")
+    text = f"models: [{model}]\npools: [{{name: p, serves: [{name}], workers: [{{name: w, engine: vllm}}]}}]\n"
+    text = text.replace("{name: " + name, "{path: /models/m, name: " + name, 1)
+    objects = rendered(tmp_path, text, growth=Growth(most=2, prometheus="http://prom:9090"))
+    (queue,) = objects["ScaledObject", "w"]["spec"]["triggers"]
+    assert queue["metadata"]["query"] == f"sum(tokenloom_router_pool_waiting_requests{{{labels}}})"
+
+
+def test_prometheus_finds_every_process_with_the_labels_that_the_rules_go_by(tmp_path: Path) -> None:
+    objects = rendered(tmp_path, has_pod_monitor=True)
+    spec = objects["PodMonitor", "tokenloom"]["spec"]
+    (endpoint,) = spec["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True
+    found = {}
+    for (kind, name), each in objects.items():
+        if "template" not in each.get("spec", {}):
+            continue
+        template = each["spec"]["template"]
+        own = template["metadata"]["labels"]
+        assert spec["selector"]["matchLabels"].items() <= own.items()
+        ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+        annotated = "prometheus.io/scrape" in template["metadata"].get("annotations", {})
+        assert annotated == ("metrics" in ports)
+        if annotated:
+            assert template["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
+            pod_name = f"{name}-0" if kind == "StatefulSet" else f"{name}-abc"
+            found[name] = relabeled(endpoint["relabelings"], own, pod_name)
+    assert {labels["job"] for labels in found.values()} == {"tokenloom"}
+    assert found["router-1"] == {"job": "tokenloom", "process": "router-1", "service": "router"}
+    assert found["l40-tp"] == {"job": "tokenloom", "process": "l40-tp-0", "service": "inference"}
+    assert found["telemetry-agents"] == {"job": "tokenloom", "process": "telemetry-agents-abc", "service": "telemetry"}
+    assert found["gateway"]["process"] == "gateway"
+    assert ("PodMonitor", "tokenloom") not in rendered(tmp_path)
+
+
+def relabeled(rules: list[dict[str, Any]], labels: dict[str, str], pod: str) -> dict[str, str]:
+    """What Prometheus makes of a pod by these rules: `replace`, with its defaults."""
+    meta = {"__meta_kubernetes_pod_name": pod}
+    for name, value in labels.items():
+        meta["__meta_kubernetes_pod_label_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)] = value
+    made: dict[str, str] = {}
+    for rule in rules:
+        source = ";".join(meta.get(name, "") for name in rule.get("sourceLabels", ()))
+        if match := re.fullmatch(rule.get("regex", "(.*)"), source):
+            made[rule["targetLabel"]] = match.expand(rule.get("replacement", "$1").replace("$", "\\"))
+    return made
+
+
+KEYS = """\
+models: [{name: far}, {name: fetched, path: Qwen/Qwen3-0.6B}, {name: bucket, path: "s3://models/m"}, {name: sim}]
+otlp_endpoint: collector:4317
+guardrails:
+  tenants: {acme: {input: [{kind: moderation, url: "https://m.example/v1", api_key_variable: MODERATION_KEY}]}}
+jwt: {jwks: keys.json, issuer: https://idp.example, audience: mesh}
+pools:
+  - name: p
+    serves: [far, fetched, bucket, sim]
+    workers:
+      - {name: up, engine: openai, model: far, upstream: {url: "https://o.example/v1", api_key_variable: FAR_KEY}}
+      - {name: hf, engine: vllm, model: fetched}
+      - {name: s3, engine: vllm, model: bucket}
+      - {name: sim-0, engine: sim, model: sim}
+"""
+OTLP = {f"OTEL_EXPORTER_OTLP_{name}" for name in ("HEADERS", "TRACES_HEADERS", "METRICS_HEADERS", "COMPRESSION")}
+VARIABLES = {
+    "up": {"FAR_KEY"},
+    "hf": {"HF_TOKEN", "HF_ENDPOINT"},
+    "s3": set(ENVIRONMENT),
+    "sim-0": set(),
+    "gateway": {"MODERATION_KEY"},
+    "router": set(),
+    "telemetry": set(),
+}
+
+
+def test_containers_get_the_variables_that_the_file_names_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"keys": []}')
+    objects = rendered(tmp_path, KEYS)
+    pods = {
+        name: each["spec"]["template"]["spec"]["containers"][0]
+        for (kind, name), each in objects.items()
+        if kind in ("StatefulSet", "Deployment")
+    }
+    services = compose_file(load_mesh(tmp_path / "mesh.yaml"))["services"]
+    for name, expected in VARIABLES.items():
+        refs = {
+            entry["name"]: entry["valueFrom"]["secretKeyRef"]
+            for entry in pods[name]["env"]
+            if "secretKeyRef" in entry.get("valueFrom", {})
+        }
+        assert refs.keys() == expected | OTLP, name
+        for variable, ref in refs.items():
+            assert ref == {"name": "environment", "key": variable, "optional": True}
+        # Without values: they are of whoever runs it.
+        named = {variable for variable in services[name]["environment"] if "=" not in variable}
+        assert named == expected | OTLP, name
+    plain = rendered(tmp_path, PLAIN)
+    assert len(containers_of(plain)["w"]["env"]) == 3
+    assert "environment" not in compose_file(load_mesh(tmp_path / "mesh.yaml"))["services"]["w"]
+
+
+def test_a_file_of_a_providers_keys_is_looked_for_beside_the_mesh_and_mounted(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"keys": []}')
+    objects = rendered(tmp_path, KEYS)
+    assert objects["ConfigMap", "jwks"]["data"] == {"jwks.json": '{"keys": []}'}
+    settings = msgspec.json.decode(objects["Secret", "settings"]["stringData"]["gateway.json"])
+    assert settings["jwt"]["jwks"] == "/run/jwks/jwks.json"
+    spec = objects["StatefulSet", "gateway"]["spec"]["template"]["spec"]
+    assert {"name": "jwks", "configMap": {"name": "jwks"}} in spec["volumes"]
+    mounted = {"name": "jwks", "mountPath": "/run/jwks", "readOnly": True}
+    assert mounted in spec["containers"][0]["volumeMounts"]
+    composed = compose_file(load_mesh(tmp_path / "mesh.yaml"))
+    assert composed["configs"]["jwks"] == {"file": str(tmp_path / "keys.json")}
+    assert {"source": "jwks", "target": "/run/jwks/jwks.json"} in composed["services"]["gateway"]["configs"]
+    remote = KEYS.replace("keys.json", "https://idp.example/keys")
+    assert ("ConfigMap", "jwks") not in rendered(tmp_path, remote)
+    with pytest.raises(ConfigError, match=r"jwt.jwks: there is no file .*none.json"):
+        rendered(tmp_path, KEYS.replace("keys.json", "none.json"))
+
+
+def test_the_routing_policy_is_a_file_that_routers_follow_without_being_started_again(tmp_path: Path) -> None:
+    other = PLAIN + "routing: {aliases: {fast: sim}}\n"
+    first, second = rendered(tmp_path, PLAIN + "routers: 2\n"), rendered(tmp_path, other + "routers: 2\n")
+    for router in ("router", "router-1"):
+        assert first["Deployment", router] == second["Deployment", router]
+        pod = first["Deployment", router]["spec"]["template"]["spec"]
+        assert {"name": "policy", "configMap": {"name": "policy"}} in pod["volumes"]
+        assert {"name": "policy", "mountPath": "/run/policy", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+        settings = msgspec.json.decode(first["Secret", "settings"]["stringData"][f"{router}.json"], type=RouterSettings)
+        assert settings.policy_path == "/run/policy/policy.json"
+    policy = parse_policy(second["ConfigMap", "policy"]["data"]["policy.json"], where="routing")
+    assert policy.aliases == {"fast": "sim"}
+    services = compose_file(load_mesh(tmp_path / "mesh.yaml"))["services"]
+    assert services["router-1"]["volumes"] == services["policy"]["volumes"] == ["policy:/run/policy"]
+    assert services["router"]["depends_on"] == {"policy": {"condition": "service_completed_successfully"}}
+    output = tmp_path / "policy.json"
+    assert services["policy"]["command"][1:4] == ["render", "policy", "--config"]
+    assert main(["render", "policy", "--config", str(tmp_path / "mesh.yaml"), "--output", str(output)]) == 0
+    assert parse_policy(output.read_bytes(), where="routing") == policy
+
+
+@pytest.mark.parametrize(
+    ("host", "kind", "published"),
+    [
+        ("llm.example", "LoadBalancer", "8080:8080"),
+        ("localhost", "ClusterIP", "127.0.0.1:8080:8080"),
+        ("127.0.0.1", "ClusterIP", "127.0.0.1:8080:8080"),
+        ("0.0.0.0", "LoadBalancer", "0.0.0.0:8080:8080"),
+    ],
+)
+def test_the_edge_may_be_named_by_a_name(tmp_path: Path, host: str, kind: str, published: str) -> None:
+    objects = rendered(tmp_path, PLAIN + f"edge: {{host: {host}}}\n")
+    assert objects["Service", "edge"]["spec"]["type"] == kind
+    assert compose_file(load_mesh(tmp_path / "mesh.yaml"))["services"]["envoy"]["ports"] == [published]
+
+
+def test_there_may_be_several_edges_which_start_again_for_another_configuration(tmp_path: Path) -> None:
+    def edges(more: str) -> Any:
+        return rendered(tmp_path, PLAIN + f"edge: {{replicas: 3{more}}}\n")
+
+    objects = edges("")
+    spec = objects["Deployment", "edge"]["spec"]
+    assert spec["replicas"] == 3
+    assert (
+        objects["PodDisruptionBudget", "edges"]["spec"]["selector"]["matchLabels"].items()
+        <= spec["template"]["metadata"]["labels"].items()
+    )
+    assert edges("")["Deployment", "edge"] == objects["Deployment", "edge"]
+    other = edges(", client_timeout_seconds: 7")
+    assert other["ConfigMap", "edge"] != objects["ConfigMap", "edge"]
+    assert other["Deployment", "edge"]["spec"]["template"]["metadata"] != spec["template"]["metadata"]
+    assert rendered(tmp_path, PLAIN)["Deployment", "edge"]["spec"]["replicas"] == 1
 
 
 def test_workers_may_run_on_spot_nodes(tmp_path: Path) -> None:

@@ -393,7 +393,17 @@ def test_every_container_has_its_configuration_and_workers_have_the_address_that
     text = EXAMPLE.replace("path: ./models/demo", "path: org/some-model")
     rendered = compose_file(load(tmp_path, text))
     services, configs = rendered["services"], rendered["configs"]
-    assert set(services) == {"telemetry", "router", "gateway", "l40-0", "sim-0", "redis", "edge-config", "envoy"}
+    assert set(services) == {
+        "telemetry",
+        "router",
+        "gateway",
+        "l40-0",
+        "sim-0",
+        "redis",
+        "policy",
+        "edge-config",
+        "envoy",
+    }
     for service in services.values():
         for used in service.get("configs", []):
             assert used["source"] in configs
