@@ -1,4 +1,4 @@
-.PHONY: install up test test-clients test-phoenix check format proto proto-release lock clean
+.PHONY: install up test test-clients test-phoenix k8s-schemas check format proto proto-release lock clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -36,6 +36,10 @@ test-clients: install
 test-phoenix: install
 	@scripts/phoenix-venv
 	$(BIN)/pytest -v tests/e2e/test_phoenix.py $(ARGS)
+
+# Rendered manifests beside Kubernetes' own schemas, which come from PyPI.
+k8s-schemas: install
+	@scripts/k8s-schemas $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ from envoy.service.accesslog.v3 import als_pb2, als_pb2_grpc
 from services.common.errors import TABLE, Reason
 from services.common.status import REASON_OF_CODE
 from services.common.typed_calls import ACCOUNT_HEADER
+from services.gateway.caller import LONGEST_SESSION
 from services.gateway.pieces import Spent
 from services.gateway.typed_lane import Begun, Call, TypedAccounts
 
@@ -72,7 +73,7 @@ def _begun(entry: accesslog_pb2.HTTPAccessLogEntry) -> dict[str, Any]:
 
 
 def _call(entry: accesslog_pb2.HTTPAccessLogEntry) -> Call:
-    common = entry.common_properties
+    common, headers = entry.common_properties, entry.request.request_headers
     first = common.time_to_first_downstream_tx_byte
     duration = common.duration.ToNanoseconds() / 1e9
     has_first = common.HasField("time_to_first_downstream_tx_byte")
@@ -82,7 +83,16 @@ def _call(entry: accesslog_pb2.HTTPAccessLogEntry) -> Call:
         duration_seconds=duration,
         ttft_seconds=first.ToNanoseconds() / 1e9 if has_first else None,
         spent=_spent(entry, duration) if common.HasField("upstream_remote_address") else None,
+        status=entry.response.response_code.value,
+        trace_id=_trace_id(headers.get("traceparent", "")),
+        session=headers.get("x-session-id", "")[:LONGEST_SESSION],
     )
+
+
+def _trace_id(traceparent: str) -> str:
+    # The edge's own: it makes one, or has checked the client's.
+    parts = traceparent.split("-")
+    return parts[1] if len(parts) == 4 else ""
 
 
 def _outcome(entry: accesslog_pb2.HTTPAccessLogEntry) -> str:

@@ -14,7 +14,7 @@ from services.common.ids import random_hex
 from services.common.priority import PRIORITY_HEADER, priority_of
 from services.gateway.accounts import Account, Accounts
 from services.gateway.authz import AUTHORIZATION_PATH, HttpAuthorization
-from services.gateway.caller import Caller
+from services.gateway.caller import LONGEST_SESSION, Caller
 from services.gateway.console import Console
 from services.gateway.guardrails import Guard, Guardrails
 from services.gateway.http import ABORT, ENDS_WHEN_NOTED, WRITE, ClientLeftError, Receive, Send
@@ -142,6 +142,8 @@ class App:
         ) as account:
             guard = self._guardrails.of(identity.tenant)
             caller = _caller(request, account, span, guard, response.note_queue)
+            if caller.session_id:
+                response.facts["session"] = caller.session_id
             await route.handler(request, response, identity, caller)
 
 
@@ -152,7 +154,7 @@ def _caller(request: Request, account: Account, span: Span, guard: Guard | None,
         tenant=identity.tenant,
         priority=priority_of(request.header(_PRIORITY), identity.priority),
         account=account,
-        session_id=(request.header(b"x-session-id") or "")[:256],
+        session_id=(request.header(b"x-session-id") or "")[:LONGEST_SESSION],
         span=span,
         slo_class=(request.header(b"x-slo-class") or "")[:_LONGEST_CLASS],
         allow_degrade=identity.allow_degrade,

@@ -1,6 +1,7 @@
 """On whose behalf something is asked of the mesh."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
@@ -8,7 +9,10 @@ from services.gateway.accounts import Account
 from services.gateway.guardrails import Guard
 from services.gateway.router_client import OnQueued
 
-__all__ = ["Caller"]
+__all__ = ["LONGEST_SESSION", "Caller"]
+
+LONGEST_SESSION: Final = 256
+"""Characters of a session's name that count."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,6 +1,5 @@
 """What the spans, the log line and the gateway's metrics say of a request and its generations."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -20,6 +19,7 @@ from services.gateway.generation import Generation
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Totals
+from services.gateway.request_log import log_request
 from services.gateway.response import Response
 from services.gateway.routes import UNKNOWN_PATH
 from services.gateway.schema import GenerationRequest
@@ -27,7 +27,6 @@ from services.gateway.schema_chat import ChatRequest
 
 __all__ = ["describe", "record", "request_ended", "request_span", "show_route"]
 
-_log = logging.getLogger(__name__)
 _NUMBERS: Final = (
     "gen_ai.request.max_tokens",
     "gen_ai.request.temperature",
@@ -73,17 +72,15 @@ def request_ended(
     if status and type(span) is Recorded:
         span.say(_status, status)
     metrics.ended(endpoint, outcome, seconds, span=span, lane="openai")
-    _log.info(
-        "request",
-        extra={
-            "trace_id": trace_id_of(span),
-            "request": request_id,
-            "endpoint": endpoint,
-            "outcome": outcome,
-            "status": status or 499,
-            "duration_ms": round(seconds * 1000, 1),
-            **facts,
-        },
+    log_request(
+        trace_id=trace_id_of(span),
+        request_id=request_id,
+        lane="openai",
+        endpoint=endpoint,
+        outcome=outcome,
+        status=status,
+        seconds=seconds,
+        facts=facts,
     )
 
 

@@ -16,6 +16,7 @@ from services.gateway.accounts import Account, Accounts, Show
 from services.gateway.identity import Identity
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pieces import Spent
+from services.gateway.request_log import facts_of, log_request
 
 __all__ = ["Begun", "Call", "TypedAccounts"]
 
@@ -51,6 +52,11 @@ class Call(Begun):
     ttft_seconds: float | None
     spent: Spent | None
     """None: no worker was asked."""
+    status: int = 0
+    """Of HTTP, which is 200 for whatever gRPC answers; 0: nothing was answered."""
+    trace_id: str = ""
+    session: str = ""
+    """What groups requests, as the client said."""
 
 
 class TypedAccounts:
@@ -107,6 +113,7 @@ class TypedAccounts:
         """The edge has told."""
         self.enter_now()
         _measure(call, self._accounts.metrics)
+        _log(call)
         _, account = self._open.pop(call.account_id, (0.0, None))
         if account is None:
             # The edge let it in itself, or another gateway, or this one before it was started again: it knows enough.
@@ -159,6 +166,24 @@ def _measure(call: Call, metrics: GatewayMetrics) -> None:
         metrics.first_token(spent.ttft_seconds, spent.model, lane="typed")
     if spent.tpot_seconds is not None:
         metrics.time_per_token(spent.tpot_seconds, spent.model, lane="typed")
+
+
+def _log(call: Call) -> None:
+    facts: dict[str, object] = {"tenant": call.tenant}
+    if call.session:
+        facts["session"] = call.session
+    if call.spent is not None:
+        facts |= facts_of(call.spent)
+    log_request(
+        trace_id=call.trace_id,
+        request_id=call.request_id,
+        lane="typed",
+        endpoint=endpoint_of(call.path),
+        outcome=call.outcome,
+        status=call.status,
+        seconds=call.duration_seconds,
+        facts=facts,
+    )
 
 
 def _row(call: Begun) -> UsageRow:

@@ -41,6 +41,7 @@ MOST_MEMORY: Final = 0.98
 
 _DEMO_PARSER: Final = "hermes"
 
+DnsLabel = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
 
@@ -134,6 +135,17 @@ class EdgeConfig(_Struct, kw_only=True, frozen=True):
             return None
 
 
+class InferenceGatewayConfig(_Struct, kw_only=True, frozen=True):
+    """A gateway of the Gateway API, with its inference extension, in front of workers in Kubernetes."""
+
+    name: DnsLabel
+    """Of the Gateway."""
+    namespace: DnsLabel | None = None
+    """Where it and its pods are, which may reach routers and workers then; null: with the mesh."""
+    fallbacks: Annotated[int, Meta(ge=0, le=8)] = 0
+    """How many further workers it is named after the one picked, where it can try one after the other."""
+
+
 class MeshConfig(_Struct, kw_only=True, frozen=True):
     """The whole mesh."""
 
@@ -147,6 +159,8 @@ class MeshConfig(_Struct, kw_only=True, frozen=True):
     """Replicas of the router. The first one decides; the others know the fleet, too, and step in at once."""
     edge: EdgeConfig = EdgeConfig()
     """Where clients come in."""
+    inference_gateway: InferenceGatewayConfig | None = None
+    """A gateway of others that asks the router which worker gets a call of the typed API; null: our edge alone does."""
     otlp_endpoint: Address | None = None
     """Where spans go, over OTLP gRPC; null exports none."""
     tracing: TracingSettings = TracingSettings()

@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 MESSAGE_COUNTER: Final = "envoy.filters.http.grpc_stats"
+_SAID: Final = (ACCOUNT_HEADER, "x-tokenloom-tenant", "x-tokenloom-key", "x-session-id", "traceparent")
 _USAGE: Final = (
     "prompt-tokens",
     "cached-tokens",
@@ -87,7 +88,7 @@ def _to(gateway: str, flush: str) -> dict[str, Any]:
             "filter_state_objects_to_log": [MESSAGE_COUNTER],
             "grpc_stream_retry_policy": {"num_retries": _RETRIES},
         },
-        additional_request_headers_to_log=[ACCOUNT_HEADER, "x-tokenloom-tenant", "x-tokenloom-key"],
+        additional_request_headers_to_log=[*_SAID],
         additional_response_headers_to_log=["grpc-status"],
         additional_response_trailers_to_log=["grpc-status", *(f"x-tokenloom-usage-{name}" for name in _USAGE)],
     )

@@ -22,6 +22,7 @@ from services.mesh.containers import (
     jwks_of,
 )
 from services.mesh.k8s_edge import edge
+from services.mesh.k8s_gateway import inference_gateway
 from services.mesh.k8s_growth import Growth, scaler
 from services.mesh.k8s_metrics import SCRAPED, pod_monitor
 from services.mesh.k8s_objects import WORKERS, config_map, digest, headless, service, workload
@@ -64,6 +65,7 @@ def manifests(
         *edge(mesh),
         *_disruption(mesh),
         _firewall(mesh),
+        *([] if mesh.inference_gateway is None else inference_gateway(mesh.inference_gateway)),
         *([pod_monitor()] if has_pod_monitor else []),
         *([] if growth is None else [scaler(container, growth) for container in workers]),
     ]

@@ -111,6 +111,34 @@ def test_both_lanes_say_the_same(sim_mesh: Mesh, stub: inference_pb2_grpc.Infere
     assert sim_mesh.sdk().completions.create(model=MODEL, prompt="one text", max_tokens=25).choices[0].text == typed
 
 
+def test_a_request_of_either_lane_has_one_line_in_the_gateways_log_with_the_same_fields(
+    sim_mesh: Mesh, stub: inference_pb2_grpc.InferenceServiceStub
+) -> None:
+    session, log = f"logged-{time.monotonic_ns()}", sim_mesh.state_dir / "logs" / "gateway.jsonl"
+    list(stub.Generate(generate_request("hi", max_tokens=9), metadata=(*sim_mesh.metadata, ("x-session-id", session))))
+    headers = {"x-session-id": session}
+    stream = sim_mesh.sdk().completions.create(
+        model=MODEL, prompt="hi", max_tokens=9, stream=True, extra_headers=headers
+    )
+    list(stream)
+
+    def lines() -> dict[str, dict[str, object]]:
+        found = [json.loads(line) for line in log.read_text().splitlines() if session in line]
+        assert len(found) <= 2
+        return {line["lane"]: line for line in found}
+
+    wait_until(lambda: len(lines()) == 2, within=5)
+    typed, openai_lane = lines()["typed"], lines()["openai"]
+    assert typed.keys() - {"trace_id"} == openai_lane.keys() - {"trace_id"}
+    assert (typed["endpoint"], openai_lane["endpoint"]) == ("generate", "/v1/completions")
+    for line in (typed, openai_lane):
+        assert (line["message"], line["outcome"], line["status"], line["model"]) == ("request", "ok", 200, MODEL)
+        assert (line["session"], line["output_tokens"], line["input_tokens"]) == (session, 9, 2)
+        assert str(line["worker"]).startswith("worker-")
+        for name in ("duration_ms", "ttft_ms", "tpot_ms"):
+            assert float(str(line[name])) > 0
+
+
 def test_the_rest_bridge_streams_server_sent_events(sim_mesh: Mesh) -> None:
     body = {"model": MODEL, "text": "hello", "sampling": {"max_tokens": 30}}
     arrivals, events = [], []

@@ -393,6 +393,43 @@ def test_there_may_be_several_edges_which_start_again_for_another_configuration(
     assert rendered(tmp_path, PLAIN)["Deployment", "edge"]["spec"]["replicas"] == 1
 
 
+def test_a_gateway_of_others_gets_a_pool_of_the_workers_a_route_and_its_way_in(tmp_path: Path) -> None:
+    text = PLAIN + "routers: 2\ninference_gateway: {name: front, namespace: gateways, fallbacks: 2}\n"
+    objects = rendered(tmp_path, text)
+    pool = objects["InferencePool", "workers"]["spec"]
+    worker = objects["StatefulSet", "w"]["spec"]["template"]
+    assert pool["selector"]["matchLabels"].items() <= worker["metadata"]["labels"].items()
+    (port,) = pool["targetPorts"]
+    assert port["number"] in [each["containerPort"] for each in worker["spec"]["containers"][0]["ports"]]
+    picker = pool["endpointPickerRef"]
+    door = objects[picker["kind"], picker["name"]]["spec"]["ports"]
+    assert picker["port"]["number"] in [each["port"] for each in door]
+    route = objects["HTTPRoute", "workers"]["spec"]
+    assert route["parentRefs"] == [{"name": "front", "namespace": "gateways"}]
+    (rule,) = route["rules"]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/tokenloom.inference.v1.InferenceService"}}]
+    (backend,) = rule["backendRefs"]
+    assert (backend["kind"], backend["name"]) in objects
+    way_in = objects["NetworkPolicy", "inference-gateway"]["spec"]
+    assert way_in["podSelector"]["matchExpressions"][0]["values"] == ["router", "worker"]
+    (rule,) = way_in["ingress"]
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}}]
+    assert rule["ports"] == [{"protocol": "TCP", "port": 50051}]
+    for router in ("router", "router-1"):
+        settings = msgspec.json.decode(objects["Secret", "settings"]["stringData"][f"{router}.json"])
+        assert settings["picker_fallbacks"] == 2
+    beside = rendered(tmp_path, PLAIN + "inference_gateway: {name: front}\n")
+    assert beside["HTTPRoute", "workers"]["spec"]["parentRefs"] == [{"name": "front"}]
+    assert ("NetworkPolicy", "inference-gateway") not in beside
+    assert ("InferencePool", "workers") not in rendered(tmp_path, PLAIN)
+
+
+def test_the_example_is_rendered_with_one_of_everything(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "deploy" / "kubernetes" / "mesh.yaml"
+    kinds = {kind for kind, _ in rendered(tmp_path, example.read_text())}
+    assert {"StatefulSet", "DaemonSet", "Deployment", "PodDisruptionBudget", "InferencePool", "ConfigMap"} <= kinds
+
+
 def test_workers_may_run_on_spot_nodes(tmp_path: Path) -> None:
     objects = rendered(tmp_path, wishes=Wishes(tolerate=["spot=yes", "cheap"]))
     wanted = [
