@@ -142,8 +142,6 @@ class InferenceGatewayConfig(_Struct, kw_only=True, frozen=True):
     """Of the Gateway."""
     namespace: DnsLabel | None = None
     """Where it and its pods are, which may reach routers and workers then; null: with the mesh."""
-    fallbacks: Annotated[int, Meta(ge=0, le=8)] = 0
-    """How many further workers it is named after the one picked, where it can try one after the other."""
 
 
 class MeshConfig(_Struct, kw_only=True, frozen=True):

@@ -34,7 +34,6 @@ def router(mesh: MeshConfig) -> dict[str, Any]:
         "max_wait_seconds": mesh.max_wait_seconds,
         "picker_fallbacks": mesh.picker_fallbacks,
         "isolate_tenants": mesh.isolate_tenants,
-        "picker_fallbacks": 0 if mesh.inference_gateway is None else mesh.inference_gateway.fallbacks,
     }
 
 

@@ -394,7 +394,7 @@ def test_there_may_be_several_edges_which_start_again_for_another_configuration(
 
 
 def test_a_gateway_of_others_gets_a_pool_of_the_workers_a_route_and_its_way_in(tmp_path: Path) -> None:
-    text = PLAIN + "routers: 2\ninference_gateway: {name: front, namespace: gateways, fallbacks: 2}\n"
+    text = PLAIN + "routers: 2\ninference_gateway: {name: front, namespace: gateways}\npicker_fallbacks: 2\n"
     objects = rendered(tmp_path, text)
     pool = objects["InferencePool", "workers"]["spec"]
     worker = objects["StatefulSet", "w"]["spec"]["template"]
