@@ -44,8 +44,8 @@ def compose_file(mesh: MeshConfig) -> dict[str, Any]:
         services["demo-model"] = _demo_model()
     if mesh.redis_url is None:
         services["redis"] = _redis()
-    services["policy"] = _policy()
-    services["edge-config"] = _edge_config()
+    services["policy"] = _rendering("policy", POLICY_FILE, "policy")
+    services["edge-config"] = _rendering("envoy", _EDGE_FILE, "edge")
     services["envoy"] = _envoy(mesh)
     return {
         "name": "tokenloom",
@@ -149,26 +149,14 @@ def _redis() -> dict[str, Any]:
     }
 
 
-def _policy() -> dict[str, Any]:
-    """Writes the routing policy of the mesh.yaml, which the routers follow without being started again."""
+def _rendering(what: str, file: str, volume: str) -> dict[str, Any]:
+    """Writes a file into a volume, from the mesh.yaml that everything else comes from, and is done."""
     mesh_file = f"{_CONFIG_FOLDER}/mesh.yaml"
     return {
         "image": _IMAGE,
-        "command": ["tokenloom", "render", "policy", "--config", mesh_file, "--output", POLICY_FILE],
+        "command": ["tokenloom", "render", what, "--config", mesh_file, "--output", file],
         "configs": [{"source": "mesh", "target": mesh_file}],
-        "volumes": [f"policy:{_POLICY_FOLDER}"],
-        "networks": ["mesh"],
-    }
-
-
-def _edge_config() -> dict[str, Any]:
-    """Writes Envoy's configuration from the mesh.yaml that everything else comes from."""
-    mesh_file = f"{_CONFIG_FOLDER}/mesh.yaml"
-    return {
-        "image": _IMAGE,
-        "command": ["tokenloom", "render", "envoy", "--config", mesh_file, "--output", _EDGE_FILE],
-        "configs": [{"source": "mesh", "target": mesh_file}],
-        "volumes": ["edge:/run/edge"],
+        "volumes": [f"{volume}:{Path(file).parent}"],
         "networks": ["mesh"],
     }
 
