@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["HeaderError", "Tensor", "read_header"]
+__all__ = ["LENGTH_BYTES", "HeaderError", "Tensor", "entries", "read_header"]
 
 # The largest that are published have a few thousand tensors of about 200 bytes each.
 _MAX_HEADER_BYTES: Final = 32 << 20
-_LENGTH_BYTES: Final = 8
+LENGTH_BYTES: Final = 8
+"""A file begins with the length of its header in so many bytes, the lowest first."""
 _BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -40,10 +41,21 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """
     with path.open("rb") as file:
         size = path.stat().st_size
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if length > _MAX_HEADER_BYTES or _LENGTH_BYTES + length > size:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if length > _MAX_HEADER_BYTES or LENGTH_BYTES + length > size:
             raise HeaderError("is no safetensors file, or is cut off: its header does not fit into it")
-        text = file.read(length)
+        header = entries(file.read(length))
+    tensors = {name: _tensor(name, said) for name, said in header.items()}
+    _check_layout(header, size - LENGTH_BYTES - length)
+    return tensors
+
+
+def entries(text: bytes) -> dict[str, Any]:
+    """What a header says of each tensor, by name, as it stands there.
+
+    Raises:
+        HeaderError: it is none.
+    """
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -51,9 +63,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise HeaderError("is no safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(name, said) for name, said in header.items()}
-    _check_layout(header, size - _LENGTH_BYTES - length)
-    return tensors
+    return header
 
 
 def _tensor(name: str, said: Any) -> Tensor:

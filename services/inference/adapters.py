@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from services.common.errors import MeshError, Reason
-from services.inference.safetensors_header import HeaderError, Tensor, read_header
+from services.common.safetensors_header import HeaderError, Tensor, read_header
 
 __all__ = ["BaseModel", "check_adapter", "check_adapter_name", "read_base_model"]
 

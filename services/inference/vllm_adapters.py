@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from services.common.config import ConfigError
 from services.common.errors import MeshError, Reason
+from services.common.safetensors_header import HeaderError
 from services.common.settings_worker import ModelSettings
 from services.inference.adapters import BaseModel, check_adapter, check_adapter_name, read_base_model
 from services.inference.engine import Capability, EngineCard
-from services.inference.safetensors_header import HeaderError
 
 if TYPE_CHECKING:
     # It imports vLLM.

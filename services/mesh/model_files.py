@@ -1,6 +1,5 @@
 """A model's configuration and the headers of its weights: of a folder, in S3, or on the Hugging Face Hub."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from services.common.config import ConfigError
 from services.common.object_store import ObjectStore, is_in_store
+from services.common.safetensors_header import LENGTH_BYTES, entries
 
 __all__ = ["ModelFiles", "Tensor", "model_files"]
 
@@ -18,7 +18,6 @@ _WEIGHTS: Final = ".safetensors"
 _MOST_HEADER_BYTES: Final = 100 << 20
 # Nearly every header is in it, so one request is enough.
 _FIRST_BYTES: Final = 100_000
-_LENGTH_BYTES: Final = 8
 
 
 class Tensor(NamedTuple):
@@ -179,14 +178,12 @@ def _download(repository: str) -> Path | None:
 
 def _tensors(where: str, read: Callable[[int, int], bytes]) -> Iterator[Tensor]:
     """`read` gives bytes from a start on, as many as are asked for."""
-    length = int.from_bytes(read(0, _LENGTH_BYTES), "little")
+    length = int.from_bytes(read(0, LENGTH_BYTES), "little")
     if not 0 < length <= _MOST_HEADER_BYTES:
         raise ConfigError(f"{where}: not a safetensors file")
     try:
-        header = json.loads(read(_LENGTH_BYTES, length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                yield Tensor(tensor["dtype"], math.prod(tensor["shape"]), end - begin)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for tensor in entries(read(LENGTH_BYTES, length)).values():
+            begin, end = tensor["data_offsets"]
+            yield Tensor(tensor["dtype"], math.prod(tensor["shape"]), end - begin)
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: not a safetensors file: {error}") from error

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from services.common.errors import MeshError, Reason
+from services.common.safetensors_header import HeaderError
 from services.inference.adapters import BaseModel, check_adapter, check_adapter_name, read_base_model
-from services.inference.safetensors_header import HeaderError
 from tests.support.adapters import adapter_tensors, make_adapter, write_safetensors
 from tests.support.demo_model import demo_model
 

@@ -415,8 +415,11 @@ def test_options_that_make_no_sense_are_refused(
     assert said in capsys.readouterr().err
 
 
-def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b"\xff" * 100, (2).to_bytes(8, "little") + b"[]", (100_000).to_bytes(8, "little") + b"[" * 100_000]
+)
+def test_files_that_are_no_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
     path = folder(tmp_path, LLAMA_3_8B)
-    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    (path / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="not a safetensors file"):
         read_checkpoint(str(path))
